@@ -1,0 +1,107 @@
+"""The one equation, as two torch.library ops: `qbench::quantize` and `qbench::dequantize`.
+
+    w[i] = s[i // block] · L[c[i]] (+ z[i // block])
+
+The plain PyTorch here is the definition: it runs on every device and is what faster kernels are tested against. Kernels
+for a device are registered on the same ops by whoever has them; `load_kernels` finds them by the entry-point group
+"formats.kernels", so that this package needs to know nobody.
+"""
+
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+import torch
+from torch import Tensor
+
+from .packing import pack, packed_bytes, unpack
+from .scales import decode_scales
+
+SMALLEST = 1e-38  # divisor of a block of zeros; bitsandbytes' value, so that its codes are ours
+
+library = torch.library.Library("qbench", "DEF")
+library.define(
+    "quantize(Tensor w, Tensor boundaries, Tensor order, int bits, int block, Tensor? scale, Tensor? shift)"
+    " -> (Tensor codes, Tensor scale)"
+)
+library.define(
+    "dequantize(Tensor codes, Tensor levels, Tensor[] scale, Tensor[] shift, int bits, int block, SymInt[] shape,"
+    " ScalarType dtype) -> Tensor"
+)
+
+
+def block_count(n: int, block: int) -> int:
+    return -(n // -block)
+
+
+def reduce_blocks(w: Tensor, block: int, reduce) -> Tensor:
+    """`reduce` ([m, b] -> [m]) over the blocks of flat `w` [n], the tail as a block of its own: [ceil(n/block)]."""
+    full = w.numel() // block * block
+    parts = [reduce(w[:full].view(-1, block))] if full else []
+    if full < w.numel():
+        parts.append(reduce(w[full:].view(1, -1)))
+    return torch.cat(parts) if parts else w.new_empty(0)
+
+
+def normalize(w: Tensor, block: int, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """(w − z) · (1/s), flat fp32 [n]; the tail divides, as bitsandbytes' does: a last bit can differ."""
+    full = w.numel() // block * block
+    spread = scale.clamp(min=SMALLEST)
+    if shift is not None:
+        w = w - shift.repeat_interleave(block)[: w.numel()]
+    head = w[:full].view(-1, block) * spread[: full // block].reciprocal()[:, None]
+    return torch.cat([head.reshape(-1), w[full:] / spread[full // block :]])
+
+
+def quantize_reference(w, boundaries, order, bits, block, scale=None, shift=None):
+    """Codes and scales of `w`.
+
+    w: any float dtype, any shape, n elements. boundaries: fp32 [2^bits − 1], ascending; a normalized value takes the
+    rank that counts the boundaries strictly below it. order: uint8 [2^bits], the code of each rank. scale, shift: fp32
+    [ceil(n/block)]; without a scale it is the absmax of the block. Returns packed codes, uint8 [ceil(n·bits/8)], and the
+    scale, fp32.
+    """
+    w = w.reshape(-1).float()
+    n = w.numel()
+    if scale is None:
+        scale = reduce_blocks(w, block, lambda x: x.abs().amax(1))
+        if n % block:
+            scale[-1].clamp_(min=SMALLEST)  # as bitsandbytes stores an all-zero tail
+    ranks = torch.bucketize(normalize(w, block, scale, shift), boundaries, out_int32=True)
+    zero = order[torch.bucketize(torch.zeros((), device=w.device), boundaries)]
+    return pack(order[ranks], bits, fill=int(zero)), scale.clone()
+
+
+def dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype):
+    """s · L[c] (+ z) in fp32, rounded once to `dtype`. scale, shift: stored scales, see `scales`; an empty shift is none."""
+    n = 1
+    for size in shape:
+        n *= size
+    w = levels[unpack(codes, bits, n).int()] * decode_scales(scale).repeat_interleave(block)[:n]
+    if shift:
+        w = w + decode_scales(shift).repeat_interleave(block)[:n]
+    return w.to(dtype).view(shape)
+
+
+library.impl("quantize", quantize_reference, "CompositeExplicitAutograd")
+library.impl("dequantize", dequantize_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("qbench::quantize", lib=library)
+def _(w, boundaries, order, bits, block, scale=None, shift=None):
+    n = w.numel()
+    return (
+        w.new_empty(packed_bytes(n, bits), dtype=torch.uint8),
+        w.new_empty(block_count(n, block), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("qbench::dequantize", lib=library)
+def _(codes, levels, scale, shift, bits, block, shape, dtype):
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@lru_cache
+def load_kernels() -> None:
+    """Import every module of the entry-point group "formats.kernels"; each registers faster kernels on the ops above."""
+    for entry in entry_points(group="formats.kernels"):
+        entry.load()

@@ -1,0 +1,176 @@
+"""The one contract: a `Format` turns a tensor into a `QuantizedTensor`, which turns back.
+
+To write a format, subclass `Format` in a file of its own, give it a name, a number of bits and its levels, and register
+it; `nf4.py` is the shortest example. Where the scale is not the absmax of the block, override `scale_and_shift`; where
+the levels depend on the tensor, override `codebook`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .blockwise import block_count, load_kernels
+from .packing import packed_bytes
+from .scales import Stored, count_encoded, encode_scales
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The table L and what rounding to it needs.
+
+    levels: fp32 [2^bits], indexed by code, in any order. boundaries: fp32 [2^bits − 1], the midpoints of the sorted
+    levels. order: uint8 [2^bits], the code of each rank.
+    """
+
+    levels: Tensor
+    boundaries: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, levels) -> "Codebook":
+        levels = torch.as_tensor(levels, dtype=torch.float32)
+        order = torch.argsort(levels, stable=True)
+        ranked = levels[order]
+        return cls(levels, (ranked[:-1] + ranked[1:]) / 2, order.to(torch.uint8))
+
+    def to(self, device: torch.device) -> "Codebook":
+        return Codebook(self.levels.to(device), self.boundaries.to(device), self.order.to(device))
+
+
+@lru_cache
+def _shared(levels: tuple[float, ...], device: torch.device) -> Codebook:
+    return Codebook.of(levels).to(device)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor in a format: what is stored, and how to read it.
+
+    codes: uint8 [ceil(n·bits/8)], packed. levels: fp32 [2^bits], or None where a code is the weight itself (`none`).
+    scale, shift: stored scales (`scales.py`), an empty shift where there is none. shape, dtype: of the original.
+    own_levels: whether the levels were made for this tensor alone, and so count towards its bytes; the levels of a
+    format with one fixed table are one tensor, shared by all, and cost a tensor nothing.
+    """
+
+    format: str
+    bits: int
+    block: int
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+    levels: Tensor | None
+    scale: Stored = ()
+    shift: Stored = ()
+    own_levels: bool = False
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `dtype` (the original's by default): computed in fp32, rounded once."""
+        dtype = dtype or self.dtype
+        if self.levels is None:
+            return self.codes.to(dtype)
+        return torch.ops.qbench.dequantize(
+            self.codes, self.levels, list(self.scale), list(self.shift), self.bits, self.block, self.shape, dtype
+        )
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """Every tensor that must be kept for this one."""
+        levels = [self.levels] if self.own_levels else []
+        return [self.codes, *levels, *self.scale, *self.shift]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.stored)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.nbytes / self.numel if self.numel else 0.0
+
+
+class Format:
+    """A recipe: levels, block size, scales, and how the scales are stored.
+
+    block: weights under one scale, over the flattened tensor; a positive integer. dq: double quantization of the scales.
+    Raises ValueError for a block that is not a positive integer.
+    """
+
+    name: str
+    bits: int
+    source: ClassVar[str]  #: where the format is defined: paper and equation, or the code that is its definition
+    levels: tuple[float, ...]  #: the fixed table L, indexed by code
+    shifted: bool = False  #: whether blocks carry a shift z
+    own_levels: bool = False  #: whether each tensor carries a table of its own
+
+    def __init__(self, block: int = 64, dq: bool = False):
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"block must be a positive integer, got {block!r}")
+        if not isinstance(dq, bool):
+            raise ValueError(f"dq must be true or false, got {dq!r}")
+        self.block, self.dq = block, dq
+
+    def __repr__(self) -> str:
+        return f"{self.name}(block={self.block}, dq={self.dq})"
+
+    @property
+    def title(self) -> str:
+        """For people: name, block and double quantization, as in `nf4 + dq, block 64`."""
+        return f"{self.name}{' + dq' if self.dq else ''}, block {self.block}"
+
+    def codebook(self, w: Tensor) -> Codebook:
+        """The table for `w`, flat fp32 [n]."""
+        return _shared(tuple(self.levels), w.device)
+
+    def scale_and_shift(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """fp32 scale and shift [ceil(n/block)] of flat `w` [n]; a scale of None stands for the absmax of each block."""
+        return None, None
+
+    def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
+        """Quantize a float tensor of any shape.
+
+        Blocks run over the flattened tensor, so they may span rows, and the last may be short. Raises TypeError if `w` is
+        not floating point, ValueError, naming the tensor by `name`, if it holds NaN or Inf.
+        """
+        if not w.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
+        load_kernels()
+        flat = w.detach().reshape(-1)
+        if flat.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            flat = flat.float()
+        scale, shift = self.scale_and_shift(flat)
+        book = self.codebook(flat)
+        codes, scale = torch.ops.qbench.quantize(
+            flat, book.boundaries, book.order, self.bits, self.block, scale, shift
+        )
+        # a NaN or an Inf among the weights is one in the scale of its block, and there are few scales
+        if not scale.isfinite().all():
+            raise ValueError(f"{name}: holds {_describe(flat)}, a quantized tensor cannot")
+        return QuantizedTensor(
+            format=self.name,
+            bits=self.bits,
+            block=self.block,
+            shape=w.shape,
+            dtype=w.dtype,
+            codes=codes,
+            levels=book.levels,
+            scale=encode_scales(scale, self.dq),
+            shift=() if shift is None else encode_scales(shift, self.dq),
+            own_levels=self.own_levels,
+        )
+
+    def count_bytes(self, n: int) -> int:
+        """The bytes that a tensor of `n` weights takes in this format, by arithmetic: `QuantizedTensor.nbytes`."""
+        scales = count_encoded(block_count(n, self.block), self.dq)
+        return packed_bytes(n, self.bits) + scales * (2 if self.shifted else 1) + self.own_levels * 4 * 2**self.bits
+
+
+def _describe(w: Tensor) -> str:
+    nan, inf = int(w.isnan().sum()), int(w.isinf().sum())
+    found = [f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count]
+    return " and ".join(found) or "values whose range in a block overflows fp32"

@@ -1,0 +1,30 @@
+"""No quantization: 16 bits a weight, the baseline every other format is compared with, through the same path.
+
+A code is the weight itself in bf16 (or fp16, where the checkpoint has it), so there are no levels and no scales, and the
+block size and double quantization mean nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from . import register
+from .format import Format, QuantizedTensor
+
+
+@register("none")
+class Unquantized(Format):
+    name = "none"
+    bits = 16
+    source = "IEEE 754 binary16; bfloat16"
+    title = "16 bit"
+
+    def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
+        if not w.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
+        codes = w.detach().to(w.dtype if w.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16)
+        if not codes.isfinite().all():
+            raise ValueError(f"{name}: holds NaN or Inf")
+        return QuantizedTensor(self.name, self.bits, self.block, w.shape, w.dtype, codes.contiguous(), levels=None)
+
+    def count_bytes(self, n: int) -> int:
+        return 2 * n

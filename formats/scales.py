@@ -1,0 +1,93 @@
+"""How the scales (and shifts) of a tensor are stored: one value a block, plain or double quantized.
+
+Stored scales are a tuple of tensors, and the tuple tells how to read it:
+
+    (values,)                    any float dtype, one value a block
+    (codes, absmax, offset)      double quantization: uint8 codes [n] into the dynamic map, fp32 absmax [ceil(n/256)],
+                                 fp32 offset []
+
+Double quantization (QLoRA, arXiv 2305.14314, section 3): the scales lose their mean, and what remains is quantized to 8
+bits in blocks of 256. At block 64 the overhead falls from 32/64 = 0.5 to 8/64 + 32/(64·256) = 0.127 bit a parameter.
+The paper speaks of an 8-bit float; the code released with it uses the *dynamic map* (Dettmers, arXiv 1511.04561), and so
+does this one, to the same bits as bitsandbytes.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+NESTED_BLOCK = 256
+Stored = tuple[Tensor, ...]
+
+
+def encode_scales(values: Tensor, dq: bool) -> Stored:
+    """Store fp32 `values` [n], double quantized if `dq`."""
+    if not dq or not values.numel():
+        return (values,)
+    offset = values.mean()
+    blocks, absmax = _blocks(values - offset)
+    # a block of zeros gives 0·∞ = NaN, which bitsandbytes stores as code 0
+    normalized = (blocks * absmax.reciprocal()[:, None]).nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
+    boundaries = _dynamic_boundaries().to(values.device)
+    codes = torch.bucketize(normalized.reshape(-1)[: values.numel()], boundaries, out_int32=True).to(torch.uint8)
+    return codes, absmax, offset
+
+
+def decode_scales(stored: Stored) -> Tensor:
+    """The fp32 values [n] of `stored`."""
+    if len(stored) == 1:
+        return stored[0].float()
+    codes, absmax, offset = stored
+    levels = dynamic_map().to(codes.device)[codes.int()]
+    return levels * absmax.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
+
+
+def count_encoded(n: int, dq: bool) -> int:
+    """Bytes that `n` scales take once stored."""
+    return n + 4 * -(n // -NESTED_BLOCK) + 4 if dq and n else 4 * n
+
+
+def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    return blocks, blocks.abs().amax(1)
+
+
+@lru_cache
+def dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic map, fp32 [256], ascending from −0.99296875 to 1 (arXiv 1511.04561; bitsandbytes).
+
+    Decade i = 0 … 6 holds ±10^(i−6) times the midpoints of 2^i equal steps from 0.1 to 1; then 0 and 1.
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        decade = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        levels += decade.tolist() + (-decade).tolist()
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+@lru_cache
+def _dynamic_boundaries() -> Tensor:
+    """The fp32 thresholds [255] of the dynamic map: a value above threshold k takes a level beyond k.
+
+    bitsandbytes (0.50, CPU) rounds the normalized value to a grid of 65536 points on [−1, 1] before it looks for the
+    nearest level, so its thresholds are not the midpoints of the map but the edges of that grid's cells. They are found
+    here by bisection over the fp32 numbers, with the grid's own arithmetic: fma(0.5·(x + 1), 65535, 0.5), in fp32.
+    """
+    levels = dynamic_map()
+    grid = (-1.0 + (2.0 * torch.arange(65536, dtype=torch.float32)) / 65535.0).contiguous()
+    first_cell = torch.searchsorted(grid, 0.5 * (levels[:-1] + levels[1:]), right=True)
+
+    def cell(x: Tensor) -> Tensor:
+        half = (0.5 * (x + 1.0)).double()  # exact in fp32; the fma's product and sum are then exact in fp64
+        return (half * 65535.0 + 0.5).float().long()
+
+    low, high = torch.full((255,), -1.0), torch.full((255,), 1.0)
+    while True:  # keep cell(low) < first_cell <= cell(high)
+        middle = ((low.double() + high.double()) / 2).float()
+        done = (middle == low) | (middle == high)
+        if done.all():
+            return low
+        below = cell(middle) < first_cell
+        low, high = torch.where(below & ~done, middle, low), torch.where(below | done, high, middle)
