@@ -39,8 +39,9 @@ def decode_scales(stored: Stored) -> Tensor:
     if len(stored) == 1:
         return stored[0].float()
     codes, absmax, offset = stored
-    levels = dynamic_map().to(codes.device)[codes.int()]
-    return levels * absmax.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
+    levels = dynamic_map().to(codes.device).index_select(0, codes.int())
+    blocks = torch.nn.functional.pad(levels, (0, -len(levels) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    return (blocks * absmax[:, None]).view(-1)[: len(levels)] + offset
 
 
 def count_encoded(n: int, dq: bool) -> int:

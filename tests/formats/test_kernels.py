@@ -1,0 +1,49 @@
+"""The kernels of the machine give the bits of the plain PyTorch reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import formats
+from formats import blockwise
+from tests.formats.tensors import weights
+
+QUANTIZED = [name for name in formats.names() if name != "none"]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@settings(max_examples=40, deadline=None)
+@given(
+    w=weights(),
+    block=st.sampled_from([1, 3, 16, 17, 32, 64, 128, 4096]),
+    dq=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_equal_the_reference(name, w, block, dq, dtype):
+    f = formats.get(name, block=block, dq=dq)
+    q = f.quantize(w)
+    flat = w.reshape(-1)
+    book = f.codebook(flat)
+    scale, shift = f.scale_and_shift(flat)
+    codes, scale = blockwise.quantize_reference(flat, book.boundaries, book.order, f.bits, block, scale, shift)
+    assert torch.equal(q.codes, codes)
+    if not dq:
+        assert torch.equal(q.scale[0], scale)
+    expected = blockwise.dequantize_reference(q.codes, q.levels, q.scale, q.shift, f.bits, block, q.shape, dtype)
+    assert torch.equal(q.dequantize(dtype).view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 700), block=st.sampled_from([5, 16, 64]))
+def test_any_table_of_2_to_256_levels(bits, seed, n, block):
+    generator = torch.Generator().manual_seed(seed)
+    book = formats.Codebook.of(torch.rand(2**bits, generator=generator) * 2 - 1)
+    w = torch.randn(n, generator=generator)
+    arguments = w, book.boundaries, book.order, bits, block
+    codes, scale = torch.ops.qbench.quantize(*arguments, None, None)
+    expected = blockwise.quantize_reference(*arguments)
+    assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+    arguments = codes, book.levels, [scale], [], bits, block, [n], torch.float32
+    assert torch.equal(torch.ops.qbench.dequantize(*arguments), blockwise.dequantize_reference(*arguments))
