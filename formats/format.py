@@ -80,6 +80,10 @@ class QuantizedTensor:
         return self.shape.numel()
 
     @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
     def stored(self) -> list[Tensor]:
         """Every tensor that must be kept for this one."""
         levels = [self.levels] if self.own_levels else []

@@ -1,1 +1,65 @@
+"""The product with a quantized weight: `qbench::linear` (y = x·Wᵀ) and its gradient `qbench::linear_dx` (dx = g·W).
 
+W is decoded where it is used, in the dtype of x, and forgotten; autograd keeps the packed weight and nothing else, so a
+frozen layer costs its backward no copy. The kernels here, for every device, are the definition: decode, then the
+product of the library that the device has.
+"""
+
+import torch
+from torch import Tensor
+
+from formats.blockwise import library
+
+_WEIGHT = (
+    "Tensor codes, Tensor levels, Tensor[] scale, Tensor[] shift, int bits, int block, SymInt out_features,"
+    " SymInt in_features"
+)
+library.define(f"linear(Tensor x, {_WEIGHT}) -> Tensor")
+library.define(f"linear_dx(Tensor g, {_WEIGHT}) -> Tensor")
+
+
+def _decode(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+    shape = [out_features, in_features]
+    return torch.ops.qbench.dequantize(codes, levels, scale, shift, bits, block, shape, x.dtype)
+
+
+def linear(x: Tensor, *weight) -> Tensor:
+    """x [..., in_features], any float dtype, times the weight [out_features, in_features], transposed."""
+    return torch.nn.functional.linear(x, _decode(x, *weight))
+
+
+def linear_dx(g: Tensor, *weight) -> Tensor:
+    """The gradient for x of `linear`, from g [..., out_features]."""
+    return g @ _decode(g, *weight)
+
+
+library.impl("linear", linear, "CompositeExplicitAutograd")
+library.impl("linear_dx", linear_dx, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("qbench::linear", lib=library)
+def _(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("qbench::linear_dx", lib=library)
+def _(g, codes, levels, scale, shift, bits, block, out_features, in_features):
+    return g.new_empty(*g.shape[:-1], in_features)
+
+
+def _keep_weight(ctx, inputs, output):
+    _, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features = inputs
+    ctx.scales = len(scale)
+    ctx.save_for_backward(codes, levels, *scale, *shift)
+
+
+def _backward(ctx, g):
+    codes, levels, *rest = ctx.saved_tensors
+    scale, shift = rest[: ctx.scales], rest[ctx.scales :]
+    dx = torch.ops.qbench.linear_dx(
+        g, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features
+    )
+    return dx, None, None, [None] * len(scale), [None] * len(shift), None, None, None, None
+
+
+torch.library.register_autograd("qbench::linear", _backward, setup_context=_keep_weight, lib=library)

@@ -1,0 +1,88 @@
+"""QuantLinear: the layer that holds a packed weight."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from formats import QuantizedTensor
+
+from . import ops  # noqa: F401  registers qbench::linear
+
+REPLACEABLE = (nn.Linear, Conv1D)  #: the layers a QuantLinear can stand in for
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """W [out_features, in_features] of a replaceable layer; transformers' `Conv1D` keeps it transposed."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+class QuantLinear(nn.Module):
+    """y = x·Wᵀ + b, with W [out_features, in_features] in a format.
+
+    The weight is buffers, not a parameter: nothing trains it, and the backward gives the gradient for x alone. The
+    product runs in the dtype of x. Moving the layer to another dtype leaves the packed weight as it is.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.format, self.bits, self.block = weight.format, weight.bits, weight.block
+        self.dtype, self.own_levels = weight.dtype, weight.own_levels
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("levels", weight.levels, persistent=weight.own_levels)
+        self._scale = self._register("scale", weight.scale)
+        self._shift = self._register("shift", weight.shift)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def _register(self, name: str, stored: tuple[Tensor, ...]) -> list[str]:
+        names = [name, f"{name}_absmax", f"{name}_offset"][: len(stored)]
+        for buffer, tensor in zip(names, stored, strict=True):
+            self.register_buffer(buffer, tensor)
+        return names
+
+    def _apply(self, fn, recurse=True):
+        packed = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in packed.items():  # `model.to(torch.bfloat16)` must not round scales and levels
+            if tensor is not None and self._buffers[name].dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(self._buffers[name].device)
+        return self
+
+    def _stored(self, names: list[str]) -> list[Tensor]:
+        return [self._buffers[name] for name in names]
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The packed weight; `weight.dequantize()` is W."""
+        return QuantizedTensor(
+            format=self.format,
+            bits=self.bits,
+            block=self.block,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.dtype,
+            codes=self.codes,
+            levels=self.levels,
+            scale=tuple(self._stored(self._scale)),
+            shift=tuple(self._stored(self._shift)),
+            own_levels=self.own_levels,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.levels is None:  # 16 bit: the codes are the weight
+            y = nn.functional.linear(x, self.codes.to(x.dtype))
+        else:
+            y = torch.ops.qbench.linear(
+                x,
+                self.codes,
+                self.levels,
+                self._stored(self._scale),
+                self._stored(self._shift),
+                self.bits,
+                self.block,
+                self.out_features,
+                self.in_features,
+            )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format}, block={self.block}, dq={len(self._scale) == 3}"

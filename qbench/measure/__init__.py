@@ -1,0 +1,1 @@
+"""What is measured: error, bits, memory, throughput and quality, each in a file of its own."""

@@ -1,0 +1,98 @@
+"""The error that quantization makes: of the weights, and of the layers' outputs on real activations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from formats import QuantizedTensor
+
+from ..layers import weight_of
+
+
+@dataclass
+class Sums:
+    """Float64 sums from which every error is made: they add up over layers."""
+
+    n: int = 0
+    signal: float = 0.0  #: Σ w²
+    noise: float = 0.0  #: Σ (w − ŵ)²
+    max_abs: float = 0.0
+    output: float = 0.0  #: Σ y²
+    output_noise: float = 0.0  #: Σ (y − ŷ)²
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.n + other.n,
+            self.signal + other.signal,
+            self.noise + other.noise,
+            max(self.max_abs, other.max_abs),
+            self.output + other.output,
+            self.output_noise + other.output_noise,
+        )
+
+    def metrics(self) -> dict:
+        """sqnr_db = 10·log10(Σw² / Σ(w−ŵ)²), None without an error; mse; relative (Frobenius); max_abs; output_relative."""
+        ratio = self.signal / self.noise if self.noise else 0.0
+        return {
+            "sqnr_db": 10 * torch.tensor(ratio, dtype=torch.float64).log10().item() if ratio else None,
+            "mse": self.noise / self.n,
+            "relative": (self.noise / self.signal) ** 0.5 if self.signal else 0.0,
+            "max_abs": self.max_abs,
+            "output_relative": (self.output_noise / self.output) ** 0.5 if self.output else 0.0,
+        }
+
+
+def _compare(w: Tensor, packed: QuantizedTensor, x: Tensor) -> Sums:
+    """w [out, in] against its packed form, on inputs x [..., in]; all in fp32, summed in fp64."""
+    w = w.float()
+    difference = w - packed.dequantize(torch.float32)
+    x = x.reshape(-1, x.shape[-1]).float()
+
+    def squares(t: Tensor) -> float:
+        return float(t.double().square().sum())
+
+    return Sums(
+        n=w.numel(),
+        signal=squares(w),
+        noise=squares(difference),
+        max_abs=float(difference.abs().max()),
+        output=squares(x @ w.t()),
+        output_noise=squares(x @ difference.t()),
+    )
+
+
+@torch.inference_mode()
+def layer_errors(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    packed: dict[str, QuantizedTensor],
+    windows: Tensor,
+    advance: Callable[[], None] = lambda: None,
+) -> dict:
+    """Errors overall and by layer, from one forward of the unquantized model on windows [n, seq].
+
+    Each layer is compared as its input passes, so no activation is kept.
+    """
+    sums: dict[str, Sums] = {}
+
+    def hook_of(name: str):
+        def hook(layer, inputs, output):
+            sums[name] = _compare(weight_of(layer), packed[name], inputs[0])
+            advance()
+
+        return hook
+
+    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        if name not in sums:  # an expert that no token of these windows was sent to
+            w = weight_of(layer)
+            sums[name] = _compare(w, packed[name], w.new_zeros(1, w.shape[1]))
+    rows = [{"name": name, "shape": list(packed[name].shape), **sums[name].metrics()} for name in layers]
+    return {**sum(sums.values(), Sums()).metrics(), "layers": rows}

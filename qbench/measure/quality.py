@@ -1,0 +1,102 @@
+"""Quality on held-out text: negative log-likelihood, and how far a model has moved from the baseline, token by token.
+
+The baseline's logits are kept on disk in the dtype in which the model made them, so that every later model is compared
+with it on the same tokens, and nothing is lost between.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .statistics import clustered_mean, paired
+
+BATCH_LOGITS = 2**24  #: logits at once, about: 64 MiB in fp32
+
+
+@dataclass
+class Scores:
+    """nll: fp32 [windows, seq − 1], nats. Against the baseline, of the same shape: kl, and agree, whether the most
+    probable token is the same."""
+
+    nll: np.ndarray
+    kl: np.ndarray | None = None
+    agree: np.ndarray | None = None
+
+    def metrics(self, baseline: "Scores | None" = None) -> dict:
+        """nll (nats a token), its stderr, perplexity, tokens, and the mean of each window; against a baseline, paired:
+        delta_nll, its stderr and p value, kl_mean, kl_p99, top1_agreement."""
+        nll, stderr = clustered_mean(self.nll)
+        result = {
+            "nll": nll,
+            "perplexity": math.exp(min(nll, 700)),
+            "stderr": stderr,
+            "tokens": self.nll.size,
+            "windows": self.nll.mean(1, dtype=np.float64).tolist(),
+        }
+        if baseline is not None:
+            result["against_baseline"] = {
+                **paired(self.nll, baseline.nll),
+                "kl_mean": float(self.kl.mean(dtype=np.float64)),
+                "kl_p99": float(np.quantile(self.kl, 0.99)),
+                "top1_agreement": float(self.agree.mean()),
+            }
+        return result
+
+
+@dataclass
+class BaselineLogits:
+    """The baseline's logits in a file, [windows, seq − 1, vocabulary]; `close` removes it."""
+
+    file: Path
+    logits: Tensor | None = field(default=None, repr=False)
+
+    def write(self, at: int, logits: Tensor, windows: int) -> None:
+        if self.logits is None:
+            shape = (windows, *logits.shape[1:])
+            self.logits = torch.from_file(
+                str(self.file), shared=True, size=math.prod(shape), dtype=logits.dtype
+            ).view(shape)
+        self.logits[at : at + len(logits)] = logits.cpu()
+
+    def close(self) -> None:
+        self.logits = None
+        self.file.unlink(missing_ok=True)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    windows: Tensor,
+    baseline: BaselineLogits,
+    is_baseline: bool = False,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> Scores:
+    """Score a model on windows [n, seq] of tokens, all but the first of each.
+
+    `is_baseline` writes its logits to `baseline`; any other model is compared with them.
+    """
+    device = next(model.parameters()).device
+    n, seq = windows.shape
+    nll, kl, agree = (np.zeros((n, seq - 1), t) for t in (np.float32, np.float32, bool))
+    batch = max(1, BATCH_LOGITS // (seq * model.config.get_text_config().vocab_size))
+    for at in range(0, n, batch):
+        tokens = windows[at : at + batch].to(device)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        here = slice(at, at + len(tokens))
+        log_p = logits.float().log_softmax(-1)
+        nll[here] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
+        if is_baseline:
+            baseline.write(at, logits, n)
+        else:
+            reference = baseline.logits[here].to(device).float().log_softmax(-1)
+            agree[here] = (reference.argmax(-1) == log_p.argmax(-1)).cpu()
+            kl[here] = (reference.exp() * (reference - log_p)).sum(-1).clamp_(min=0).cpu()
+        advance(len(tokens))
+    if not np.isfinite(nll).all():
+        raise FloatingPointError(f"the model gives {int((~np.isfinite(nll)).sum())} tokens no finite likelihood")
+    return Scores(nll) if is_baseline else Scores(nll, kl, agree)

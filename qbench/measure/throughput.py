@@ -1,0 +1,77 @@
+"""Throughput, always with its raw samples: their number and spread say how far to trust the median."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from formats import Format, QuantizedTensor
+
+from ..layers import weight_of
+
+
+def summary(samples: list[float]) -> dict:
+    return {"median": statistics.median(samples), "samples": samples}
+
+
+def _rates(device: torch.device, work: Callable[[], None], amount: float, repeats: int) -> dict:
+    """Amount a second of `work`, once to warm up and then `repeats` times."""
+    work()
+    samples = []
+    for _ in range(repeats):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        samples.append(amount / (time.perf_counter() - started))
+    return summary(samples)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def weights_rates(
+    layers: dict[str, nn.Module], packed: dict[str, QuantizedTensor], fmt: Format, dtype: torch.dtype, repeats: int = 3
+) -> dict:
+    """Weights a second, over all layers, to quantize and to dequantize to `dtype`."""
+    device = next(iter(packed.values())).device
+    count = sum(q.numel for q in packed.values())
+
+    def quantize():
+        for layer in layers.values():
+            fmt.quantize(weight_of(layer))
+
+    def dequantize():
+        for q in packed.values():
+            q.dequantize(dtype)
+
+    return {
+        "quantize_weights_s": _rates(device, quantize, count, repeats),
+        "dequantize_weights_s": _rates(device, dequantize, count, repeats),
+    }
+
+
+@torch.inference_mode()
+def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decodes: int = 16) -> dict:
+    """Tokens a second of one sequence, window [seq]: reading it whole, and decoding greedily after its first half."""
+    device = next(model.parameters()).device
+    prompt = window[None].to(device)
+
+    def prefill():
+        model(input_ids=prompt, use_cache=False)
+
+    rates = {"prefill_tokens_s": _rates(device, prefill, prompt.numel(), prefills)}
+    out = model(input_ids=prompt[:, : max(1, prompt.shape[1] // 2)], use_cache=True)
+    samples = []
+    for _ in range(min(decodes + 1, max(2, prompt.shape[1] // 2))):
+        _wait(device)
+        started = time.perf_counter()
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        _wait(device)
+        samples.append(1 / (time.perf_counter() - started))
+    return {**rates, "decode_tokens_s": summary(samples[1:])}

@@ -1,0 +1,131 @@
+"""Models: load a Hugging Face causal LM from disk or hub, find its linear layers, put packed ones in their place."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from formats import Format, QuantizedTensor
+
+from .errors import InputError
+from .layers import REPLACEABLE, QuantLinear, weight_of
+
+BUNDLED = Path(__file__).parent / "assets" / "model"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class LoadedModel:
+    """model: in eval mode, frozen, on the device. digest: SHA-256 of the files it came from, or None for a hub id."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str | None
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device: {name!r} is none; accepted: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: {name!r} is not supported; accepted: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name!r} is not on this machine; accepted here: {_devices()}")
+    return device
+
+
+def _devices() -> str:
+    return ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it, else float32: a CPU without such instructions emulates it."""
+    if name == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"model.dtype: {name!r} is none; accepted: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
+    """Load a causal LM and its tokenizer.
+
+    path: a folder as `save_pretrained` writes it, or a hub id (the one case in which the network is used); None is the
+    bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)` takes; code that a
+    checkpoint brings along is not run. Raises InputError if it cannot be loaded.
+    """
+    folder = BUNDLED if path is None else Path(path).expanduser()
+    local = folder.is_dir()
+    if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise InputError(f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name")
+    source = {"pretrained_model_name_or_path": str(folder) if local else path, "revision": revision or "main"}
+    if local:
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote")
+        source = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
+    model.to(device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, digest(sorted(folder.iterdir())) if local else None)
+
+
+def digest(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files."""
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as stream:
+                total.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers to quantize, by name: every linear one but the output head. Raises InputError if there is none."""
+    head = model.get_output_embeddings()
+    found = {name: m for name, m in model.named_modules() if isinstance(m, REPLACEABLE) and m is not head}
+    if not found:
+        raise InputError(f"model.path: {type(model).__name__} has no linear layer to quantize besides its head")
+    return found
+
+
+def quantize(
+    layers: dict[str, nn.Module], fmt: Format, advance: Callable[[int], None] = lambda n: None
+) -> dict[str, QuantizedTensor]:
+    """The weight of each layer in the format; `advance` is told the number of weights done. Raises InputError."""
+    packed = {}
+    for name, layer in layers.items():
+        try:
+            packed[name] = fmt.quantize(weight_of(layer), name=f"{name}.weight")
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        advance(packed[name].numel)
+    return packed
+
+
+def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
+    """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go."""
+    for name, weight in packed.items():
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, QuantLinear(weight, getattr(owner, child).bias))
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

@@ -1,0 +1,118 @@
+"""The result file: one JSON a run, written atomically; everything else is derived from it."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import traceback
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+FILE = "result.json"
+_PACKAGES = ("qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors")
+_ROOT = Path(__file__).parent.parent
+
+
+def write(folder: Path, result: dict) -> Path:
+    """Write a result to `folder`/result.json: the old file or the whole new one, never a part. NaN and ±Inf become null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(result), indent=1, allow_nan=False)
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{FILE}.", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, folder / FILE)
+    return folder / FILE
+
+
+def read(path: Path | str) -> dict:
+    """The result at a path: a result.json, or the folder that holds it."""
+    path = Path(path)
+    return json.loads((path / FILE if path.is_dir() else path).read_text())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def run_id(config: dict, **digests: str | None) -> str:
+    """The hash of all that decides a result: configuration, code, and the digests of weights and text."""
+    decisive = json.dumps([config, code_digest(), digests], sort_keys=True)
+    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """SHA-256 over the Python files of `qbench` and `formats`."""
+    total = hashlib.sha256()
+    for package in ("formats", "qbench"):
+        for file in sorted((_ROOT / package).rglob("*.py")):
+            total.update(str(file.relative_to(_ROOT)).encode() + file.read_bytes())
+    return total.hexdigest()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def error(exception: BaseException) -> dict:
+    return {
+        "type": type(exception).__name__,
+        "message": str(exception),
+        "traceback": "".join(traceback.format_exception(exception)),
+    }
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, commit, device, CPU flags and threads: what a number needs beside it."""
+    cuda = device.type == "cuda"
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu("model name") or platform.processor(),
+        "cuda": torch.version.cuda if cuda else None,
+        "cpu_flags": _cpu("flags").split(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, with a plus if files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(_ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def _cpu(key: str) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

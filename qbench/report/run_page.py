@@ -1,0 +1,62 @@
+"""report.md: one run on one page."""
+
+import json
+from pathlib import Path
+
+from . import figures, words
+
+
+def write(folder: Path, result: dict) -> Path:
+    """Write report.md and its figures into `folder` from a finished result."""
+    drawn = figures.draw(result, folder)
+    table = words.table(result)
+    config, environment = result["config"], result["environment"]
+    error, memory = result["metrics"]["error"], result["metrics"]["memory"]
+    lines = [
+        f"# {words.title(config)} on {config['model']['path'] or 'the bundled model'}",
+        "",
+        *words.answer(result),
+        "",
+        "| " + " | ".join(table.columns) + " |",
+        "|---" * len(table.columns) + "|",
+        *("| " + " | ".join(row) + " |" for row in table.rows),
+        "",
+        f"± is one standard error over {len(result['metrics']['quality']['baseline']['windows'])} windows of"
+        f" {config['data']['seq']} tokens; Δ nll and KL are against the baseline on the same tokens, nats a token;"
+        " prefill/s and decode/s are tokens a second of one sequence.",
+        "",
+        *(line for name, caption in drawn for line in (f"![{caption}]({name})", "", caption, "")),
+        "## Error",
+        "",
+        "| SQNR, dB | mse | relative | largest | output, relative |",
+        "|---|---|---|---|---|",
+        f"| {error['sqnr_db'] and round(error['sqnr_db'], 3)} | {error['mse']:.4g} | {error['relative']:.4g} |"
+        f" {error['max_abs']:.4g} | {error['output_relative']:.4g} |",
+        "",
+        "## Memory",
+        "",
+        f"Quantized weights {memory['weights_bytes']:,} bytes; model {memory['model_bytes']:,}, before"
+        f" {memory['baseline_bytes']:,}. Peak by phase:",
+        "",
+        "| phase | peak, MB |",
+        "|---|---|",
+        *(
+            f"| {phase} | {', '.join(f'{kind} {count / 1e6:,.0f}' for kind, count in peak.items())} |"
+            for phase, peak in memory["peak_bytes"].items()
+        ),
+        "",
+        "## How it was run",
+        "",
+        f"{environment['device']}, {environment['threads']} threads; "
+        + ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
+        + f"; run {result['run']['id']}, {result['run']['started']}, "
+        + f"{sum(result['run']['seconds'].values()):.1f} s.",
+        "",
+        "```json",
+        json.dumps(config, indent=1),
+        "```",
+        "",
+    ]
+    page = folder / "report.md"
+    page.write_text("\n".join(lines))
+    return page

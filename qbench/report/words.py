@@ -1,0 +1,92 @@
+"""The answer of a run in sentences and as the rows of one table, for the terminal and the page alike."""
+
+from dataclasses import dataclass
+
+SIGNIFICANT = 0.05
+
+
+def title(config: dict) -> str:
+    if config["format"]["name"] == "none":
+        return "16 bit"
+    return f"{config['format']['name']}{' + dq' if config['dq'] else ''}, block {config['block']}"
+
+
+def _change(against: dict) -> str:
+    """A difference of log-likelihoods as the per cent of perplexity that it is."""
+    delta, stderr = against["delta_nll"], against["stderr"]
+    percent = f"{abs(delta) * 100:.2f}% ± {stderr * 100:.2f}%" if stderr is not None else f"{abs(delta) * 100:.2f}%"
+    if delta == 0 and not stderr:
+        return "no different from the baseline's"
+    if against["p"] is None or against["p"] > SIGNIFICANT:
+        return f"not distinguishable from the baseline's ({'+' if delta > 0 else '−'}{percent})"
+    return f"{'above' if delta > 0 else 'below'} the baseline's by {percent}"
+
+
+def answer(result: dict) -> list[str]:
+    """The findings of a finished run, a sentence each."""
+    metrics, config = result["metrics"], result["config"]
+    bits, quality, error = metrics["bits"], metrics["quality"], metrics["error"]
+    quantized = quality["quantized"]
+    sentences = [
+        f"{title(config)}: {bits['per_parameter']:.3f} bits a weight ({bits['compression']:.2f}× smaller than 16 bit), "
+        + (f"{error['sqnr_db']:.2f} dB signal to quantization noise." if error["sqnr_db"] else "no error."),
+        f"Its perplexity on held-out text, {quantized['perplexity']:.2f}, is {_change(quantized['against_baseline'])}"
+        f" ({quality['baseline']['perplexity']:.2f}); "
+        f"{100 * quantized['against_baseline']['top1_agreement']:.1f}% of the most probable tokens stay the same.",
+    ]
+    if "tuned" in quality:
+        tune = config["tune"]
+        sentences.append(
+            f"After {tune['steps']} steps of LoRA, rank {tune['rank']}, the perplexity is"
+            f" {quality['tuned']['perplexity']:.2f}, {_change(quality['tuned']['against_baseline'])}."
+        )
+    return sentences
+
+
+@dataclass
+class Table:
+    """columns: heads. rows: texts, the first of each the row's name. notes: what the heads mean."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _rate(rates: dict | None) -> str:
+    return f"{rates['median']:,.0f}" if rates else ""
+
+
+def table(result: dict) -> Table:
+    """Baseline, quantized and tuned, a row each."""
+    metrics = result["metrics"]
+    bits, memory, rates, quality = (metrics[k] for k in ("bits", "memory", "throughput", "quality"))
+    columns = ["", "perplexity", "nll", "Δ nll", "KL", "top-1", "bits/w", "model MB", "prefill/s", "decode/s"]
+    sizes = {
+        "baseline": ("16", memory["baseline_bytes"]),
+        "quantized": (f"{bits['per_parameter']:.3f}", memory["model_bytes"]),
+        "tuned": (f"{bits['per_parameter']:.3f}", memory.get("tuned_bytes")),
+    }
+    speeds = {"baseline": rates.get("baseline"), "quantized": rates, "tuned": rates.get("tuned")}
+    rows = []
+    for name, scores in quality.items():
+        against = scores.get("against_baseline")
+        per_weight, held = sizes[name]
+        rows.append(
+            [
+                name,
+                f"{scores['perplexity']:.2f}",
+                _plus_minus(scores["nll"], scores["stderr"]),
+                _plus_minus(against["delta_nll"], against["stderr"], sign=True) if against else "",
+                f"{against['kl_mean']:.4f}" if against else "",
+                f"{100 * against['top1_agreement']:.1f}%" if against else "",
+                per_weight,
+                f"{held / 1e6:.1f}",
+                _rate(speeds[name]["prefill_tokens_s"]),
+                _rate(speeds[name]["decode_tokens_s"]),
+            ]
+        )
+    return Table(columns, rows)
+
+
+def _plus_minus(value: float, stderr: float | None, sign: bool = False) -> str:
+    text = f"{value:+.4f}" if sign else f"{value:.4f}"
+    return text.replace("-", "−") + (f" ± {stderr:.4f}" if stderr is not None else "")
