@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -22,20 +22,21 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def settings_of(config: DictConfig):
     """The typed settings of a resolved config. Raises InputError."""
-    from qbench.run import DataSettings, EvalSettings, ModelSettings, Settings
-    from qbench.tune import TuneSettings
-
     plain = OmegaConf.to_container(config, resolve=True)
     recipe = plain.get("format")
     if not isinstance(recipe, dict):
-        raise InputError(f"no format given; name one: +format={'|'.join(formats.names())}")
+        raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
     try:
         fmt = formats.get(**recipe)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(str(error.args[0])) from error
-    tune = plain["tune"]
+        raise InputError(f"format: {error.args[0]}") from error
     if isinstance(plain["seed"], bool) or not isinstance(plain["seed"], int) or plain["seed"] < 0:
         raise InputError(f"seed: {plain['seed']!r} is not accepted; a non-negative integer is")
+
+    from qbench.run import DataSettings, EvalSettings, ModelSettings, Settings
+    from qbench.tune import TuneSettings
+
+    tune = plain["tune"]
     return Settings(
         format=fmt,
         model=ModelSettings(**plain["model"]),
@@ -47,25 +48,32 @@ def settings_of(config: DictConfig):
     )
 
 
+def choices() -> list[str]:
+    """What +format= accepts."""
+    return sorted(file.stem for file in (CONF / "format").glob("*.yaml"))
+
+
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
     codes = [0]
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
-        from qbench.report import terminal
-        from qbench.run import run
-
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            result = run(settings_of(config), folder)
-            terminal.show(result, folder)
+            settings = settings_of(config)
+            from qbench.report import terminal
+            from qbench.run import run
+
+            result = run(settings, folder)
         except InputError as error:
             stderr.print(f"qbench: {error}")
             codes.append(2)
         except Exception as error:
             stderr.print(f"qbench: {type(error).__name__}: {error} (traceback in {os.path.relpath(folder)}/result.json)")
             codes.append(1)
+        else:
+            terminal.show(result, folder)
 
     # PEFT imports bitsandbytes where it is installed, which then warns of kernels that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -82,7 +90,10 @@ def main() -> int:
 
 
 def one_line(error: Exception) -> str:
-    """Hydra's message of several lines, as one."""
+    """Hydra's message of several lines, as one that names the input and what is accepted."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}"
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith("full_key"))
 

@@ -188,6 +188,7 @@ def _experiment(settings: Settings, folder: Path, result: dict, phases: Phases) 
             peaks["tune"] = peak.bytes
             metrics["tune"] = asdict(log)
             rates["tune_tokens_s"] = throughput.summary(log.tokens_s)
+            memory["tuned_bytes"] = models.held_bytes(model)
             model.save_pretrained(folder / "adapter")
             with phases("eval_tuned", "score the tuned model", len(held_out)) as advance, PeakMemory(device) as peak:
                 scores = quality.evaluate(model, held_out, baseline_logits, advance=advance)

@@ -217,6 +217,8 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
 def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     """See `formats.blockwise.dequantize_reference`."""
     n = math.prod(shape)
+    if not n:
+        return torch.empty(shape, dtype=dtype)
     scales, shifts = decode_scales(scale), decode_scales(shift) if shift else torch.empty(0)
     pairs = bits == 4 and block % 2 == 0
     packed = (codes if pairs else unpack(codes, bits, n)).numpy()

@@ -21,9 +21,7 @@ def write(folder: Path, result: dict) -> Path:
         "|---" * len(table.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in table.rows),
         "",
-        f"± is one standard error over {len(result['metrics']['quality']['baseline']['windows'])} windows of"
-        f" {config['data']['seq']} tokens; Δ nll and KL are against the baseline on the same tokens, nats a token;"
-        " prefill/s and decode/s are tokens a second of one sequence.",
+        table.note,
         "",
         *(line for name, caption in drawn for line in (f"![{caption}]({name})", "", caption, "")),
         "## Error",

@@ -15,7 +15,7 @@ def show(result: dict, folder: Path, console: Console | None = None) -> None:
     for sentence in words.answer(result):
         console.print(sentence)
     found = words.table(result)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for i, head in enumerate(found.columns):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in found.rows:
@@ -25,8 +25,8 @@ def show(result: dict, folder: Path, console: Console | None = None) -> None:
     config, metrics = result["config"], result["metrics"]
     scored, rates = metrics["quality"]["baseline"]["tokens"], metrics["throughput"]
     console.print(
-        f"\n{scored:,} held-out tokens of {config['data']['path']}; ± is one standard error; "
-        f"quantize {rates['quantize_weights_s']['median'] / 1e6:,.0f} and dequantize "
+        f"\n{found.note}\n"
+        f"{scored:,} held-out tokens of {config['data']['path']}; quantize {rates['quantize_weights_s']['median'] / 1e6:,.0f} and dequantize "
         f"{rates['dequantize_weights_s']['median'] / 1e6:,.0f} million weights/s"
         + (f"; tune {rates['tune_tokens_s']['median']:,.0f} tokens/s" if "tune_tokens_s" in rates else "")
         + f"\n{os.path.relpath(folder)}/report.md has the figures, result.json the numbers",

@@ -45,10 +45,14 @@ def answer(result: dict) -> list[str]:
 
 @dataclass
 class Table:
-    """columns: heads. rows: texts, the first of each the row's name. notes: what the heads mean."""
+    """columns: heads. rows: texts, the first of each the row's name. note: what the heads mean."""
 
     columns: list[str]
     rows: list[list[str]]
+    note: str = (
+        "± is one standard error over windows; Δ nll and KL are against the baseline on the same tokens, nats a token;"
+        " top-1 is how often the most probable token is the baseline's; prefill and decode are tokens/s of one sequence."
+    )
 
 
 def _rate(rates: dict | None) -> str:
@@ -59,11 +63,11 @@ def table(result: dict) -> Table:
     """Baseline, quantized and tuned, a row each."""
     metrics = result["metrics"]
     bits, memory, rates, quality = (metrics[k] for k in ("bits", "memory", "throughput", "quality"))
-    columns = ["", "perplexity", "nll", "Δ nll", "KL", "top-1", "bits/w", "model MB", "prefill/s", "decode/s"]
+    columns = ["", "perplexity", "Δ nll", "KL", "top-1", "bits/w", "MB", "prefill", "decode"]
     sizes = {
         "baseline": ("16", memory["baseline_bytes"]),
         "quantized": (f"{bits['per_parameter']:.3f}", memory["model_bytes"]),
-        "tuned": (f"{bits['per_parameter']:.3f}", memory.get("tuned_bytes")),
+        "tuned": (f"{bits['per_parameter']:.3f}", memory.get("tuned_bytes", 0)),
     }
     speeds = {"baseline": rates.get("baseline"), "quantized": rates, "tuned": rates.get("tuned")}
     rows = []
@@ -73,9 +77,8 @@ def table(result: dict) -> Table:
         rows.append(
             [
                 name,
-                f"{scores['perplexity']:.2f}",
-                _plus_minus(scores["nll"], scores["stderr"]),
-                _plus_minus(against["delta_nll"], against["stderr"], sign=True) if against else "",
+                plus_minus(scores["perplexity"], scores["perplexity"] * (scores["stderr"] or 0), ".2f"),
+                plus_minus(against["delta_nll"], against["stderr"], "+.4f") if against else "",
                 f"{against['kl_mean']:.4f}" if against else "",
                 f"{100 * against['top1_agreement']:.1f}%" if against else "",
                 per_weight,
@@ -87,6 +90,8 @@ def table(result: dict) -> Table:
     return Table(columns, rows)
 
 
-def _plus_minus(value: float, stderr: float | None, sign: bool = False) -> str:
-    text = f"{value:+.4f}" if sign else f"{value:.4f}"
-    return text.replace("-", "−") + (f" ± {stderr:.4f}" if stderr is not None else "")
+def plus_minus(value: float, stderr: float | None, form: str) -> str:
+    text = f"{value:{form}}"
+    if stderr:
+        text += f"±{stderr:{form.lstrip('+')}}"
+    return text.replace("-", "−")
