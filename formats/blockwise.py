@@ -72,7 +72,7 @@ def quantize_reference(w, boundaries, order, bits, block, scale=None, shift=None
 
 
 def dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype):
-    """s · L[c] (+ z) in fp32, rounded once to `dtype`. scale, shift: stored scales, see `scales`; an empty shift is none."""
+    """s · L[c] (+ z) in fp32, rounded once to `dtype`. scale, shift: stored scales (`scales`); an empty shift is none."""
     n = 1
     for size in shape:
         n *= size

@@ -149,9 +149,7 @@ class Format:
             flat = flat.float()
         scale, shift = self.scale_and_shift(flat)
         book = self.codebook(flat)
-        codes, scale = torch.ops.qbench.quantize(
-            flat, book.boundaries, book.order, self.bits, self.block, scale, shift
-        )
+        codes, scale = torch.ops.qbench.quantize(flat, book.boundaries, book.order, self.bits, self.block, scale, shift)
         # a NaN or an Inf among the weights is one in the scale of its block, and there are few scales
         if not scale.isfinite().all():
             raise ValueError(f"{name}: holds {_describe(flat)}, a quantized tensor cannot")

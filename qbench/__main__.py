@@ -70,7 +70,9 @@ def main() -> int:
             stderr.print(f"qbench: {error}")
             codes.append(2)
         except Exception as error:
-            stderr.print(f"qbench: {type(error).__name__}: {error} (traceback in {os.path.relpath(folder)}/result.json)")
+            stderr.print(
+                f"qbench: {type(error).__name__}: {error} (traceback in {os.path.relpath(folder)}/result.json)"
+            )
             codes.append(1)
         else:
             terminal.show(result, folder)

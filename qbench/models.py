@@ -67,11 +67,15 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     folder = BUNDLED if path is None else Path(path).expanduser()
     local = folder.is_dir()
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise InputError(f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name")
+        raise InputError(
+            f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
+        )
     source = {"pretrained_model_name_or_path": str(folder) if local else path, "revision": revision or "main"}
     if local:
         if not (folder / "config.json").is_file():
-            raise InputError(f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote")
+            raise InputError(
+                f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote"
+            )
         source = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
     transformers_logging.disable_progress_bar()
     try:
@@ -80,6 +84,9 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, digest(sorted(folder.iterdir())) if local else None)
 

@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def write(folder: Path, result: dict) -> Path:
-    """Write a result to `folder`/result.json: the old file or the whole new one, never a part. NaN and ±Inf become null."""
+    """Write a result to `folder`/result.json: the old file or the whole new one, never a part. NaN and Inf become null."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(result), indent=1, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{FILE}.", delete=False) as file:
@@ -30,10 +30,10 @@ def write(folder: Path, result: dict) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+            os.replace(file.name, folder / FILE)
+        except BaseException:
             os.unlink(file.name)
             raise
-    os.replace(file.name, folder / FILE)
     return folder / FILE
 
 

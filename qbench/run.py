@@ -167,7 +167,10 @@ def _experiment(settings: Settings, folder: Path, result: dict, phases: Phases) 
         targets = list(packed)
         del packed
 
-        with phases("eval_quantized", "score the quantized model", len(held_out)) as advance, PeakMemory(device) as peak:
+        with (
+            phases("eval_quantized", "score the quantized model", len(held_out)) as advance,
+            PeakMemory(device) as peak,
+        ):
             scores = quality.evaluate(model, held_out, baseline_logits, advance=advance)
         peaks["eval"] = peak.bytes
         metrics["quality"]["quantized"] = scores.metrics(baseline)

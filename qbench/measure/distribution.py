@@ -27,10 +27,7 @@ def normalized_weights(layers: dict[str, nn.Module], packed: dict[str, Quantized
         keep = max(q.block, q.numel * SAMPLE // max(total, SAMPLE) // q.block * q.block)
         w = weight_of(layer).detach().reshape(-1)[:keep].float()
         blocks = -(w.numel() // -q.block)
-        if q.scale:
-            scale = decode_scales(q.scale)[:blocks]
-        else:
-            scale = reduce_blocks(w, q.block, lambda x: x.abs().amax(1))
+        scale = decode_scales(q.scale)[:blocks] if q.scale else reduce_blocks(w, q.block, lambda x: x.abs().amax(1))
         shift = decode_scales(q.shift)[:blocks] if q.shift else None
         low = 0.0 if q.shift else -1.0
         counts += torch.histc(normalize(w, q.block, scale, shift).cpu(), BINS, low, 1.0).double()

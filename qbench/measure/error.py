@@ -1,5 +1,6 @@
 """The error that quantization makes: of the weights, and of the layers' outputs on real activations."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,10 +34,10 @@ class Sums:
         )
 
     def metrics(self) -> dict:
-        """sqnr_db = 10·log10(Σw² / Σ(w−ŵ)²), None without an error; mse; relative (Frobenius); max_abs; output_relative."""
-        ratio = self.signal / self.noise if self.noise else 0.0
+        """sqnr_db = 10·log10(Σw² / Σ(w−ŵ)²), None where there is no error; mse; relative (Frobenius norms); max_abs;
+        output_relative."""
         return {
-            "sqnr_db": 10 * torch.tensor(ratio, dtype=torch.float64).log10().item() if ratio else None,
+            "sqnr_db": 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
             "mse": self.noise / self.n,
             "relative": (self.noise / self.signal) ** 0.5 if self.signal else 0.0,
             "max_abs": self.max_abs,

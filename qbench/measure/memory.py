@@ -3,6 +3,7 @@
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,10 +25,8 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
-            try:
+            with suppress(OSError):  # a container may forbid it: the peak is then the process's own, an upper bound
                 _CLEAR.write_text("5")
-            except OSError:
-                pass  # a container may forbid it: the peak is then the process's own, an upper bound
         return self
 
     def __exit__(self, *_) -> None:

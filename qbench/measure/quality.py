@@ -58,9 +58,9 @@ class BaselineLogits:
     def write(self, at: int, logits: Tensor, windows: int) -> None:
         if self.logits is None:
             shape = (windows, *logits.shape[1:])
-            self.logits = torch.from_file(
-                str(self.file), shared=True, size=math.prod(shape), dtype=logits.dtype
-            ).view(shape)
+            self.logits = torch.from_file(str(self.file), shared=True, size=math.prod(shape), dtype=logits.dtype).view(
+                shape
+            )
         self.logits[at : at + len(logits)] = logits.cpu()
 
     def close(self) -> None:

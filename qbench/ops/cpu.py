@@ -19,7 +19,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numba import njit
-from torch import Tensor
 
 from formats.blockwise import SMALLEST, block_count, library
 from formats.packing import pack, packed_bytes, unpack

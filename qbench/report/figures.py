@@ -12,7 +12,15 @@ import numpy as np
 from . import words
 
 # Okabe & Ito, "Color Universal Design" (2008): told apart with any colour vision
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#666666",
+)
 CYCLE = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY]
 MARKERS = "osD^vP*X"
 STYLE = {
@@ -52,10 +60,14 @@ def weights(result: dict):
     tables = found["levels"]
     for table in tables:
         crowded = len(table) > 32
-        axes.vlines(table, 0, top * (0.25 if crowded else 1), color=RED, lw=0.4 if crowded else 1.1 / len(tables) ** 0.5)
+        axes.vlines(
+            table, 0, top * (0.25 if crowded else 1), color=RED, lw=0.4 if crowded else 1.1 / len(tables) ** 0.5
+        )
     if tables:
         axes.plot([], [], color=RED, label="levels" if len(tables) == 1 else f"levels of {len(tables)} layers")
-    axes.set(xlabel="weight over the scale of its block (w − z) / s", ylabel="density", ylim=(0, top), xlim=edges[[0, -1]])
+    axes.set(
+        xlabel="weight over the scale of its block (w − z) / s", ylabel="density", ylim=(0, top), xlim=edges[[0, -1]]
+    )
     axes.set_title(f"Weights within their blocks and the levels of {words.title(result['config'])}")
     axes.legend(frameon=False, loc="upper right")
     return figure, "Histogram of all quantized weights, each over the scale of its block, and the levels they round to."
@@ -79,15 +91,14 @@ def errors(result: dict):
     for panel, (key, label) in zip(axes, panels, strict=True):
         for i, (kind, members) in enumerate(_kinds(layers).items()):
             values = [layers[m][key] for m in members]
-            panel.plot(
-                range(len(values)), values, color=CYCLE[i % 7], marker=MARKERS[i % 8], ms=4, lw=1, label=kind
-            )
+            panel.plot(range(len(values)), values, color=CYCLE[i % 7], marker=MARKERS[i % 8], ms=4, lw=1, label=kind)
         panel.set(xlabel="layer, by depth", ylabel=label)
         panel.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_ylim(bottom=0)
     axes[0].set_title(f"Error by layer, {words.title(result['config'])}")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
-    return figure, "Signal to quantization noise of each layer's weights, and the relative error of its output on real text."
+    caption = "Signal to quantization noise of each layer's weights, and the relative error of its output on real text."
+    return figure, caption
 
 
 def quality(result: dict):
@@ -115,7 +126,10 @@ def quality(result: dict):
     axes[0].set(xlabel="nll, nats a token (perplexity above)")
     axes[1].set(xlabel="against the baseline, same tokens, nats a token")
     axes[0].set_title("Quality on held-out text, 95% intervals")
-    return figure, "Negative log-likelihood on held-out text, and its paired difference from the baseline; 95% intervals."
+    return (
+        figure,
+        "Negative log-likelihood on held-out text, and its paired difference from the baseline; 95% intervals.",
+    )
 
 
 def loss(result: dict):

@@ -21,7 +21,7 @@ def write(folder: Path, result: dict) -> Path:
         "|---" * len(table.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in table.rows),
         "",
-        table.note,
+        f"{table.note} {words.speed(result)}",
         "",
         *(line for name, caption in drawn for line in (f"![{caption}]({name})", "", caption, "")),
         "## Error",

@@ -22,13 +22,5 @@ def show(result: dict, folder: Path, console: Console | None = None) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
-    config, metrics = result["config"], result["metrics"]
-    scored, rates = metrics["quality"]["baseline"]["tokens"], metrics["throughput"]
-    console.print(
-        f"\n{found.note}\n"
-        f"{scored:,} held-out tokens of {config['data']['path']}; quantize {rates['quantize_weights_s']['median'] / 1e6:,.0f} and dequantize "
-        f"{rates['dequantize_weights_s']['median'] / 1e6:,.0f} million weights/s"
-        + (f"; tune {rates['tune_tokens_s']['median']:,.0f} tokens/s" if "tune_tokens_s" in rates else "")
-        + f"\n{os.path.relpath(folder)}/report.md has the figures, result.json the numbers",
-        style="dim",
-    )
+    console.print(f"\n{found.note} {words.speed(result)}", style="dim")
+    console.print(f"\nFigures in {os.path.relpath(folder)}/report.md, all numbers in result.json beside it.")

@@ -90,6 +90,18 @@ def table(result: dict) -> Table:
     return Table(columns, rows)
 
 
+def speed(result: dict) -> str:
+    """The rates that are the format's own, and the number of tokens scored, in a sentence each."""
+    rates, scored = result["metrics"]["throughput"], result["metrics"]["quality"]["baseline"]["tokens"]
+    quantize, dequantize = (rates[f"{verb}_weights_s"]["median"] / 1e6 for verb in ("quantize", "dequantize"))
+    sentences = [
+        f"{scored:,} held-out tokens of {result['config']['data']['path']} were scored.",
+        f"Quantizing runs at {quantize:,.0f} and dequantizing at {dequantize:,.0f} million weights/s"
+        + (f", fine-tuning at {rates['tune_tokens_s']['median']:,.0f} tokens/s." if "tune_tokens_s" in rates else "."),
+    ]
+    return " ".join(sentences)
+
+
 def plus_minus(value: float, stderr: float | None, form: str) -> str:
     text = f"{value:{form}}"
     if stderr:

@@ -37,7 +37,8 @@ def test_error_stays_within_half_a_gap_of_the_levels(name, w, block):
     f = formats.get(name, block=block)
     q = f.quantize(w)
     ranked = q.levels.sort().values
-    reach = max(float((ranked[1:] - ranked[:-1]).max()) / 2, 1 - float(ranked[-1]), 1 + float(ranked[0]) if ranked[0] < 0 else 0)
+    low, high = float(ranked[0]), float(ranked[-1])
+    reach = max(float(ranked.diff().max()) / 2, 1 - high, 1 + low if low < 0 else 0)
     scale = q.scale[0].repeat_interleave(block)[: w.numel()].view(w.shape)
     error = (q.dequantize() - w).abs()
     largest = w.abs() + (q.shift[0].abs().repeat_interleave(block)[: w.numel()].view(w.shape) if q.shift else 0)

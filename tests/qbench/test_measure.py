@@ -1,0 +1,120 @@
+"""Measures against references written plainly, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import formats
+from qbench import models
+from qbench.measure import distribution, error, quality, statistics, throughput
+from qbench.measure.memory import PeakMemory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def llama(tiny_llama):
+    return models.load(str(tiny_llama), torch.float32, CPU).model
+
+
+def windows(n=6, seq=24):
+    return torch.randint(0, 4096, (n, seq), generator=torch.Generator().manual_seed(0))
+
+
+def test_quality_against_float64(llama, tmp_path):
+    tokens = windows()
+    logits = quality.BaselineLogits(tmp_path / "logits")
+    baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
+    before = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
+    layers = models.linear_layers(llama)
+    models.replace(llama, models.quantize(layers, formats.get("fp4_e3m0")))
+    scores = quality.evaluate(llama, tokens, logits)
+    after = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
+    logits.close()
+
+    def nll(log_p):
+        return -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
+
+    kl = (before.exp() * (before - after)).sum(-1)
+    found = scores.metrics(baseline)
+    against = found["against_baseline"]
+    assert found["nll"] == pytest.approx(float(nll(after).mean()), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(float(nll(after).mean())), rel=1e-4)
+    assert against["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert against["kl_p99"] == pytest.approx(float(kl.flatten().quantile(0.99)), rel=1e-3)
+    assert against["top1_agreement"] == float((before.argmax(-1) == after.argmax(-1)).double().mean())
+    difference = (nll(after) - nll(before)).mean(1).numpy()
+    assert against["delta_nll"] == pytest.approx(difference.mean(), rel=1e-3)
+    assert against["stderr"] == pytest.approx(stats.sem(difference), rel=1e-3)
+    assert against["p"] == pytest.approx(stats.ttest_rel(nll(after).mean(1), nll(before).mean(1)).pvalue, rel=1e-2)
+
+
+def test_batches_do_not_matter(llama, tmp_path, monkeypatch):
+    logits = quality.BaselineLogits(tmp_path / "logits")
+    whole = quality.evaluate(llama, windows(), logits, is_baseline=True).nll
+    monkeypatch.setattr(quality, "BATCH_LOGITS", 1)
+    single = quality.evaluate(llama, windows(), logits, is_baseline=True).nll
+    assert np.abs(whole - single).max() < 1e-4
+
+
+def test_the_standard_error_covers_the_truth():
+    """95% intervals from correlated tokens hold the true mean about 95 times in a hundred."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        values = generator.normal(size=(40, 1)) + generator.normal(size=(40, 50))
+        mean, stderr = statistics.clustered_mean(values)
+        hits += abs(mean) < stats.t.ppf(0.975, 39) * stderr
+    assert 0.92 < hits / 400 < 0.98
+
+
+def test_error_against_float64(llama):
+    layers = models.linear_layers(llama)
+    fmt = formats.get("nf4", block=32)
+    packed = models.quantize(layers, fmt)
+    tokens = windows(2)
+    found = error.layer_errors(llama, layers, packed, tokens)
+    name = "model.layers.1.mlp.down_proj"
+    inputs = []
+    hook = layers[name].register_forward_hook(lambda layer, args, out: inputs.append(args[0]))
+    llama(input_ids=tokens)
+    hook.remove()
+    w, back, x = layers[name].weight.double(), packed[name].dequantize().double(), inputs[0].double()
+    row = next(row for row in found["layers"] if row["name"] == name)
+    noise = w - back
+    assert row["sqnr_db"] == pytest.approx(10 * math.log10(w.square().sum() / noise.square().sum()), rel=1e-5)
+    assert row["mse"] == pytest.approx(float(noise.square().mean()), rel=1e-4)
+    assert row["relative"] == pytest.approx(float(noise.norm() / w.norm()), rel=1e-4)
+    assert row["max_abs"] == pytest.approx(float(noise.abs().max()), rel=1e-4)
+    assert row["output_relative"] == pytest.approx(float((x @ noise.t()).norm() / (x @ w.t()).norm()), rel=1e-4)
+    everything = sum(float(layer.weight.double().square().sum()) for layer in layers.values())
+    lost = sum(row["mse"] * math.prod(row["shape"]) for row in found["layers"])
+    assert found["relative"] == pytest.approx(math.sqrt(lost / everything), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_normalized_weights_are_a_density_within_the_levels(llama, name):
+    layers = models.linear_layers(llama)
+    found = distribution.normalized_weights(layers, models.quantize(layers, formats.get(name)))
+    width = np.diff(found["edges"])
+    assert (np.array(found["density"]) * width).sum() == pytest.approx(1)
+    for levels in found["levels"]:
+        assert levels == sorted(levels) and len(levels) == 2 ** formats.get(name).bits
+    assert bool(found["levels"]) == (name != "none")
+
+
+def test_peak_memory_sees_what_was_let_go():
+    with PeakMemory(CPU) as quiet:
+        pass
+    with PeakMemory(CPU) as loud:
+        torch.ones(32 * 2**20).sum()
+    assert loud.bytes["rss"] - quiet.bytes["rss"] > 100 * 2**20
+
+
+def test_rates_keep_their_samples(llama):
+    rates = throughput.generation_rates(llama, windows(1)[0], prefills=3, decodes=4)
+    assert len(rates["prefill_tokens_s"]["samples"]) == 3 and len(rates["decode_tokens_s"]["samples"]) == 4
+    assert all(sample > 0 for rate in rates.values() for sample in rate["samples"])
