@@ -30,10 +30,7 @@ def settings_of(config: DictConfig):
         fmt = formats.get(**recipe)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"format: {error.args[0]}") from error
-    if isinstance(plain["seed"], bool) or not isinstance(plain["seed"], int) or plain["seed"] < 0:
-        raise InputError(f"seed: {plain['seed']!r} is not accepted; a non-negative integer is")
-
-    from qbench.run import DataSettings, EvalSettings, ModelSettings, Settings
+    from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings
     from qbench.tune import TuneSettings
 
     tune = plain["tune"]

@@ -3,3 +3,9 @@
 
 class InputError(Exception):
     """Bad input. The message is one line that names the input and says what would be accepted."""
+
+
+def integer(name: str, value: object, at_least: int = 1) -> None:
+    """Raise InputError unless `value` is an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise InputError(f"{name}: {value!r} is not accepted; an integer of at least {at_least} is")

@@ -21,7 +21,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass
 class LoadedModel:
-    """model: in eval mode, frozen, on the device. digest: SHA-256 of the files it came from, or None for a hub id."""
+    """model: in eval mode, frozen, on the device. digest: SHA-256 of the files it came from, of a hub
+    id the commit."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,11 +51,16 @@ def _devices() -> str:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device computes in it, else float32: a CPU without such instructions emulates it."""
     if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or _cpu_computes_in_bf16() else torch.float32
     if name not in DTYPES:
         raise InputError(f"model.dtype: {name!r} is none; accepted: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has instructions for it (AVX512-BF16 or AMX)."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check)
 
 
 def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
@@ -88,7 +94,7 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
         if not tensor.isfinite().all():
             raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")
     model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, digest(sorted(folder.iterdir())) if local else None)
+    return LoadedModel(model, tokenizer, digest(sorted(folder.iterdir())) if local else model.config._commit_hash)
 
 
 def digest(files: Iterable[Path]) -> str:

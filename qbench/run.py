@@ -1,87 +1,27 @@
-"""One experiment: load, quantize, measure, fine-tune, measure, record."""
+"""One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
-from formats import Format
-
 from . import data, models, record
 from .errors import InputError
 from .measure import distribution, error, quality, throughput
-from .measure.memory import PeakMemory
-from .progress import Phases
+from .phases import Phases
 from .report import run_page
-from .tune import TuneSettings, add_lora, train
+from .settings import Settings
+from .tune import add_lora, train
 
-ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the output error
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """path: a folder or a hub id, None the bundled model. dtype: auto, bfloat16, float16 or float32."""
-
-    path: str | None = None
-    dtype: str = "auto"
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """path: a text file, or the name of a bundled text. seq: tokens a window."""
-
-    path: str = "kjv"
-    seq: int = 256
-
-    def __post_init__(self):
-        if isinstance(self.seq, bool) or not isinstance(self.seq, int) or self.seq < 2:
-            raise InputError(f"data.seq: {self.seq!r} is not accepted; an integer of at least 2 is")
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """tokens: held-out tokens that are scored, rounded up to whole windows."""
-
-    tokens: int = 16384
-
-    def __post_init__(self):
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise InputError(f"eval.tokens: {self.tokens!r} is not accepted; a positive integer is")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a run depends on. tune: None to leave the fine-tuning out."""
-
-    format: Format
-    model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    tune: TuneSettings | None = field(default_factory=TuneSettings)
-    eval: EvalSettings = field(default_factory=EvalSettings)
-    seed: int = 0
-    device: str = "auto"
-
-    def resolved(self, device: torch.device, dtype: torch.dtype) -> dict:
-        """The configuration as it came out: nothing left on `auto`."""
-        plain = {name: asdict(value) for name in ("model", "data", "eval") if (value := getattr(self, name))}
-        plain["model"]["dtype"] = str(dtype).removeprefix("torch.")
-        return {
-            "format": {"name": self.format.name, "source": self.format.source},
-            "block": self.format.block,
-            "dq": self.format.dq,
-            "seed": self.seed,
-            "device": device.type,
-            **plain,
-            "tune": asdict(self.tune) if self.tune else {"method": "none"},
-        }
+ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
 
 
 def run(settings: Settings, folder: Path) -> dict:
-    """Run one experiment and leave result.json, report.md, figures and adapters in `folder`; returns the result.
+    """Run one experiment; result.json, report.md, its figures and the adapters are left in `folder`.
 
-    Whatever happens, result.json tells: an exception leaves its status and traceback there and is raised again.
+    Returns the result. Whatever happens, result.json tells: an exception leaves its status, its traceback and what had
+    been measured there, and is raised again.
     """
     result = {
         "schema": record.SCHEMA,
@@ -92,10 +32,16 @@ def run(settings: Settings, folder: Path) -> dict:
         "environment": None,
         "metrics": {},
     }
-    phases = Phases()
-    result["run"]["seconds"] = phases.seconds
     try:
-        _experiment(settings, folder, result, phases)
+        experiment = Experiment(settings, result)
+        experiment.load()
+        with quality.BaselineLogits(folder) as experiment.logits:
+            experiment.measure("baseline")
+            experiment.quantize()
+            experiment.measure("quantized")
+            if settings.tune:
+                experiment.tune(folder / "adapter")
+                experiment.measure("tuned")
         result["status"] = "done"
     except BaseException as exception:
         result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
@@ -103,101 +49,100 @@ def run(settings: Settings, folder: Path) -> dict:
         raise
     finally:
         record.write(folder, result)
-    with phases("report", "write the report"):
+    with experiment.phases("report", "write the report"):
         run_page.write(folder, record.read(folder))
     return result
 
 
-def _experiment(settings: Settings, folder: Path, result: dict, phases: Phases) -> None:
-    fmt = settings.format
-    set_seed(settings.seed)
-    device = models.pick_device(settings.device)
-    dtype = models.pick_dtype(settings.model.dtype, device)
-    config = result["config"] = settings.resolved(device, dtype)
-    result["environment"] = record.environment(device)
-    peaks: dict[str, dict] = {}
-    memory = {"peak_bytes": peaks}
-    metrics = result["metrics"]
+class Experiment:
+    """The steps of a run, and what they hand on: each writes what it found into `metrics`."""
 
-    with phases("load", "load model and text"), PeakMemory(device) as peak:
-        loaded = models.load(settings.model.path, dtype, device, settings.model.revision)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        layers = models.linear_layers(model)
-        text = data.read(settings.data.path)
-        seq = settings.data.seq
-        held_out = data.windows(text.held_out, tokenizer, seq, -(settings.eval.tokens // -(seq - 1)), seed=0)
-        if settings.tune:
-            wanted = settings.tune.steps * settings.tune.batch
-            training = data.windows(text.train, tokenizer, seq, wanted, seed=settings.seed)
-    peaks["load"] = peak.bytes
-    result["run"]["id"] = record.run_id(config, weights=loaded.digest, text=text.digest)
-    parameters = sum(p.numel() for p in model.parameters())
-    memory["baseline_bytes"] = models.held_bytes(model)
+    logits: quality.BaselineLogits
 
-    baseline_logits = quality.BaselineLogits(folder / "baseline.logits")
-    try:
-        with phases("eval_baseline", "score the baseline", len(held_out)) as advance, PeakMemory(device) as peak:
-            baseline = quality.evaluate(model, held_out, baseline_logits, is_baseline=True, advance=advance)
-        peaks["eval_baseline"] = peak.bytes
-        metrics["quality"] = {"baseline": baseline.metrics()}
-        with phases("throughput_baseline", "time the baseline"):
-            rates = {"baseline": throughput.generation_rates(model, held_out[0])}
+    def __init__(self, settings: Settings, result: dict):
+        self.settings = settings
+        self.device = models.pick_device(settings.device)
+        self.dtype = models.pick_dtype(settings.model.dtype, self.device)
+        self.phases = Phases(self.device)
+        self.result, self.metrics = result, result["metrics"]
+        self.metrics |= {"memory": {"peak_bytes": self.phases.peak_bytes}, "throughput": {}, "quality": {}}
+        result["run"]["seconds"] = self.phases.seconds
+        result["config"] = settings.resolved(self.device, self.dtype)
+        result["environment"] = record.environment(self.device)
+        set_seed(settings.seed)
 
+    def load(self) -> None:
+        settings, seq = self.settings, self.settings.data.seq
+        with self.phases("load", "load model and text"):
+            loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
+            self.model = loaded.model
+            self.layers = models.linear_layers(self.model)
+            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or seq
+            if seq > positions:
+                raise InputError(
+                    f"data.seq: {seq} is more than the model's {positions} positions; accepted: up to those"
+                )
+            text = data.read(settings.data.path)
+            scored = -(settings.eval.tokens // -(seq - 1))
+            self.held_out = data.windows(text.held_out, loaded.tokenizer, seq, scored, seed=0)
+            if settings.tune:
+                wanted = settings.tune.steps * settings.tune.batch
+                self.training = data.windows(text.train, loaded.tokenizer, seq, wanted, settings.seed)
+        self.result["run"]["id"] = record.run_id(self.result["config"], weights=loaded.digest, text=text.digest)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def measure(self, name: str) -> None:
+        """Quality, memory and generation speed of the model as it is now: `baseline`, `quantized` or `tuned`."""
+        phase, held = {
+            "baseline": ("eval_baseline", "baseline_bytes"),
+            "quantized": ("eval", "model_bytes"),
+            "tuned": ("eval_tuned", "tuned_bytes"),
+        }[name]
+        self.metrics["memory"][held] = models.held_bytes(self.model)
+        with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
+            scores = quality.evaluate(self.model, self.held_out, self.logits, name == "baseline", advance)
+        self.metrics["quality"][name] = scores.metrics(None if name == "baseline" else self.baseline)
+        if name == "baseline":
+            self.baseline = scores
+        with self.phases(f"time_{name}", f"time the {name} model"):
+            rates = throughput.generation_rates(self.model, self.held_out[0])
+        self.metrics["throughput"] |= rates if name == "quantized" else {name: rates}
+
+    def quantize(self) -> None:
+        settings, metrics, layers = self.settings, self.metrics, self.layers
         weights = sum(models.weight_of(layer).numel() for layer in layers.values())
-        with phases("quantize", f"quantize to {fmt.title}", weights) as advance:
-            packed = models.quantize(layers, fmt, advance)
-        with phases("error", "measure the error", len(layers)) as advance:
-            metrics["error"] = error.layer_errors(model, layers, packed, held_out[:ERROR_WINDOWS], advance)
-        with phases("throughput_weights", "time the format"):
-            rates.update(throughput.weights_rates(layers, packed, fmt, dtype))
-        metrics["weights"] = distribution.normalized_weights(layers, packed)
-
-        models.replace(model, packed)
-        del layers
+        with self.phases("quantize", f"quantize to {settings.format.title}", weights) as advance:
+            packed = models.quantize(layers, settings.format, advance)
+        with self.phases("error", "measure the error", len(layers)) as advance:
+            windows = self.held_out[:ERROR_WINDOWS]
+            metrics["error"] = error.layer_errors(self.model, layers, packed, windows, advance)
+            metrics["weights"] = distribution.normalized_weights(layers, packed)
+        with self.phases("time_format", "time the format"):
+            metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, self.dtype)
+        models.replace(self.model, packed)
         stored = sum(q.nbytes for q in packed.values())
-        memory |= {"weights_bytes": stored, "model_bytes": models.held_bytes(model)}
-        metrics["memory"] = memory
+        metrics["memory"]["weights_bytes"] = stored
         metrics["bits"] = {
             "per_parameter": 8 * stored / weights,
-            "model": 8 * memory["model_bytes"] / parameters,
+            "model": 8 * models.held_bytes(self.model) / self.parameters,
             "compression": 16 * weights / (8 * stored),
             "quantized_parameters": weights,
-            "parameters": parameters,
+            "parameters": self.parameters,
         }
-        targets = list(packed)
-        del packed
+        self.targets = list(packed)
+        del self.layers
 
-        with (
-            phases("eval_quantized", "score the quantized model", len(held_out)) as advance,
-            PeakMemory(device) as peak,
-        ):
-            scores = quality.evaluate(model, held_out, baseline_logits, advance=advance)
-        peaks["eval"] = peak.bytes
-        metrics["quality"]["quantized"] = scores.metrics(baseline)
-        with phases("throughput_quantized", "time the quantized model"):
-            rates.update(throughput.generation_rates(model, held_out[0]))
-        metrics["throughput"] = rates
-
-        if settings.tune:
-            with phases("tune", "fine-tune LoRA", settings.tune.steps) as advance, PeakMemory(device) as peak:
-                model = add_lora(model, targets, settings.tune, settings.seed)
-                log = train(
-                    model,
-                    training,
-                    settings.tune,
-                    settings.seed,
-                    advance=lambda loss, rate: advance(1, f"loss {loss:.3f}, {rate:,.0f} tokens/s"),
-                )
-            peaks["tune"] = peak.bytes
-            metrics["tune"] = asdict(log)
-            rates["tune_tokens_s"] = throughput.summary(log.tokens_s)
-            memory["tuned_bytes"] = models.held_bytes(model)
-            model.save_pretrained(folder / "adapter")
-            with phases("eval_tuned", "score the tuned model", len(held_out)) as advance, PeakMemory(device) as peak:
-                scores = quality.evaluate(model, held_out, baseline_logits, advance=advance)
-            peaks["eval_tuned"] = peak.bytes
-            metrics["quality"]["tuned"] = scores.metrics(baseline)
-            with phases("throughput_tuned", "time the tuned model"):
-                rates["tuned"] = throughput.generation_rates(model, held_out[0])
-    finally:
-        baseline_logits.close()
+    def tune(self, folder: Path) -> None:
+        settings = self.settings.tune
+        with self.phases("tune", f"fine-tune {settings.method}", settings.steps) as advance:
+            self.model = add_lora(self.model, self.targets, settings, self.settings.seed)
+            log = train(
+                self.model,
+                self.training,
+                settings,
+                self.settings.seed,
+                advance=lambda loss, rate: advance(1, f"loss {loss:.3f}, {rate:,.0f} tokens/s"),
+            )
+        self.metrics["tune"] = asdict(log)
+        self.metrics["throughput"]["tune_tokens_s"] = throughput.summary(log.tokens_s)
+        self.model.save_pretrained(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from . import optim
-from .errors import InputError
+from .errors import InputError, integer
 from .layers import QuantLinear
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
@@ -42,9 +42,7 @@ class TuneSettings:
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "rank"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"tune.{name}: {value!r} is not accepted; a positive integer is")
+            integer(f"tune.{name}", getattr(self, name))
         for name, names in (("optimizer", optim.OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in names:
                 raise InputError(f"tune.{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(names)}")

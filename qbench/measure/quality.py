@@ -5,8 +5,9 @@ with it on the same tokens, and nothing is lost between.
 """
 
 import math
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,24 +49,29 @@ class Scores:
         return result
 
 
-@dataclass
 class BaselineLogits:
-    """The baseline's logits in a file, [windows, seq − 1, vocabulary]; `close` removes it."""
+    """The baseline's logits in a nameless file in `folder`, which the system removes however the process ends."""
 
-    file: Path
-    logits: Tensor | None = field(default=None, repr=False)
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed in __exit__
 
-    def write(self, at: int, logits: Tensor, windows: int) -> None:
-        if self.logits is None:
-            shape = (windows, *logits.shape[1:])
-            self.logits = torch.from_file(str(self.file), shared=True, size=math.prod(shape), dtype=logits.dtype).view(
-                shape
-            )
-        self.logits[at : at + len(logits)] = logits.cpu()
+    def write(self, logits: Tensor) -> None:
+        """Append logits [windows, seq − 1, vocabulary]. Raises OSError where the disk is full."""
+        self._like = logits[:1].cpu()
+        self._file.write(memoryview(logits.cpu().contiguous().view(torch.uint8).numpy()))
 
-    def close(self) -> None:
-        self.logits = None
-        self.file.unlink(missing_ok=True)
+    def read(self, at: int, windows: int) -> Tensor:
+        self._file.seek(at * self._like.nbytes)
+        raw = bytearray(windows * self._like.nbytes)
+        self._file.readinto(raw)
+        return torch.frombuffer(raw, dtype=self._like.dtype).view(windows, *self._like.shape[1:])
+
+    def __enter__(self) -> "BaselineLogits":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
 
 
 @torch.inference_mode()
@@ -91,9 +97,9 @@ def evaluate(
         log_p = logits.float().log_softmax(-1)
         nll[here] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
         if is_baseline:
-            baseline.write(at, logits, n)
+            baseline.write(logits)
         else:
-            reference = baseline.logits[here].to(device).float().log_softmax(-1)
+            reference = baseline.read(at, len(tokens)).to(device).float().log_softmax(-1)
             agree[here] = (reference.argmax(-1) == log_p.argmax(-1)).cpu()
             kl[here] = (reference.exp() * (reference - log_p)).sum(-1).clamp_(min=0).cpu()
         advance(len(tokens))

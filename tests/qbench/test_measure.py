@@ -26,14 +26,13 @@ def windows(n=6, seq=24):
 
 def test_quality_against_float64(llama, tmp_path):
     tokens = windows()
-    logits = quality.BaselineLogits(tmp_path / "logits")
+    logits = quality.BaselineLogits(tmp_path)
     baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
     before = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
     layers = models.linear_layers(llama)
     models.replace(llama, models.quantize(layers, formats.get("fp4_e3m0")))
     scores = quality.evaluate(llama, tokens, logits)
     after = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
-    logits.close()
 
     def nll(log_p):
         return -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
@@ -53,10 +52,10 @@ def test_quality_against_float64(llama, tmp_path):
 
 
 def test_batches_do_not_matter(llama, tmp_path, monkeypatch):
-    logits = quality.BaselineLogits(tmp_path / "logits")
+    logits = quality.BaselineLogits(tmp_path)
     whole = quality.evaluate(llama, windows(), logits, is_baseline=True).nll
     monkeypatch.setattr(quality, "BATCH_LOGITS", 1)
-    single = quality.evaluate(llama, windows(), logits, is_baseline=True).nll
+    single = quality.evaluate(llama, windows(), quality.BaselineLogits(tmp_path), is_baseline=True).nll
     assert np.abs(whole - single).max() < 1e-4
 
 

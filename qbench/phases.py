@@ -1,28 +1,33 @@
-"""What a person sees while a run goes on: a bar a phase, with its time; and the seconds each phase took."""
+"""The phases of a run: for a person a bar each, for the record the seconds and the peak memory each took."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .measure.memory import PeakMemory
 
 console = Console(stderr=True)
 
 
 class Phases:
-    """`with phases("quantize", total) as advance:` draws a bar and takes the time; `seconds` has them all.
+    """`with phases("quantize", "what a person reads", total) as advance:` draws a bar that `advance(n, note)` moves.
 
-    Where the output is no terminal a finished phase is one line.
+    seconds, peak_bytes: by phase, also of one that fails. Where the output is no terminal a finished phase is one line.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def __call__(self, name: str, title: str, total: float | None = None) -> Iterator[Callable[..., None]]:
         columns = [
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn() if total and total < 1e5 else TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
@@ -37,10 +42,13 @@ class Phases:
             def advance(amount: float = 1, note: str = "") -> None:
                 progress.update(task, advance=amount, note=note)
 
+            peak = PeakMemory(self.device)
             try:
-                yield advance
+                with peak:
+                    yield advance
                 progress.update(task, completed=total or 1, total=total or 1)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                self.seconds[name] = time.perf_counter() - started
+                self.peak_bytes[name] = peak.bytes
         if not live:
             console.print(f"{title:<28} {time.perf_counter() - started:6.1f} s")

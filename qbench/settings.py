@@ -1,0 +1,70 @@
+"""What a run is told: typed, checked, and the same from a command line or a notebook."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from formats import Format
+
+from .errors import integer
+from .tune import TuneSettings
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """path: a folder or a hub id, None the bundled model. dtype: auto, bfloat16, float16 or float32."""
+
+    path: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """path: a text file, or the name of a bundled text. seq: tokens a window."""
+
+    path: str = "kjv"
+    seq: int = 256
+
+    def __post_init__(self):
+        integer("data.seq", self.seq, at_least=2)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """tokens: held-out tokens that are scored, rounded up to whole windows."""
+
+    tokens: int = 16384
+
+    def __post_init__(self):
+        integer("eval.tokens", self.tokens)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on. tune: None to leave the fine-tuning out."""
+
+    format: Format
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tune: TuneSettings | None = field(default_factory=TuneSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self):
+        integer("seed", self.seed, at_least=0)
+
+    def resolved(self, device: torch.device, dtype: torch.dtype) -> dict:
+        """The configuration as it came out: nothing left on `auto`."""
+        plain = {name: asdict(value) for name in ("model", "data", "eval") if (value := getattr(self, name))}
+        plain["model"]["dtype"] = str(dtype).removeprefix("torch.")
+        return {
+            "format": {"name": self.format.name, "source": self.format.source},
+            "block": self.format.block,
+            "dq": self.format.dq,
+            "seed": self.seed,
+            "device": device.type,
+            **plain,
+            "tune": asdict(self.tune) if self.tune else {"method": "none"},
+        }
