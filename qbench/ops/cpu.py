@@ -24,7 +24,7 @@ from formats.blockwise import SMALLEST, block_count, library
 from formats.packing import pack, packed_bytes, unpack
 from formats.scales import decode_scales
 
-CHUNK = 1 << 15  # weights a chunk: a share of the L2 cache, and as many as torch handles without threads of its own
+CHUNK = 1 << 16  # weights a chunk: a share of the L2 cache
 CELLS = 1 << 12  # of the grid that finds a rank among many levels
 
 # Signed indices, and bounds of a loop that are computed, keep numba from using vector registers: hence the two
@@ -38,10 +38,10 @@ def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="qbench")
 
 
-def _in_chunks(n: int, block: int, work: Callable[[int, int], None]) -> None:
+def _in_chunks(n: int, block: int, work: Callable[[int, int], None], chunk: int = CHUNK) -> None:
     """Run work(start, stop) over 0 … n. A start is a multiple of 8 blocks, so a chunk owns whole bytes of codes."""
     unit = 8 * block
-    step = max(CHUNK // unit, 1) * unit
+    step = max(chunk // unit, 1) * unit
     spans = [(start, min(start + step, n)) for start in range(0, n, step)]
     threads = min(torch.get_num_threads(), len(spans))
     if threads <= 1:
@@ -145,24 +145,34 @@ def _pair(ranks, bytes_of, codes):
 
 
 @kernel
-def _lookup_pairs(codes, tables, out):
-    """Each byte to the values of its two 4-bit codes, from the table of 16 of its block."""
+def _bf16(value):
+    """The upper half of an fp32, rounded to nearest even."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@kernel
+def _decode_pairs(codes, levels, scale, shift, bf16, out):
+    """Bytes of two 4-bit codes to s · L[c] (+ z): the 16 values of a block are made once, then looked up."""
+    table = np.empty(16, out.dtype)
     for b in range(codes.shape[0]):
-        table = tables[b]
+        z = shift[b] if len(shift) else np.float32(-0.0)  # which leaves every number as it is
+        for c in range(16):
+            value = levels[c] * scale[b] + z
+            table[c] = _bf16(value) if bf16 else value
         for i in range(codes.shape[1]):
             out[b, 2 * i] = table[codes[b, i] >> np.uint8(4)]
             out[b, 2 * i + 1] = table[codes[b, i] & np.uint8(15)]
 
 
 @kernel
-def _lookup(codes, levels, scale, shift, out):
-    """s · L[c] (+ z), one code a byte."""
+def _decode(codes, levels, scale, shift, bf16, out):
+    """Bytes of one code to s · L[c] (+ z)."""
     for b in range(codes.shape[0]):
+        z = shift[b] if len(shift) else np.float32(-0.0)
         for i in range(codes.shape[1]):
-            out[b, i] = levels[codes[b, i]] * scale[b]
-        if len(shift):
-            for i in range(codes.shape[1]):
-                out[b, i] += shift[b]
+            value = levels[codes[b, i]] * scale[b] + z
+            out[b, i] = _bf16(value) if bf16 else value
 
 
 def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
@@ -216,35 +226,27 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
 def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     """See `formats.blockwise.dequantize_reference`."""
     n = math.prod(shape)
-    if not n:
-        return torch.empty(shape, dtype=dtype)
-    scales, shifts = decode_scales(scale), decode_scales(shift) if shift else torch.empty(0)
-    pairs = bits == 4 and block % 2 == 0
-    packed = (codes if pairs else unpack(codes, bits, n)).numpy()
-    # numpy asks for huge pages, which halves the time of writing to fresh memory
-    out = torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)
-    words = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[dtype.itemsize]
+    scales = decode_scales(scale).numpy()
+    shifts = decode_scales(shift).numpy() if shift else np.empty(0, np.float32)
+    table = levels.numpy()
+    per_byte = 2 if bits == 4 and block % 2 == 0 else 1
+    packed = (codes if per_byte == 2 else unpack(codes, bits, n)).numpy()
+    decode = _decode_pairs if per_byte == 2 else _decode
+    bf16 = dtype == torch.bfloat16
+    # numpy asks for huge pages, which halves the time of writing to fresh memory; room for the pair of an odd end
+    out = np.empty(n + n % per_byte, np.uint16 if bf16 else np.float32)
 
     def work(start: int, stop: int) -> None:
         for weights, blocks, size in _rows(start, stop, block):
-            s, z = scales[blocks], shifts[blocks] if len(shifts) else shifts
-            target = out[start:stop][weights].view(-1, size)
-            if pairs:
-                table = s[:, None] * levels
-                table = (table + z[:, None] if len(z) else table).to(dtype).view(words).numpy()
-                first = (start + weights.start) // 2
-                source = packed[first : first + (target.numel() + 1) // 2].reshape(len(target), -1)
-                whole = target if size % 2 == 0 else torch.empty(1, size + 1, dtype=dtype)
-                _lookup_pairs(source, table, whole.view(words).numpy())
-            else:
-                whole = torch.empty(target.shape)
-                source = packed[start:stop][weights].reshape(-1, size)
-                _lookup(source, levels.numpy(), s.numpy(), z.numpy(), whole.numpy())
-            if whole is not target:
-                target.copy_(whole[:, :size])
+            first, last = start + weights.start, start + weights.stop
+            last += last % per_byte
+            source = packed[first // per_byte : last // per_byte].reshape(-1, -(size // -per_byte))
+            z = shifts[blocks] if len(shifts) else shifts
+            decode(source, table, scales[blocks], z, bf16, out[first:last].reshape(len(source), -1))
 
-    _in_chunks(n, block, work)
-    return out.view(shape)
+    _in_chunks(n, block, work, max(CHUNK, n // (4 * torch.get_num_threads())))
+    w = torch.from_numpy(out)[:n].view(shape)
+    return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
 
 _registration = torch.library.Library(library.ns, "IMPL")
