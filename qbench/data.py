@@ -63,11 +63,14 @@ def read(path: str) -> Text:
     return Text(train, held_out, hashlib.sha256(raw).hexdigest())
 
 
-def windows(pieces: list[str], tokenizer: PreTrainedTokenizerBase, seq: int, count: int, seed: int) -> Tensor:
+def windows(
+    pieces: list[str], tokenizer: PreTrainedTokenizerBase, vocabulary: int, seq: int, count: int, seed: int
+) -> Tensor:
     """At most `count` windows of `seq` tokens, int64 [n, seq], from pieces taken in an order that `seed` shuffles.
 
     Every window begins with the tokenizer's beginning-of-text token (end-of-text where it has no other), which gives the
-    first token of text something to follow. Raises InputError if the text does not fill one window.
+    first token of text something to follow. Raises InputError if the text does not fill one window, or has tokens beyond
+    the model's vocabulary.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     room = seq - (start is not None)
@@ -79,5 +82,7 @@ def windows(pieces: list[str], tokenizer: PreTrainedTokenizerBase, seq: int, cou
     n = min(len(stream) // room, count)
     if n == 0:
         raise InputError(f"data.path: the text has {len(stream)} tokens here, less than one window of data.seq={seq}")
+    if (largest := max(stream)) >= vocabulary:
+        raise InputError(f"model.path: its tokenizer makes token {largest}, but the model knows {vocabulary} tokens")
     body = torch.tensor(stream[: n * room]).view(n, room)
     return body if start is None else torch.cat([torch.full((n, 1), start), body], 1)

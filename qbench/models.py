@@ -107,6 +107,18 @@ def digest(files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
+    """Tokens a window: `auto` is the usual, or as many as the model has positions. Raises InputError for more."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if seq == "auto":
+        return min(usual, positions or usual)
+    if positions and seq > positions:
+        raise InputError(
+            f"data.seq: {seq} is more than the model's {positions} positions; accepted: auto, or up to those"
+        )
+    return seq
+
+
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers to quantize, by name: every linear one but the output head. Raises InputError if there is none."""
     head = model.get_output_embeddings()

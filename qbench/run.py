@@ -7,7 +7,6 @@ import torch
 from transformers import set_seed
 
 from . import data, models, record
-from .errors import InputError
 from .measure import distribution, error, quality, throughput
 from .phases import Phases
 from .report import run_page
@@ -67,28 +66,25 @@ class Experiment:
         self.result, self.metrics = result, result["metrics"]
         self.metrics |= {"memory": {"peak_bytes": self.phases.peak_bytes}, "throughput": {}, "quality": {}}
         result["run"]["seconds"] = self.phases.seconds
-        result["config"] = settings.resolved(self.device, self.dtype)
         result["environment"] = record.environment(self.device)
         set_seed(settings.seed)
 
     def load(self) -> None:
-        settings, seq = self.settings, self.settings.data.seq
+        settings = self.settings
         with self.phases("load", "load model and text"):
             loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
             self.model = loaded.model
             self.layers = models.linear_layers(self.model)
-            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or seq
-            if seq > positions:
-                raise InputError(
-                    f"data.seq: {seq} is more than the model's {positions} positions; accepted: up to those"
-                )
+            seq = models.pick_seq(settings.data.seq, self.model)
             text = data.read(settings.data.path)
             scored = -(settings.eval.tokens // -(seq - 1))
-            self.held_out = data.windows(text.held_out, loaded.tokenizer, seq, scored, seed=0)
+            told = loaded.tokenizer, self.model.config.get_text_config().vocab_size, seq
+            self.held_out = data.windows(text.held_out, *told, scored, seed=0)
             if settings.tune:
                 wanted = settings.tune.steps * settings.tune.batch
-                self.training = data.windows(text.train, loaded.tokenizer, seq, wanted, settings.seed)
-        self.result["run"]["id"] = record.run_id(self.result["config"], weights=loaded.digest, text=text.digest)
+                self.training = data.windows(text.train, *told, wanted, settings.seed)
+        config = self.result["config"] = settings.resolved(self.device, self.dtype, seq)
+        self.result["run"]["id"] = record.run_id(config, weights=loaded.digest, text=text.digest)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def measure(self, name: str) -> None:

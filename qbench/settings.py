@@ -21,13 +21,15 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """path: a text file, or the name of a bundled text. seq: tokens a window."""
+    """path: a text file, or the name of a bundled text. seq: tokens a window; `auto` is 256, or the model's positions where
+    those are fewer."""
 
     path: str = "kjv"
-    seq: int = 256
+    seq: int | str = "auto"
 
     def __post_init__(self):
-        integer("data.seq", self.seq, at_least=2)
+        if self.seq != "auto":
+            integer("data.seq", self.seq, at_least=2)
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class Settings:
     def __post_init__(self):
         integer("seed", self.seed, at_least=0)
 
-    def resolved(self, device: torch.device, dtype: torch.dtype) -> dict:
+    def resolved(self, device: torch.device, dtype: torch.dtype, seq: int) -> dict:
         """The configuration as it came out: nothing left on `auto`."""
         plain = {name: asdict(value) for name in ("model", "data", "eval") if (value := getattr(self, name))}
         plain["model"]["dtype"] = str(dtype).removeprefix("torch.")
+        plain["data"]["seq"] = seq
         return {
             "format": {"name": self.format.name, "source": self.format.source},
             "block": self.format.block,

@@ -41,10 +41,10 @@ def test_gzip(tmp_path):
 
 def test_windows(tokenizer):
     text = data.read("kjv")
-    found = data.windows(text.held_out, tokenizer, 64, 10, seed=0)
+    found = data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=0)
     assert found.shape == (10, 64) and (found[:, 0] == tokenizer.bos_token_id).all()
-    assert (data.windows(text.held_out, tokenizer, 64, 10, seed=0) == found).all()
-    assert (data.windows(text.held_out, tokenizer, 64, 10, seed=1) != found).any()
+    assert (data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=0) == found).all()
+    assert (data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=1) != found).any()
     words = tokenizer.decode(found[0, 1:])
     assert any(words[5:60] in piece for piece in text.held_out)
 
@@ -53,10 +53,15 @@ def test_windows(tokenizer):
 def test_bad_texts(tmp_path, tokenizer, content):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"data\.path"):
-        data.windows(data.read(str(tmp_path / "a.txt")).held_out, tokenizer, 64, 4, seed=0)
+        data.windows(data.read(str(tmp_path / "a.txt")).held_out, tokenizer, 4096, 64, 4, seed=0)
 
 
 def test_a_truncated_archive(tmp_path):
     (tmp_path / "a.xz").write_bytes((data.TEXTS / "kjv.txt.xz").read_bytes()[:5000])
     with pytest.raises(InputError, match=r"a\.xz.*cannot be read"):
         data.read(str(tmp_path / "a.xz"))
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(tokenizer):
+    with pytest.raises(InputError, match=r"token \d+, but the model knows 100 tokens"):
+        data.windows(data.read("kjv").held_out, tokenizer, 100, 64, 4, seed=0)

@@ -1,0 +1,90 @@
+"""The house stands as the README says: imports run one way, every format has its YAML, the examples run."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import formats
+from qbench.__main__ import CONF, choices
+
+ROOT = Path(__file__).parent.parent
+# what each part may import of the house: itself and what is listed before it
+ORDER = [
+    "errors",
+    "ops",
+    "layers",
+    "measure",
+    "optim",
+    "models",
+    "data",
+    "tune",
+    "settings",
+    "record",
+    "report",
+    "phases",
+    "run",
+]
+
+
+def imported(file: Path) -> set[str]:
+    """Full names of the modules that a file imports, relative ones resolved."""
+    package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{start}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_formats_know_torch_and_themselves():
+    for file in (ROOT / "formats").glob("*.py"):
+        tops = {name.partition(".")[0] for name in imported(file)}
+        assert tops <= {"torch", "formats"} | set(sys.stdlib_module_names), file
+
+
+def test_imports_of_the_harness_run_one_way():
+    for file in (ROOT / "qbench").rglob("*.py"):
+        parts = file.relative_to(ROOT / "qbench").with_suffix("").parts
+        if parts[0] in ("__main__", "__init__"):
+            continue
+        for name in imported(file):
+            assert name.partition(".")[0] not in ("hydra", "omegaconf"), f"{file} sees a Hydra config"
+            if name.startswith("qbench."):
+                assert ORDER.index(name.split(".")[1]) <= ORDER.index(parts[0]), f"{file} imports {name}"
+
+
+def test_every_format_has_a_yaml_and_every_yaml_a_format():
+    built = set()
+    for file in (CONF / "format").glob("*.yaml"):
+        recipe = yaml.safe_load(file.read_text())
+        assert recipe.pop("block") == "${block}" and recipe.pop("dq") == "${dq}", file
+        assert formats.get(**recipe).name == file.stem
+        built.add(file.stem)
+    assert built == set(formats.names()) == set(choices())
+
+
+def test_every_format_names_its_source():
+    for name in formats.names():
+        assert formats.get(name).source
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_the_examples_of_the_readme_run(block):
+    scope = {"torch": torch, "w": torch.randn(30, 70)}
+    try:
+        exec(block, scope)
+        for name in set(re.findall(r'@register\("(\w+)"\)', block)):
+            q = formats.get(name, block=16, dq=True).quantize(scope["w"])
+            assert (q.dequantize() - scope["w"]).abs().max() <= scope["w"].abs().max()
+    finally:
+        for name in re.findall(r'@register\("(\w+)"\)', block):
+            formats._registry.pop(name, None)
