@@ -27,7 +27,7 @@ def run(settings: Settings, folder: Path) -> dict:
         "status": "failed",
         "error": None,
         "run": {"id": None, "started": record.now(), "seconds": {}},
-        "config": None,
+        "config": settings.plain(),
         "environment": None,
         "metrics": {},
     }
@@ -83,7 +83,8 @@ class Experiment:
             if settings.tune:
                 wanted = settings.tune.steps * settings.tune.batch
                 self.training = data.windows(text.train, *told, wanted, settings.seed)
-        config = self.result["config"] = settings.resolved(self.device, self.dtype, seq)
+        dtype = str(self.dtype).removeprefix("torch.")
+        config = self.result["config"] = settings.plain(device=self.device.type, dtype=dtype, seq=seq)
         self.result["run"]["id"] = record.run_id(config, weights=loaded.digest, text=text.digest)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

@@ -2,8 +2,6 @@
 
 from dataclasses import asdict, dataclass, field
 
-import torch
-
 from formats import Format
 
 from .errors import integer
@@ -21,8 +19,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """path: a text file, or the name of a bundled text. seq: tokens a window; `auto` is 256, or the model's positions where
-    those are fewer."""
+    """path: a text file, or the name of a bundled text. seq: tokens a window; `auto` is 256, or what the model can."""
 
     path: str = "kjv"
     seq: int | str = "auto"
@@ -57,17 +54,17 @@ class Settings:
     def __post_init__(self):
         integer("seed", self.seed, at_least=0)
 
-    def resolved(self, device: torch.device, dtype: torch.dtype, seq: int) -> dict:
-        """The configuration as it came out: nothing left on `auto`."""
-        plain = {name: asdict(value) for name in ("model", "data", "eval") if (value := getattr(self, name))}
-        plain["model"]["dtype"] = str(dtype).removeprefix("torch.")
-        plain["data"]["seq"] = seq
+    def plain(self, **found: str | int) -> dict:
+        """The configuration as JSON holds it; `found` tells device, dtype and seq once they are no longer `auto`."""
+        model, data = asdict(self.model), asdict(self.data)
         return {
             "format": {"name": self.format.name, "source": self.format.source},
             "block": self.format.block,
             "dq": self.format.dq,
             "seed": self.seed,
-            "device": device.type,
-            **plain,
+            "device": found.get("device", self.device),
+            "model": {**model, "dtype": found.get("dtype", self.model.dtype)},
+            "data": {**data, "seq": found.get("seq", self.data.seq)},
             "tune": asdict(self.tune) if self.tune else {"method": "none"},
+            "eval": asdict(self.eval),
         }
