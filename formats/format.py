@@ -7,6 +7,7 @@ the levels depend on the tensor, override `codebook`.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -150,8 +151,9 @@ class Format:
         scale, shift = self.scale_and_shift(flat)
         book = self.codebook(flat)
         codes, scale = torch.ops.qbench.quantize(flat, book.boundaries, book.order, self.bits, self.block, scale, shift)
-        # a NaN or an Inf among the weights is one in the scale of its block, and there are few scales
-        if not scale.isfinite().all():
+        # a NaN or an Inf among the weights is one in the scale of its block; numpy looks without waking other threads
+        scales = scale.cpu().numpy()
+        if not (isfinite(scales.min(initial=0)) and isfinite(scales.max(initial=0))):
             raise ValueError(f"{name}: holds {_describe(flat)}, a quantized tensor cannot")
         return QuantizedTensor(
             format=self.name,

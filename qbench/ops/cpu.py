@@ -4,10 +4,12 @@ Both walk the tensor in chunks that stay in cache, and the chunks run on a few t
 `torch.get_num_threads()`, with the interpreter's lock released. The results are those of the reference in
 `formats.blockwise` to the last bit, whatever the number of threads.
 
-Work a weight, 4 bits a code: quantize reads 4 bytes and asks 15 boundaries, three vector operations each; dequantize
-looks one of 16 values up, which were scaled and rounded once a block, and writes it. Tried and left: `torch.bucketize`
-(30 times slower); `torch.compile` (half the speed, and asks for a C++ compiler); numba's own `prange` (seconds more to
-compile, and its default thread pool ends the process when two threads enter it at once).
+Work a weight, 4 bits a code: quantize reads 4 bytes and asks 15 boundaries; dequantize looks one of 16 values up, which
+were scaled and rounded once a block, and writes it. `avx512` has those two loops in fewer instructions.
+
+Tried and left: `torch.bucketize` (30 times slower); `torch.compile` (half the speed, and asks for a C++ compiler);
+numba's own `prange` (seconds more to compile, and its default thread pool ends the process when two threads enter it at
+once); a chunk a call in dequantize (the interpreter's lock, 40 µs a call, was the limit).
 """
 
 import math
@@ -22,9 +24,14 @@ from numba import njit
 
 from formats.blockwise import SMALLEST, block_count, library
 from formats.packing import pack, packed_bytes, unpack
-from formats.scales import decode_scales
+from formats.scales import NESTED_BLOCK, decode_scales, dynamic_map
 
-CHUNK = 1 << 16  # weights a chunk: a share of the L2 cache
+from . import avx512
+
+CHUNK = 1 << 16  # weights a chunk where each chunk takes several calls: a share of the L2 cache
+ALONE = 1 << 20  # weights below which a thread has no help: PyTorch's own threads, still awake, would be in the way
+GROUP = 1 << 12  # weights that go through the loops of quantize together: they stay in the L1 cache
+AVX512 = avx512.available()
 CELLS = 1 << 12  # of the grid that finds a rank among many levels
 
 # Signed indices, and bounds of a loop that are computed, keep numba from using vector registers: hence the two
@@ -43,7 +50,7 @@ def _in_chunks(n: int, block: int, work: Callable[[int, int], None], chunk: int 
     unit = 8 * block
     step = max(chunk // unit, 1) * unit
     spans = [(start, min(start + step, n)) for start in range(0, n, step)]
-    threads = min(torch.get_num_threads(), len(spans))
+    threads = min(torch.get_num_threads(), len(spans), n // ALONE)
     if threads <= 1:
         for span in spans:
             work(*span)
@@ -54,6 +61,11 @@ def _in_chunks(n: int, block: int, work: Callable[[int, int], None], chunk: int 
             work(*span)
 
     list(_pool(os.getpid(), threads).map(share, range(threads)))
+
+
+def _share(n: int) -> int:
+    """Weights a chunk where a chunk needs no more than one call: a few a thread, to even out their speeds."""
+    return max(CHUNK, n // (4 * torch.get_num_threads()))
 
 
 def _rows(start: int, stop: int, block: int) -> Iterator[tuple[slice, slice, int]]:
@@ -78,13 +90,13 @@ def _absmax(w, scale):
 
 
 @kernel
-def _normalize(w, scale, shift, smallest, divide, x):
-    """x = (w − z) · (1/s), or, to `divide`, (w − z) / s, as bitsandbytes does in the tail."""
+def _normalize(w, scale, shift, smallest, tail, x):
+    """x = (w − z) · (1/s), in the tail (w − z) / s."""
     for b in range(w.shape[0]):
         s = max(scale[b], smallest)
         z = shift[b] if len(shift) else np.float32(0)
         inverse = np.float32(1) / s
-        if divide:
+        if tail:
             for i in range(w.shape[1]):
                 x[b, i] = (w[b, i] - z) / s
         else:
@@ -99,15 +111,17 @@ def _below(edge, x):
 
 
 @kernel
-def _rank_few(x, e, ranks):
-    """ranks[i] = how many of the 15 boundaries e lie below x[i], by asking all of them."""
+def encode_few(x, e, order, codes):
+    """codes[i] = order[rank], the rank how many of the boundaries e[:15] lie below x[i], by asking all of them."""
     e0, e1, e2, e3, e4, e5, e6, e7 = e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]
     e8, e9, e10, e11, e12, e13, e14 = e[8], e[9], e[10], e[11], e[12], e[13], e[14]
     for i in range(len(x)):
         v = x[i]
         low = _below(e0, v) + _below(e1, v) + _below(e2, v) + _below(e3, v) + _below(e4, v) + _below(e5, v)
         middle = _below(e6, v) + _below(e7, v) + _below(e8, v) + _below(e9, v) + _below(e10, v) + _below(e11, v)
-        ranks[i] = np.uint8(low + middle + _below(e12, v) + _below(e13, v) + _below(e14, v))
+        codes[i] = np.uint8(low + middle + _below(e12, v) + _below(e13, v) + _below(e14, v))
+    for i in range(len(x)):
+        codes[i] = order[codes[i]]
 
 
 @kernel
@@ -120,14 +134,14 @@ def _cell(x, cells):
 
 
 @kernel
-def _rank_many(x, e, first, ranks):
-    """As `_rank_few` for any number of boundaries, an Inf at their end: first[c] of them lie in cells before c."""
+def encode_many(x, e, order, first, codes):
+    """As `encode_few` for any number of boundaries, an Inf at their end: first[c] of them lie in cells before c."""
     for i in range(len(x)):
         rank = first[_cell(x[i], len(first))]
         rank += np.uint32(x[i] > e[rank])
         while x[i] > e[rank]:  # two boundaries in a cell: rare, unless the levels crowd
             rank += np.uint32(1)
-        ranks[i] = np.uint8(rank)
+        codes[i] = order[rank]
 
 
 @kernel
@@ -138,10 +152,35 @@ def _first_in_cells(e, first):
 
 
 @kernel
-def _pair(ranks, bytes_of, codes):
-    """Two ranks to one byte of two 4-bit codes."""
-    for i in range(len(codes)):
-        codes[i] = bytes_of[ranks[2 * i] << np.uint8(4) | ranks[2 * i + 1]]
+def encode_rows(w, scale, scale_given, shift, smallest, tail, edges, order, first, pairs, codes):
+    """Rows of w, a block each, to their scales, unless given, and their codes, a byte each or, as `pairs`, two to a byte.
+
+    A `tail` is a row of its own, treated as bitsandbytes treats it: its scale is at least `smallest`, and divides.
+    """
+    size = w.shape[1]
+    group = max(GROUP // size, 1) * 2
+    x = np.empty((group, size), np.float32)
+    single = np.zeros(group * size + 1, np.uint8)
+    for start in range(0, w.shape[0], group):
+        stop = min(start + group, w.shape[0])
+        rows, n = w[start:stop], (stop - start) * size
+        if not scale_given:
+            _absmax(rows, scale[start:stop])
+            if tail:
+                scale[start] = max(scale[start], smallest)
+        _normalize(rows, scale[start:stop], shift[start:stop], smallest, tail, x)
+        flat = x.reshape(-1)[:n]
+        target = single if pairs else codes[start * size : start * size + n]
+        if len(first):
+            encode_many(flat, edges, order, first, target)
+        else:
+            encode_few(flat, edges, order, target)
+        if pairs:
+            if n % 2:
+                single[n] = order[np.searchsorted(edges, np.float32(0))]
+            target = codes[start * size // 2 : (start * size + n + 1) // 2]
+            for i in range(len(target)):
+                target[i] = single[2 * i] << np.uint8(4) | single[2 * i + 1]
 
 
 @kernel
@@ -152,7 +191,7 @@ def _bf16(value):
 
 
 @kernel
-def _decode_pairs(codes, levels, scale, shift, bf16, out):
+def decode_pairs(codes, levels, scale, shift, bf16, out):
     """Bytes of two 4-bit codes to s · L[c] (+ z): the 16 values of a block are made once, then looked up."""
     table = np.empty(16, out.dtype)
     for b in range(codes.shape[0]):
@@ -166,7 +205,7 @@ def _decode_pairs(codes, levels, scale, shift, bf16, out):
 
 
 @kernel
-def _decode(codes, levels, scale, shift, bf16, out):
+def decode_single(codes, levels, scale, shift, bf16, out):
     """Bytes of one code to s · L[c] (+ z)."""
     for b in range(codes.shape[0]):
         z = shift[b] if len(shift) else np.float32(-0.0)
@@ -175,63 +214,68 @@ def _decode(codes, levels, scale, shift, bf16, out):
             out[b, i] = _bf16(value) if bf16 else value
 
 
+@kernel
+def _decode_nested(codes, levels, absmax, offset, block, out):
+    for i in range(len(codes)):
+        out[i] = levels[codes[i]] * absmax[i // block] + offset
+
+
+def _decode_scales(stored: list[torch.Tensor]) -> np.ndarray:
+    """See `formats.scales.decode_scales`."""
+    if len(stored) != 3:
+        return decode_scales(stored).numpy()
+    codes, absmax, offset = (t.numpy() for t in stored)
+    out = np.empty(len(codes), np.float32)
+    _decode_nested(codes, dynamic_map().numpy(), absmax, offset[()], NESTED_BLOCK, out)
+    return out
+
+
 def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
     """See `formats.blockwise.quantize_reference`."""
-    w = w.detach().reshape(-1)
+    w = w.detach().reshape(-1).contiguous()
     n = w.numel()
     given = scale is not None
     scales = scale.numpy().copy() if given else np.empty(block_count(n, block), np.float32)
     shifts = shift.numpy() if shift is not None else np.empty(0, np.float32)
-    smallest = np.float32(SMALLEST)
-    ranked = order.numpy()
     few = len(boundaries) <= 15
-    edges = np.full(15 if few else len(boundaries) + 1, np.inf, np.float32)
+    edges = np.full(32 if few else len(boundaries) + 1, np.inf, np.float32)
     edges[: len(boundaries)] = boundaries.numpy() + np.float32(0)  # −0 becomes +0: `_below` reads signs
-    first = np.zeros(CELLS, np.uint32)
+    ranked = np.zeros(max(16, len(order)), np.int32)
+    ranked[: len(order)] = order.numpy()
+    first = np.zeros(0 if few else CELLS, np.uint32)
     if not few:
         _first_in_cells(edges[:-1], first)
-    zero = int(np.searchsorted(edges, np.float32(0)))
-    codes = np.empty(packed_bytes(n, bits) if bits == 4 else n, np.uint8)
-    bytes_of = (ranked[:, None] << 4 | ranked[None, :]).reshape(-1)
+    smallest = np.float32(SMALLEST)
+    pairs = bits == 4 and block % 2 == 0
+    codes = np.empty(packed_bytes(n, bits) if pairs else n, np.uint8)
 
     def work(start: int, stop: int) -> None:
         chunk = w[start:stop].float().numpy()
-        x = np.empty(len(chunk), np.float32)
         for weights, blocks, size in _rows(start, stop, block):
-            rows = chunk[weights].reshape(-1, size)
-            if not given:
-                _absmax(rows, scales[blocks])
-                if size < block:
-                    scales[-1] = max(scales[-1], smallest)
-            z = shifts[blocks] if len(shifts) else shifts
-            _normalize(rows, scales[blocks], z, smallest, size < block, x[weights].reshape(-1, size))
-        ranks = np.empty(len(chunk) + (len(chunk) & 1), np.uint8)
-        ranks[-1] = zero
-        if few:
-            _rank_few(x, edges, ranks[: len(chunk)])
-        else:
-            _rank_many(x, edges, first, ranks[: len(chunk)])
-        if bits == 4:
-            _pair(ranks, bytes_of, codes[start // 2 : (stop + 1) // 2])
-        else:
-            np.take(ranked, ranks[: len(chunk)], out=codes[start:stop])
+            rows, at = chunk[weights].reshape(-1, size), start + weights.start
+            s, z = scales[blocks], shifts[blocks] if len(shifts) else shifts
+            if AVX512 and pairs and size == block and size % 32 == 0:
+                avx512.encode_pairs(rows, s, given, z, smallest, edges, ranked, codes[at // 2 :])
+            else:
+                target = codes[at // 2 :] if pairs else codes[at:]
+                encode_rows(rows, s, given, z, smallest, size < block, edges, ranked, first, pairs, target)
 
-    _in_chunks(n, block, work)
+    _in_chunks(n, block, work, _share(n) if w.dtype == torch.float32 else CHUNK)
     packed = torch.from_numpy(codes)
-    if bits != 4:
-        packed = pack(packed, bits, fill=int(ranked[zero]))
+    if not pairs:
+        packed = pack(packed, bits, fill=int(ranked[np.searchsorted(edges, np.float32(0))]))
     return packed, torch.from_numpy(scales)
 
 
 def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     """See `formats.blockwise.dequantize_reference`."""
     n = math.prod(shape)
-    scales = decode_scales(scale).numpy()
-    shifts = decode_scales(shift).numpy() if shift else np.empty(0, np.float32)
+    scales = _decode_scales(scale)
+    shifts = _decode_scales(shift) if shift else np.empty(0, np.float32)
     table = levels.numpy()
     per_byte = 2 if bits == 4 and block % 2 == 0 else 1
     packed = (codes if per_byte == 2 else unpack(codes, bits, n)).numpy()
-    decode = _decode_pairs if per_byte == 2 else _decode
+    decode = decode_pairs if per_byte == 2 else decode_single
     bf16 = dtype == torch.bfloat16
     # numpy asks for huge pages, which halves the time of writing to fresh memory; room for the pair of an odd end
     out = np.empty(n + n % per_byte, np.uint16 if bf16 else np.float32)
@@ -242,9 +286,12 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
             last += last % per_byte
             source = packed[first // per_byte : last // per_byte].reshape(-1, -(size // -per_byte))
             z = shifts[blocks] if len(shifts) else shifts
-            decode(source, table, scales[blocks], z, bf16, out[first:last].reshape(len(source), -1))
+            wide = AVX512 and per_byte == 2 and size % 32 == 0
+            (avx512.decode_pairs if wide else decode)(
+                source, table, scales[blocks], z, bf16, out[first:last].reshape(len(source), -1)
+            )
 
-    _in_chunks(n, block, work, max(CHUNK, n // (4 * torch.get_num_threads())))
+    _in_chunks(n, block, work, _share(n))
     w = torch.from_numpy(out)[:n].view(shape)
     return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 

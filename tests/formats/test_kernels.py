@@ -2,18 +2,28 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import formats
 from formats import blockwise
+from qbench.ops import cpu
 from tests.formats.tensors import weights
+
+
+@pytest.fixture(params=["avx512", "plain"], autouse=True)
+def loops(request, monkeypatch):
+    """Both sets of inner loops, where the machine has both."""
+    if request.param == "avx512" and not cpu.AVX512:
+        pytest.skip("this CPU has no AVX-512")
+    monkeypatch.setattr(cpu, "AVX512", request.param == "avx512")
+
 
 QUANTIZED = [name for name in formats.names() if name != "none"]
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     w=weights(),
     block=st.sampled_from([1, 3, 16, 17, 32, 64, 128, 4096]),
@@ -35,7 +45,7 @@ def test_equal_the_reference(name, w, block, dq, dtype):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 700), block=st.sampled_from([5, 16, 64]))
 def test_any_table_of_2_to_256_levels(bits, seed, n, block):
     generator = torch.Generator().manual_seed(seed)
