@@ -11,9 +11,12 @@ import traceback
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = 1
 FILE = "result.json"
@@ -41,6 +44,17 @@ def read(path: Path | str) -> dict:
     """The result at a path: a result.json, or the folder that holds it."""
     path = Path(path)
     return json.loads((path / FILE if path.is_dir() else path).read_text())
+
+
+def frame(*paths: Path | str) -> "pandas.DataFrame":
+    """Every result under the paths as one DataFrame: a row a run, a column a number, named by its place in the JSON
+    (`metrics.quality.tuned.nll`); lists stay lists. Sorted by path, which is the column `path`."""
+    import pandas
+
+    files = sorted({file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob(FILE))})
+    rows = pandas.json_normalize([json.loads(file.read_text()) for file in files])
+    rows.insert(0, "path", [str(file.parent) for file in files])
+    return rows
 
 
 def _plain(value: Any) -> Any:

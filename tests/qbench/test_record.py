@@ -35,3 +35,12 @@ def test_the_id_tells_what_decides():
     assert base == record.run_id({"block": 64}, text="b", weights="a")
     assert base != record.run_id({"block": 32}, weights="a", text="b")
     assert base != record.run_id({"block": 64}, weights="c", text="b")
+
+
+def test_many_results_are_one_frame(tmp_path):
+    for name in ("nf4", "int8"):
+        record.write(tmp_path / name, {"config": {"format": {"name": name}}, "metrics": {"windows": [1.0, 2.0]}})
+    frame = record.frame(tmp_path)
+    assert frame["config.format.name"].tolist() == ["int8", "nf4"]
+    assert frame["metrics.windows"][0] == [1.0, 2.0]
+    assert len(record.frame(tmp_path / "nf4", tmp_path / "nf4" / "result.json")) == 1
