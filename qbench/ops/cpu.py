@@ -1,6 +1,6 @@
-"""The CPU kernels: quantize and dequantize, compiled by numba, no compiler needed.
+"""The CPU kernels: quantize, dequantize and the product with one row, compiled by numba, no compiler needed.
 
-Both walk the tensor in chunks that stay in cache, and the chunks run on a few threads, as many as
+They walk the tensor in chunks that stay in cache, and the chunks run on a few threads, as many as
 `torch.get_num_threads()`, with the interpreter's lock released. The results are those of the reference in
 `formats.blockwise` to the last bit, whatever the number of threads.
 
@@ -27,6 +27,7 @@ from formats.packing import pack, packed_bytes, unpack
 from formats.scales import NESTED_BLOCK, decode_scales, dynamic_map
 
 from . import avx512
+from .linear import linear as decoded_linear
 
 CHUNK = 1 << 16  # weights a chunk where each chunk takes several calls: a share of the L2 cache
 ALONE = 1 << 20  # weights below which a thread has no help: PyTorch's own threads, still awake, would be in the way
@@ -296,6 +297,32 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
 
+def linear(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+    """See `qbench.ops.linear`: one row of x meets the codes as they are, more are worth decoding the weight for."""
+    rows = x.numel() // in_features
+    fused = (
+        AVX512 and rows == 1 and x.dtype != torch.float64 and bits == 4 and block % 32 == 0 and in_features % block == 0
+    )
+    if not fused:
+        return decoded_linear(x, codes, levels, scale, shift, bits, block, out_features, in_features)
+    row = x.reshape(-1).float()
+    even, odd = row[0::2].contiguous().numpy(), row[1::2].contiguous().numpy()
+    sums = row.view(-1, block).sum(1).numpy() if shift else np.empty(0, np.float32)
+    packed = codes.numpy().reshape(out_features, -1)
+    scales = _decode_scales(scale).reshape(out_features, -1)
+    shifts = _decode_scales(shift).reshape(out_features, -1) if shift else np.empty((0, 0), np.float32)
+    y = np.empty(out_features, np.float32)
+
+    def work(start: int, stop: int) -> None:
+        mine = slice(start // in_features, stop // in_features)
+        z = shifts[mine] if len(shifts) else shifts
+        avx512.multiply_row(packed[mine], levels.numpy(), scales[mine], z, even, odd, sums, y[mine])
+
+    _in_chunks(codes.numel() * 2, in_features, work, _share(codes.numel() * 2))
+    return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], out_features)
+
+
 _registration = torch.library.Library(library.ns, "IMPL")
 _registration.impl("quantize", quantize, "CPU")
 _registration.impl("dequantize", dequantize, "CPU")
+_registration.impl("linear", linear, "CPU")

@@ -34,6 +34,30 @@ def test_forward_and_backward_against_float64(name, dq, dtype):
     assert (x.grad.double() - expected_dx).norm() < TOLERANCE[dtype] * expected_dx.norm()
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4_asym", "quantile", "int8"])
+@pytest.mark.parametrize("dq", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("in_features", [32, 96, 1024, 80])
+def test_one_row_against_float64(name, dq, dtype, in_features):
+    _, layer = make(name, dq, in_features=in_features, dtype=dtype)
+    x = torch.randn(1, 1, in_features, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    w = layer.weight.dequantize(torch.float32).double()
+    expected = x.detach().double() @ w.t() + layer.bias.double()
+    assert y.dtype == dtype and y.shape == (1, 1, 48)
+    assert (y.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    y.sum().backward()
+    assert (x.grad.double() - w.sum(0)).norm() < TOLERANCE[dtype] * w.sum(0).norm()
+
+
+def test_one_row_of_a_large_weight():
+    torch.manual_seed(0)
+    layer = QuantLinear(formats.get("nf4", dq=True).quantize(torch.randn(2000, 2048)))
+    x = torch.randn(2048)
+    w = layer.weight.dequantize().double()
+    assert (layer(x).double() - w @ x.double()).norm() < 1e-5 * (w @ x.double()).norm()
+
+
 def test_gradient_by_finite_differences():
     _, layer = make(dtype=torch.float64, bias=False)
     x = torch.randn(2, 80, dtype=torch.float64, requires_grad=True)
