@@ -68,8 +68,9 @@ def weights(result: dict):
     axes.set(
         xlabel="weight over the scale of its block (w − z) / s", ylabel="density", ylim=(0, top), xlim=edges[[0, -1]]
     )
-    axes.set_title(f"Weights within their blocks and the levels of {words.title(result['config'])}")
-    axes.legend(frameon=False, loc="upper right")
+    levels = f" and the levels of {words.title(result['config'])}" if tables else f" of {result['config']['block']}"
+    axes.set_title(f"Weights within their blocks{levels}")
+    axes.legend(framealpha=0.9, edgecolor="none", loc="upper right")
     return figure, "Histogram of all quantized weights, each over the scale of its block, and the levels they round to."
 
 
