@@ -27,8 +27,8 @@ class TuneSettings:
     """
 
     method: str = "lora"
-    steps: int = 60
-    batch: int = 8
+    steps: int = 40
+    batch: int = 4
     accumulate: int = 1
     rank: int = 16
     alpha: float = 32

@@ -14,6 +14,7 @@ once); a chunk a call in dequantize (the interpreter's lock, 40 µs a call, was 
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -62,6 +63,30 @@ def _in_chunks(n: int, block: int, work: Callable[[int, int], None], chunk: int 
             work(*span)
 
     list(_pool(os.getpid(), threads).map(share, range(threads)))
+
+
+_kept: list[np.ndarray] = []
+
+
+def _memory(nbytes: int) -> np.ndarray:
+    """Uninitialised bytes for one decoded weight; once the tensor made of them is gone, the next weight gets them.
+
+    The pages of fresh memory take longer to come by than a weight takes to decode, and a model decodes layer after layer.
+    No more than one weight's bytes are kept.
+    """
+    if nbytes < 1 << 20:  # malloc keeps such by itself
+        return np.empty(nbytes, np.uint8)
+    raw = _kept.pop() if _kept else None
+    if raw is None or not nbytes <= raw.nbytes <= 2 * nbytes:
+        raw = np.empty(nbytes, np.uint8)
+    lent = raw[:nbytes]
+    weakref.finalize(lent, _keep, raw).atexit = False
+    return lent
+
+
+def _keep(raw: np.ndarray) -> None:
+    if not _kept:
+        _kept.append(raw)
 
 
 def _share(n: int) -> int:
@@ -278,8 +303,8 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     packed = (codes if per_byte == 2 else unpack(codes, bits, n)).numpy()
     decode = decode_pairs if per_byte == 2 else decode_single
     bf16 = dtype == torch.bfloat16
-    # numpy asks for huge pages, which halves the time of writing to fresh memory; room for the pair of an odd end
-    out = np.empty(n + n % per_byte, np.uint16 if bf16 else np.float32)
+    raw = _memory((n + n % per_byte) * (2 if bf16 else 4))  # with room for the pair of an odd end
+    out = raw.view(np.uint16 if bf16 else np.float32)
 
     def work(start: int, stop: int) -> None:
         for weights, blocks, size in _rows(start, stop, block):
@@ -293,8 +318,8 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
             )
 
     _in_chunks(n, block, work, _share(n))
-    w = torch.from_numpy(out)[:n].view(shape)
-    return w.view(torch.bfloat16) if bf16 else w.to(dtype)
+    w = torch.from_numpy(raw).view(torch.bfloat16 if bf16 else torch.float32)[:n].view(shape)
+    return w.to(dtype)
 
 
 def linear(x, codes, levels, scale, shift, bits, block, out_features, in_features):

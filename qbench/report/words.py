@@ -1,5 +1,6 @@
 """The answer of a run in sentences and as the rows of one table, for the terminal and the page alike."""
 
+import math
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
@@ -12,9 +13,11 @@ def title(config: dict) -> str:
 
 
 def _change(against: dict) -> str:
-    """A difference of log-likelihoods as the per cent of perplexity that it is."""
+    """A difference of log-likelihoods as the per cent of the baseline's perplexity that it is."""
     delta, stderr = against["delta_nll"], against["stderr"]
-    percent = f"{abs(delta) * 100:.2f}% ± {stderr * 100:.2f}%" if stderr is not None else f"{abs(delta) * 100:.2f}%"
+    percent = f"{100 * abs(math.expm1(delta)):.2f}%"
+    if stderr is not None:
+        percent += f" ± {100 * math.exp(delta) * stderr:.2f}%"
     if delta == 0 and not stderr:
         return "no different from the baseline's"
     if against["p"] is None or against["p"] > SIGNIFICANT:

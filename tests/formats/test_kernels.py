@@ -57,3 +57,15 @@ def test_any_table_of_2_to_256_levels(bits, seed, n, block):
     assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
     arguments = codes, book.levels, [scale], [], bits, block, [n], torch.float32
     assert torch.equal(torch.ops.qbench.dequantize(*arguments), blockwise.dequantize_reference(*arguments))
+
+
+def test_memory_goes_round_only_once_nobody_holds_it():
+    first, second = (formats.get("nf4").quantize(torch.randn(1024, 1024)) for _ in range(2))
+    held = first.dequantize()
+    expected, part, place = held.clone(), held[3:5], held.data_ptr()
+    del held
+    assert second.dequantize().data_ptr() != place, "a view still holds it"
+    assert torch.equal(part, expected[3:5])
+    del part
+    again = [second.dequantize() for _ in range(2)]
+    assert again[0].data_ptr() != again[1].data_ptr() and torch.equal(*again)
