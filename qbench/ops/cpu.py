@@ -68,18 +68,19 @@ def _in_chunks(n: int, block: int, work: Callable[[int, int], None], chunk: int 
 _kept: list[np.ndarray] = []
 
 
-def _memory(nbytes: int) -> np.ndarray:
-    """Uninitialised bytes for one decoded weight; once the tensor made of them is gone, the next weight gets them.
+def _memory(n: int, dtype: type) -> np.ndarray:
+    """An uninitialised array for one decoded weight; once the tensor made of it is gone, the next weight gets its memory.
 
     The pages of fresh memory take longer to come by than a weight takes to decode, and a model decodes layer after layer.
     No more than one weight's bytes are kept.
     """
+    nbytes = n * np.dtype(dtype).itemsize
     if nbytes < 1 << 20:  # malloc keeps such by itself
-        return np.empty(nbytes, np.uint8)
+        return np.empty(n, dtype)
     raw = _kept.pop() if _kept else None
     if raw is None or not nbytes <= raw.nbytes <= 2 * nbytes:
         raw = np.empty(nbytes, np.uint8)
-    lent = raw[:nbytes]
+    lent = raw[:nbytes].view(dtype)
     weakref.finalize(lent, _keep, raw).atexit = False
     return lent
 
@@ -303,8 +304,7 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     packed = (codes if per_byte == 2 else unpack(codes, bits, n)).numpy()
     decode = decode_pairs if per_byte == 2 else decode_single
     bf16 = dtype == torch.bfloat16
-    raw = _memory((n + n % per_byte) * (2 if bf16 else 4))  # with room for the pair of an odd end
-    out = raw.view(np.uint16 if bf16 else np.float32)
+    out = _memory(n + n % per_byte, np.uint16 if bf16 else np.float32)  # with room for the pair of an odd end
 
     def work(start: int, stop: int) -> None:
         for weights, blocks, size in _rows(start, stop, block):
@@ -318,8 +318,8 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
             )
 
     _in_chunks(n, block, work, _share(n))
-    w = torch.from_numpy(raw).view(torch.bfloat16 if bf16 else torch.float32)[:n].view(shape)
-    return w.to(dtype)
+    w = torch.from_numpy(out)[:n].view(shape)
+    return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
 
 def linear(x, codes, levels, scale, shift, bits, block, out_features, in_features):
