@@ -21,13 +21,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 
 from formats.blockwise import SMALLEST, block_count, library
 from formats.packing import pack, packed_bytes, unpack
 from formats.scales import NESTED_BLOCK, decode_scales, dynamic_map
 
 from . import avx512
+from .avx512 import kernel
 from .linear import linear as decoded_linear
 
 CHUNK = 1 << 16  # weights a chunk where each chunk takes several calls: a share of the L2 cache
@@ -36,9 +36,8 @@ GROUP = 1 << 12  # weights that go through the loops of quantize together: they 
 AVX512 = avx512.available()
 CELLS = 1 << 12  # of the grid that finds a rank among many levels
 
-# Signed indices, and bounds of a loop that are computed, keep numba from using vector registers: hence the two
-# dimensions, blocks × weights, and the loops over a whole row.
-kernel = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+# Below, signed indices and bounds of a loop that are computed would keep numba from using vector registers: hence the
+# two dimensions, blocks × weights, and the loops over a whole row.
 
 
 @lru_cache
