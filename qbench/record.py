@@ -46,14 +46,23 @@ def read(path: Path | str) -> dict:
     return json.loads((path / FILE if path.is_dir() else path).read_text())
 
 
+def find(*paths: Path | str) -> list[Path]:
+    """Every result.json at or under the paths, each once, sorted."""
+    return sorted({file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob(FILE))})
+
+
+def read_all(*paths: Path | str) -> list[dict]:
+    """Every result at or under the paths."""
+    return [read(file) for file in find(*paths)]
+
+
 def frame(*paths: Path | str) -> "pandas.DataFrame":
-    """Every result under the paths as one DataFrame: a row a run, a column a number, named by its place in the JSON
+    """Every result at or under the paths as one DataFrame: a row a run, a column a number, named by its place in the JSON
     (`metrics.quality.tuned.nll`); lists stay lists. Sorted by path, which is the column `path`."""
     import pandas
 
-    files = sorted({file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob(FILE))})
-    rows = pandas.json_normalize([json.loads(file.read_text()) for file in files])
-    rows.insert(0, "path", [str(file.parent) for file in files])
+    rows = pandas.json_normalize(read_all(*paths))
+    rows.insert(0, "path", [str(file.parent) for file in find(*paths)])
     return rows
 
 

@@ -18,8 +18,6 @@ def _change(against: dict) -> str:
     percent = f"{100 * abs(math.expm1(delta)):.2f}%"
     if stderr is not None:
         percent += f" ± {100 * math.exp(delta) * stderr:.2f}%"
-    if delta == 0 and not stderr:
-        return "no different from the baseline's"
     if against["p"] is None or against["p"] > SIGNIFICANT:
         return f"not distinguishable from the baseline's ({'+' if delta > 0 else '−'}{percent})"
     return f"{'above' if delta > 0 else 'below'} the baseline's by {percent}"
@@ -29,14 +27,18 @@ def answer(result: dict) -> list[str]:
     """The findings of a finished run, a sentence each."""
     metrics, config = result["metrics"], result["config"]
     bits, quality, error = metrics["bits"], metrics["quality"], metrics["error"]
-    quantized = quality["quantized"]
-    sentences = [
-        f"{title(config)}: {bits['per_parameter']:.3f} bits a weight ({bits['compression']:.2f}× smaller than 16 bit), "
-        + (f"{error['sqnr_db']:.2f} dB signal to quantization noise." if error["sqnr_db"] else "no error."),
-        f"Its perplexity on held-out text, {quantized['perplexity']:.2f}, is {_change(quantized['against_baseline'])}"
-        f" ({quality['baseline']['perplexity']:.2f}); "
-        f"{100 * quantized['against_baseline']['top1_agreement']:.1f}% of the most probable tokens stay the same.",
-    ]
+    quantized, baseline = quality["quantized"], quality["baseline"]["perplexity"]
+    if config["format"]["name"] == "none":
+        sentences = [f"16 bit: the baseline that formats are compared with. Its perplexity is {baseline:.2f}."]
+    else:
+        against = quantized["against_baseline"]
+        noise = f"{error['sqnr_db']:.2f} dB signal to quantization noise" if error["sqnr_db"] else "no error"
+        sentences = [
+            f"{title(config)}: {bits['per_parameter']:.3f} bits a weight, {bits['compression']:.2f}× smaller than 16 bit;"
+            f" {noise}.",
+            f"Its perplexity on held-out text, {quantized['perplexity']:.2f}, is {_change(against)} ({baseline:.2f});"
+            f" {100 * against['top1_agreement']:.1f}% of the most probable tokens stay the same.",
+        ]
     if "tuned" in quality:
         tune = config["tune"]
         sentences.append(

@@ -1,0 +1,79 @@
+"""What people read says what the numbers say."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qbench import record
+from qbench.report import terminal, words
+from qbench.report.__main__ import main
+
+
+def result(delta, stderr, p, name="nf4"):
+    against = {
+        "delta_nll": delta, "stderr": stderr, "p": p, "kl_mean": 0.01, "kl_p99": 0.1, "top1_agreement": 0.93,
+    }  # fmt: skip
+    rate = {"median": 100.0, "samples": [100.0]}
+    scores = {"nll": 3.0, "perplexity": 20.0855, "stderr": 0.02, "tokens": 512, "windows": [3.0, 3.0]}
+    return {
+        "config": {"format": {"name": name}, "block": 64, "dq": True, "data": {"path": "kjv"}, "tune": {"method": "none"}},
+        "metrics": {
+            "bits": {"per_parameter": 4.127, "compression": 3.877, "model": 5.0},
+            "error": {"sqnr_db": 20.7},
+            "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": against}},
+            "memory": {"baseline_bytes": 16e6, "model_bytes": 5e6},
+            "throughput": {
+                key: rate for key in ("prefill_tokens_s", "decode_tokens_s", "quantize_weights_s", "dequantize_weights_s")
+            } | {"baseline": {"prefill_tokens_s": rate, "decode_tokens_s": rate}},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("delta", "stderr", "p", "expected"),
+    [
+        (0.02, 0.005, 0.001, "is above the baseline's by 2.02% ± 0.51% (20.09)"),
+        (-0.7, 0.01, 1e-9, "is below the baseline's by 50.34% ± 0.50% (20.09)"),
+        (0.002, 0.005, 0.7, "is not distinguishable from the baseline's (+0.20% ± 0.50%) (20.09)"),
+        (-0.002, None, None, "is not distinguishable from the baseline's (−0.20%) (20.09)"),
+    ],
+)
+def test_the_answer_is_as_sure_as_the_test(delta, stderr, p, expected):
+    assert expected in " ".join(words.answer(result(delta, stderr, p)))
+
+
+def test_the_baseline_is_compared_with_nothing():
+    assert words.answer(result(0.0, 0.0, 1.0, name="none")) == [
+        "16 bit: the baseline that formats are compared with. Its perplexity is 20.09."
+    ]
+
+
+def test_the_terminal_fits_80_columns(tmp_path):
+    out = io.StringIO()
+    terminal.show(result(-0.0123, 0.0045, 0.01), tmp_path, Console(file=out, width=80))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "quantized 20.09±0.40 −0.0123±0.0045 0.0100 93.0%  4.127  5.0     100    100" in text
+
+
+def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
+    for i, (name, shift) in enumerate([("nf4", 0.02), ("none", 0.0)]):
+        run = result(shift, 0.005, 0.01, name)
+        run["config"] |= {"model": {}, "eval": {}, "seed": 0}
+        run["status"] = "done"
+        run["metrics"]["quality"]["quantized"]["windows"] = [3.0 + shift, 3.1 + 2 * shift]
+        run["metrics"]["quality"]["quantized"]["nll"] = 3.05 + 1.5 * shift
+        record.write(tmp_path / str(i), run)
+    record.write(tmp_path / "failed", {"status": "failed"})
+    monkeypatch.setattr("sys.argv", ["qbench.report", str(tmp_path)])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| 16 bit |")
+    assert lines[3].startswith("| nf4 + dq, block 64 | 4.127 | 20.70 | 20.09 | +0.0300±0.0100 |")
+
+
+def test_nothing_to_report(tmp_path, monkeypatch, capsys):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        monkeypatch.setattr("sys.argv", ["qbench.report", str(path)])
+        assert main() == 2 and str(path) in capsys.readouterr().err
