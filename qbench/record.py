@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 import traceback
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,15 +27,16 @@ def write(folder: Path, result: dict) -> Path:
     """Write a result to `folder`/result.json: the old file or the whole new one, never a part. NaN and Inf become null."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(result), indent=1, allow_nan=False)
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{FILE}.", delete=False) as file:
-        try:
+    partial = folder / f".{FILE}.{os.getpid()}"
+    try:
+        with partial.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, folder / FILE)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(partial, folder / FILE)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return folder / FILE
 
 
