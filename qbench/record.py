@@ -126,6 +126,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout that runs, with a plus if files differ from it; None outside a checkout."""
+    if not (_ROOT / ".git").exists():
+        return None
     git = ["git", "-C", str(_ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
