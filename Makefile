@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check formats qbench tests experiments
 	$(BIN)/python -m pytest
 
-# A plain torch brings gigabytes of CUDA along. `make run TORCH=torch==2.13.0` names another build.
+# TORCH: what pip takes for PyTorch, such as the wheel of a CPU build; without it, what the registry has.
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable .

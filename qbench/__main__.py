@@ -58,10 +58,10 @@ def main() -> int:
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            settings = settings_of(config)
-            from qbench.report import terminal
-            from qbench.run import run
-
+            with stderr.status("starting"):  # transformers and PEFT take seconds to import
+                settings = settings_of(config)
+                from qbench.report import terminal
+                from qbench.run import run
             result = run(settings, folder)
         except InputError as error:
             stderr.print(f"qbench: {error}")
