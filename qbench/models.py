@@ -72,7 +72,8 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     """
     folder = BUNDLED if path is None else Path(path).expanduser()
     local = folder.is_dir()
-    if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+    hub_id = not local and path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    if not local and not hub_id:
         raise InputError(
             f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
         )

@@ -177,6 +177,12 @@ def test_nan_or_inf_in_a_weight_names_the_tensor(command, tmp_path, bad):
     assert result["status"] == "failed"
 
 
+def test_a_missing_folder_beside_others_is_no_hub_id(command, tmp_path):
+    (tmp_path / "models").mkdir()
+    code, stderr, _ = command("+format=nf4", "model.path=models/nowhere")
+    assert code == 2 and "'models/nowhere' does not exist" in stderr
+
+
 def test_a_model_with_nothing_to_quantize(command, tmp_path):
     folder = make_model("gpt2", tmp_path / "empty")
     AutoModelForCausalLM.from_config(GPT2Config(vocab_size=4096, n_embd=16, n_layer=0, n_head=2)).save_pretrained(
