@@ -77,17 +77,16 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
         raise InputError(
             f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
         )
-    source = {"pretrained_model_name_or_path": str(folder) if local else path, "revision": revision or "main"}
-    if local:
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote"
-            )
-        source = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    if local and not (folder / "config.json").is_file():
+        raise InputError(f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote")
+    source = str(folder) if local else path
+    options = {"local_files_only": True} if local else {"revision": revision or "main"}
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
