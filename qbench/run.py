@@ -107,7 +107,8 @@ class Experiment:
 
     def quantize(self) -> None:
         settings, metrics, layers = self.settings, self.metrics, self.layers
-        weights = sum(models.weight_of(layer).numel() for layer in layers.values())
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        before = sum(layer.weight.nbytes for layer in layers.values())
         with self.phases("quantize", f"quantize to {settings.format.title}", weights) as advance:
             packed = models.quantize(layers, settings.format, advance)
         with self.phases("error", "measure the error", len(layers)) as advance:
@@ -121,6 +122,7 @@ class Experiment:
         metrics["memory"]["weights_bytes"] = stored
         metrics["bits"] = {
             "per_parameter": 8 * stored / weights,
+            "baseline": 8 * before / weights,
             "model": 8 * models.held_bytes(self.model) / self.parameters,
             "compression": 16 * weights / (8 * stored),
             "quantized_parameters": weights,

@@ -18,7 +18,10 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 
 def available() -> bool:
     """Whether this CPU has the instructions, and the system saves their registers."""
-    features = llvm.get_host_cpu_features()
+    try:
+        features = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell on this kind of machine
+        return False
     return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl"))
 
 

@@ -70,9 +70,9 @@ def table(result: dict) -> Table:
     bits, memory, rates, quality = (metrics[k] for k in ("bits", "memory", "throughput", "quality"))
     columns = ["", "perplexity", "Δ nll", "KL", "top-1", "bits/w", "MB", "prefill", "decode"]
     sizes = {
-        "baseline": ("16", memory["baseline_bytes"]),
-        "quantized": (f"{bits['per_parameter']:.3f}", memory["model_bytes"]),
-        "tuned": (f"{bits['per_parameter']:.3f}", memory.get("tuned_bytes", 0)),
+        "baseline": (bits["baseline"], memory["baseline_bytes"]),
+        "quantized": (bits["per_parameter"], memory["model_bytes"]),
+        "tuned": (bits["per_parameter"], memory.get("tuned_bytes", 0)),
     }
     speeds = {"baseline": rates.get("baseline"), "quantized": rates, "tuned": rates.get("tuned")}
     rows = []
@@ -86,7 +86,7 @@ def table(result: dict) -> Table:
                 plus_minus(against["delta_nll"], against["stderr"], "+.4f") if against else "",
                 f"{against['kl_mean']:.4f}" if against else "",
                 f"{100 * against['top1_agreement']:.1f}%" if against else "",
-                per_weight,
+                f"{per_weight:.3f}",
                 f"{held / 1e6:.1f}",
                 _rate(speeds[name]["prefill_tokens_s"]),
                 _rate(speeds[name]["decode_tokens_s"]),

@@ -81,7 +81,7 @@ def test_every_format_runs_through(command, tiny_llama, name):
 def test_the_baseline_through_the_same_path(command, tiny_llama):
     _, _, result = command("+format=none", f"model.path={tiny_llama}", "tune=none", *SHORT[:2])
     metrics = result["metrics"]
-    assert metrics["bits"]["per_parameter"] == 16 and metrics["bits"]["compression"] == 1
+    assert metrics["bits"]["per_parameter"] == metrics["bits"]["baseline"] == 16 and metrics["bits"]["compression"] == 1
     assert metrics["error"]["sqnr_db"] is None and metrics["error"]["mse"] == 0
     assert metrics["quality"]["quantized"]["nll"] == metrics["quality"]["baseline"]["nll"]
     assert metrics["quality"]["quantized"]["against_baseline"]["kl_mean"] == 0

@@ -19,7 +19,7 @@ def result(delta, stderr, p, name="nf4"):
     return {
         "config": {"format": {"name": name}, "block": 64, "dq": True, "data": {"path": "kjv"}, "tune": {"method": "none"}},
         "metrics": {
-            "bits": {"per_parameter": 4.127, "compression": 3.877, "model": 5.0},
+            "bits": {"per_parameter": 4.127, "baseline": 16.0, "compression": 3.877, "model": 5.0},
             "error": {"sqnr_db": 20.7},
             "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": against}},
             "memory": {"baseline_bytes": 16e6, "model_bytes": 5e6},
