@@ -124,7 +124,8 @@ def _decode_block(typing, codes, start, count, levels, scale, shift, out, at):
         pair, single = ir.IntType(2 * lane), ir.IntType(lane)
         if bf16:
             table = _round_to_bf16(builder, table)
-        with _steps(builder, count, n) as step:
+
+        def look_up(step):
             raw = _load(context, builder, codes_type, codes, builder.add(start, step), _vector(I8, n))
             wide = builder.zext(raw, _vector(pair, n))
             high = builder.lshr(wide, _constant(pair, n, 4))
@@ -132,6 +133,13 @@ def _decode_block(typing, codes, start, count, levels, scale, shift, out, at):
             indices = builder.bitcast(builder.or_(high, low), _vector(single, 2 * n))
             to = builder.add(at, builder.shl(step, I64(1)))
             _store(context, builder, out_type, out, to, _permute(builder, table, indices))
+
+        with builder.if_else(builder.icmp_signed("==", count, I64(32))) as (usual, other):
+            with usual:  # blocks of 64: no loop
+                for step in range(0, 32, n):
+                    look_up(I64(step))
+            with other, _steps(builder, count, n) as step:
+                look_up(step)
         return context.get_dummy_value()
 
     arguments = codes, types.int64, types.int64, levels, types.float32, types.float32, out, types.int64

@@ -61,7 +61,10 @@ def _in_chunks(n: int, block: int, work: Callable[[int, int], None], chunk: int 
         for span in spans[which::threads]:
             work(*span)
 
-    list(_pool(os.getpid(), threads).map(share, range(threads)))
+    others = [_pool(os.getpid(), threads - 1).submit(share, which) for which in range(1, threads)]
+    share(0)
+    for other in others:
+        other.result()
 
 
 _kept: list[np.ndarray] = []
@@ -90,8 +93,8 @@ def _keep(raw: np.ndarray) -> None:
 
 
 def _share(n: int) -> int:
-    """Weights a chunk where a chunk needs no more than one call: a few a thread, to even out their speeds."""
-    return max(CHUNK, n // (4 * torch.get_num_threads()))
+    """Weights a chunk where a chunk needs no more than one call: two a thread, to even out their speeds."""
+    return max(CHUNK, n // (2 * torch.get_num_threads()))
 
 
 def _rows(start: int, stop: int, block: int) -> Iterator[tuple[slice, slice, int]]:
