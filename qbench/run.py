@@ -42,14 +42,15 @@ def run(settings: Settings, folder: Path) -> dict:
                 experiment.tune(folder / "adapter")
                 experiment.measure("tuned")
         result["status"] = "done"
+        record.write(folder, result)
+        with experiment.phases("report", "write the report"):
+            run_page.write(folder, record.read(folder))
     except BaseException as exception:
         result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
         result["error"] = record.error(exception)
         raise
     finally:
         record.write(folder, result)
-    with experiment.phases("report", "write the report"):
-        run_page.write(folder, record.read(folder))
     return result
 
 

@@ -218,6 +218,17 @@ def test_a_run_that_fails_inside_leaves_its_traceback(command, tiny_llama):
     assert "Traceback" in result["error"]["traceback"] and "quantized" in result["metrics"]["quality"]
 
 
+def test_a_report_that_cannot_be_written_loses_no_measurement(command, tiny_llama, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qbench.report.figures.draw", full)
+    code, stderr, result = command("+format=nf4", f"model.path={tiny_llama}", *SHORT)
+    assert code == 1 and "No space left" in stderr
+    assert result["status"] == "failed" and "Traceback" in result["error"]["traceback"]
+    assert "tuned" in result["metrics"]["quality"]
+
+
 def test_an_interrupt_keeps_what_was_measured(command, tiny_llama, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
