@@ -123,11 +123,6 @@ class Format:
     def __repr__(self) -> str:
         return f"{self.name}(block={self.block}, dq={self.dq})"
 
-    @property
-    def title(self) -> str:
-        """For people: name, block and double quantization, as in `nf4 + dq, block 64`."""
-        return f"{self.name}{' + dq' if self.dq else ''}, block {self.block}"
-
     def codebook(self, w: Tensor) -> Codebook:
         """The table for `w`, flat fp32 [n]."""
         return _shared(tuple(self.levels), w.device)

@@ -16,7 +16,6 @@ class Unquantized(Format):
     name = "none"
     bits = 16
     source = "IEEE 754 binary16; bfloat16"
-    title = "16 bit"
 
     def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
         if not w.is_floating_point():

@@ -9,7 +9,7 @@ from transformers import set_seed
 from . import data, models, record
 from .measure import distribution, error, quality, throughput
 from .phases import Phases
-from .report import run_page
+from .report import run_page, words
 from .settings import Settings
 from .tune import add_lora, train
 
@@ -110,7 +110,7 @@ class Experiment:
         settings, metrics, layers = self.settings, self.metrics, self.layers
         weights = sum(layer.weight.numel() for layer in layers.values())
         before = sum(layer.weight.nbytes for layer in layers.values())
-        with self.phases("quantize", f"quantize to {settings.format.title}", weights) as advance:
+        with self.phases("quantize", f"quantize to {words.title(self.result['config'])}", weights) as advance:
             packed = models.quantize(layers, settings.format, advance)
         with self.phases("error", "measure the error", len(layers)) as advance:
             windows = self.held_out[:ERROR_WINDOWS]

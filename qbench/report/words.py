@@ -7,6 +7,7 @@ SIGNIFICANT = 0.05
 
 
 def title(config: dict) -> str:
+    """What a run is called: `nf4 + dq, block 64`."""
     if config["format"]["name"] == "none":
         return "16 bit"
     return f"{config['format']['name']}{' + dq' if config['dq'] else ''}, block {config['block']}"
