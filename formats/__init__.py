@@ -26,8 +26,7 @@ def register(*names: str, **options):
 
     def add(cls: type[Format]) -> type[Format]:
         for name in names:
-            known = _registry.get(name)
-            if known is not None:
+            if name in _registry:
                 raise ValueError(f"format name {name!r} is taken")
             _registry[name] = lambda **given: cls(**{**options, **given})
         return cls

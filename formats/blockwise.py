@@ -9,6 +9,7 @@ for a device are registered on the same ops by whoever has them; `load_kernels` 
 
 from functools import lru_cache
 from importlib.metadata import entry_points
+from math import prod
 
 import torch
 from torch import Tensor
@@ -73,9 +74,7 @@ def quantize_reference(w, boundaries, order, bits, block, scale=None, shift=None
 
 def dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype):
     """s · L[c] (+ z) in fp32, rounded once to `dtype`. scale, shift: stored scales (`scales`); an empty shift is none."""
-    n = 1
-    for size in shape:
-        n *= size
+    n = prod(shape)
     w = levels[unpack(codes, bits, n).int()] * decode_scales(scale).repeat_interleave(block)[:n]
     if shift:
         w = w + decode_scales(shift).repeat_interleave(block)[:n]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from formats import QuantizedTensor
-from formats.blockwise import normalize, reduce_blocks
+from formats.blockwise import block_count, normalize, reduce_blocks
 from formats.scales import decode_scales
 
 from ..layers import weight_of
@@ -26,7 +26,7 @@ def normalized_weights(layers: dict[str, nn.Module], packed: dict[str, Quantized
         q = packed[name]
         keep = max(q.block, q.numel * SAMPLE // max(total, SAMPLE) // q.block * q.block)
         w = weight_of(layer).detach().reshape(-1)[:keep].float()
-        blocks = -(w.numel() // -q.block)
+        blocks = block_count(w.numel(), q.block)
         scale = decode_scales(q.scale)[:blocks] if q.scale else reduce_blocks(w, q.block, lambda x: x.abs().amax(1))
         shift = decode_scales(q.shift)[:blocks] if q.shift else None
         low = 0.0 if q.shift else -1.0
