@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     import pandas
 
@@ -41,9 +43,13 @@ def write(folder: Path, result: dict) -> Path:
 
 
 def read(path: Path | str) -> dict:
-    """The result at a path: a result.json, or the folder that holds it."""
+    """The result at a path: a result.json, or the folder that holds it. Raises InputError if it is no whole result."""
     path = Path(path)
-    return json.loads((path / FILE if path.is_dir() else path).read_text())
+    file = path / FILE if path.is_dir() else path
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:  # JSON or UTF-8 cut short
+        raise InputError(f"{file} is not a whole {FILE}: {error}") from error
 
 
 def find(*paths: Path | str) -> list[Path]:

@@ -73,6 +73,13 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
     assert lines[3].startswith("| nf4 + dq, block 64 | 4.127 | 20.70 | 20.09 | +0.0300±0.0100 |")
 
 
+def test_a_truncated_result_is_named(tmp_path, monkeypatch, capsys):
+    whole = record.write(tmp_path, {"status": "done", "metrics": [1, 2, 3]}).read_text()
+    (tmp_path / record.FILE).write_text(whole[: len(whole) // 2])
+    monkeypatch.setattr("sys.argv", ["qbench.report", str(tmp_path)])
+    assert main() == 2 and f"{tmp_path}/result.json is not a whole result.json" in capsys.readouterr().err
+
+
 def test_nothing_to_report(tmp_path, monkeypatch, capsys):
     for path in (tmp_path, tmp_path / "nowhere"):
         monkeypatch.setattr("sys.argv", ["qbench.report", str(path)])
