@@ -29,7 +29,7 @@ def encode_scales(values: Tensor, dq: bool) -> Stored:
     blocks, absmax = _blocks(values - offset)
     # a block of zeros gives 0·∞ = NaN, which bitsandbytes stores as code 0
     normalized = (blocks * absmax.reciprocal()[:, None]).nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
-    boundaries = _dynamic_boundaries().to(values.device)
+    boundaries = _dynamic_boundaries(values.device)
     codes = torch.bucketize(normalized.reshape(-1)[: values.numel()], boundaries, out_int32=True).to(torch.uint8)
     return codes, absmax, offset
 
@@ -39,7 +39,7 @@ def decode_scales(stored: Stored) -> Tensor:
     if len(stored) == 1:
         return stored[0].float()
     codes, absmax, offset = stored
-    levels = dynamic_map().to(codes.device).index_select(0, codes.int())
+    levels = dynamic_map(codes.device).index_select(0, codes.int())
     blocks = torch.nn.functional.pad(levels, (0, -len(levels) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     return (blocks * absmax[:, None]).view(-1)[: len(levels)] + offset
 
@@ -55,7 +55,7 @@ def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def dynamic_map() -> Tensor:
+def dynamic_map(device: torch.device | None = None) -> Tensor:
     """The signed 8-bit dynamic map, fp32 [256], ascending from −0.99296875 to 1 (arXiv 1511.04561; bitsandbytes).
 
     Decade i = 0 … 6 holds ±10^(i−6) times the midpoints of 2^i equal steps from 0.1 to 1; then 0 and 1.
@@ -65,11 +65,11 @@ def dynamic_map() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         decade = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         levels += decade.tolist() + (-decade).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
 @lru_cache
-def _dynamic_boundaries() -> Tensor:
+def _dynamic_boundaries(device: torch.device | None = None) -> Tensor:
     """The fp32 thresholds [255] of the dynamic map: a value above threshold k takes a level beyond k.
 
     bitsandbytes (0.50, CPU) rounds the normalized value to a grid of 65536 points on [−1, 1] before it looks for the
@@ -89,6 +89,6 @@ def _dynamic_boundaries() -> Tensor:
         middle = ((low.double() + high.double()) / 2).float()
         done = (middle == low) | (middle == high)
         if done.all():
-            return low
+            return low.to(device)
         below = cell(middle) < first_cell
         low, high = torch.where(below & ~done, middle, low), torch.where(below | done, high, middle)

@@ -5,10 +5,13 @@ frozen layer costs its backward no copy. The kernels here, for every device, are
 product of the library that the device has.
 """
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
 from formats.blockwise import library
+from formats.packing import packed_bytes
 
 _WEIGHT = (
     "Tensor codes, Tensor levels, Tensor[] scale, Tensor[] shift, int bits, int block, SymInt out_features,"
@@ -16,6 +19,29 @@ _WEIGHT = (
 )
 library.define(f"linear(Tensor x, {_WEIGHT}) -> Tensor")
 library.define(f"linear_dx(Tensor g, {_WEIGHT}) -> Tensor")
+
+
+def checked(product):
+    """`product`, a `linear` or `linear_dx` for some device, that names what does not fit before it begins.
+
+    Raises ValueError for sizes or devices that do not match, TypeError for a dtype that is not a float.
+    """
+
+    @wraps(product)
+    def call(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+        name, features = product.__name__, out_features if product.__name__ == "linear_dx" else in_features
+        if x.dim() == 0 or x.shape[-1] != features:
+            raise ValueError(f"{name}: {list(x.shape)} ends in another size than the {features} features of the weight")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: {x.dtype} is not accepted; a floating-point tensor is")
+        if codes.numel() != packed_bytes(out_features * in_features, bits):
+            raise ValueError(f"{name}: {codes.numel()} bytes do not hold {out_features} × {in_features} codes of {bits} bits")
+        for tensor in (codes, levels, *scale, *shift):
+            if tensor.device != x.device:
+                raise ValueError(f"{name}: a tensor on {x.device} meets a weight on {tensor.device}")
+        return product(x, codes, levels, scale, shift, bits, block, out_features, in_features)
+
+    return call
 
 
 def _decode(x, codes, levels, scale, shift, bits, block, out_features, in_features):
@@ -33,8 +59,8 @@ def linear_dx(g: Tensor, *weight) -> Tensor:
     return g @ _decode(g, *weight)
 
 
-library.impl("linear", linear, "CompositeExplicitAutograd")
-library.impl("linear_dx", linear_dx, "CompositeExplicitAutograd")
+library.impl("linear", checked(linear), "CompositeExplicitAutograd")
+library.impl("linear_dx", checked(linear_dx), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qbench::linear", lib=library)

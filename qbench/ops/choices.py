@@ -1,0 +1,75 @@
+"""Which path a product takes on a GPU, and how large its tiles are: by the number of rows M of x, for a device.
+
+A choice is a dict: `path`, and what that path's kernel can be told. A product with M rows takes the first choice whose
+`up_to` M does not exceed. The paths:
+
+    multiply_row  a row of x at a time, multiply-adds in fp32; {rows, columns, num_warps}
+    matmul        decoded tiles meet x in the matrix units; {tokens, rows, columns, fill, num_warps, num_stages}; the sum
+                  is split until there are `fill` programs a multiprocessor
+    decode        the whole weight decoded to the dtype of x, then cuBLAS; {}
+
+Choices that `python -m qbench.bench tune` has measured on a device lie in `tuned/`, a file a device, and the environment
+variable QBENCH_TUNED names another file. A device without one takes the `default`.
+"""
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+TUNED = Path(__file__).parent / "tuned"
+
+# Why these, by arithmetic for 4 bits on an H100 (3 TB/s, 132 multiprocessors that start 128 operations a cycle each) and
+# by the instructions a weight that `python -m qbench.bench compile` counts; measured they are not yet:
+#   M = 1     half a byte comes in the time of 6 instructions: `multiply_row` has 4.9 a weight, `matmul` 6.3.
+#   M ≤ 128   each weight is decoded once, in 6 to 8 instructions. Decoding it to memory first writes 2 bytes and reads
+#             them again: 9 times the bytes of the packed weight.
+#   beyond    each tile of tokens would decode every weight again, while decoding once costs 1 ps a weight and the
+#             product 2.9 ps at M = 1024.
+_TILE = {"path": "matmul", "tokens": 16, "rows": 64, "columns": 128, "fill": 4, "num_warps": 4, "num_stages": 3}
+_REST = {"up_to": None, "path": "decode"}
+_ROW = {"up_to": 1, "path": "multiply_row", "rows": 4, "columns": 1024, "num_warps": 1}
+_ELEMENTWISE = {"quantize": {"tile": 2048, "num_warps": 4}, "dequantize": {"tile": 4096, "num_warps": 4}}
+
+
+def default(capability: int) -> dict:
+    """The choices for a device of this major compute capability that nobody has tuned.
+
+    A Hopper's and a data-centre Blackwell's matrix units sum in registers or memory of their own, and hold tiles that
+    would spill elsewhere.
+    """
+    large = {"columns": 128, "rows": 64} if capability in (9, 10) else {"columns": 64, "rows": 128, "num_warps": 8}
+    largest = {"columns": 128 if capability in (9, 10) else 64, "rows": 128, "num_warps": 8, "fill": 1}
+    tiles = [
+        {"up_to": 16, **_TILE},
+        {"up_to": 32, **_TILE, "tokens": 32},
+        {"up_to": 64, **_TILE, "tokens": 64, **large},
+        {"up_to": 128, **_TILE, "tokens": 128, **largest},
+    ]
+    return _ELEMENTWISE | {"linear": [_ROW, *tiles, _REST], "linear_dx": [*tiles, _REST]}
+
+
+def tuned_file(device_name: str) -> Path:
+    """Where the choices for a device lie, by the name its driver gives it."""
+    return TUNED / f"{device_name.replace(' ', '_')}.json"
+
+
+@lru_cache
+def choices(device_name: str, capability: int) -> dict:
+    """The choices for a device: {quantize, dequantize: dict; linear, linear_dx: list of dict}.
+
+    Raises RuntimeError, naming the file, where it cannot be read.
+    """
+    named = os.environ.get("QBENCH_TUNED")
+    file = Path(named) if named else tuned_file(device_name)
+    if not named and not file.exists():
+        return default(capability)
+    try:
+        return default(capability) | json.loads(file.read_text())["choices"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{file}: {error}; accepted is a file that `python -m qbench.bench tune` wrote") from error
+
+
+def choose(rules: list[dict], m: int, usable: set[str]) -> dict:
+    """The first choice for a product with `m` rows among the `usable` paths."""
+    return next(rule for rule in rules if rule["path"] in usable and (rule["up_to"] is None or m <= rule["up_to"]))

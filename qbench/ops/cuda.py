@@ -1,0 +1,146 @@
+"""The CUDA side of the ops: they choose a path, make room for the result, and launch a kernel.
+
+Nothing here keeps memory between calls: a weight decoded on the way to cuBLAS lives for one product, and PyTorch's
+allocator hands its memory to the next layer's. The same input takes the same path, and every path adds in a fixed order.
+"""
+
+import math
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from formats.blockwise import SMALLEST, block_count, dequantize_reference, library, quantize_reference
+from formats.packing import pack, packed_bytes
+from formats.scales import Stored, dynamic_map
+
+from . import launches
+from . import linear as plain
+from .choices import choices, choose
+from .launches import Launch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@lru_cache
+def _kernels(device: torch.device):
+    """The module of kernels, or None where this device cannot run them: then a warning, once, says why."""
+    try:
+        from . import kernels
+    except ImportError as error:
+        reason = f"Triton cannot be imported ({error})"
+    else:
+        if device.type != "cuda":  # Triton's interpreter
+            return kernels
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability >= (8, 0):
+            return kernels
+        reason = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, not ≥ 8.0"
+    warnings.warn(f"qbench: {reason}; weights are decoded by plain PyTorch", RuntimeWarning, stacklevel=2)
+    return None
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[dict, int]:
+    """The choices for a device, and its number of multiprocessors."""
+    if device.type != "cuda":
+        return choices("interpreter", 0), 2
+    properties = torch.cuda.get_device_properties(device)
+    return choices(properties.name, properties.major), properties.multi_processor_count
+
+
+def _launch(launch: Launch, on: Tensor, *arguments) -> None:
+    with torch.cuda.device_of(on):
+        kernel = getattr(_kernels(on.device), launch.kernel)
+        kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+
+
+def _scales(stored: Stored) -> Stored:
+    """As the kernels take them: double-quantized ones with the map of their codes."""
+    return (*stored, dynamic_map(stored[0].device)) if len(stored) == 3 else tuple(stored)
+
+
+def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
+    """See `formats.blockwise.quantize_reference`; to the same bits."""
+    if not w.numel() or block > launches.LARGEST_BLOCK or _kernels(w.device) is None:
+        return quantize_reference(w, boundaries, order, bits, block, scale, shift)
+    w = w.detach().reshape(-1).contiguous()
+    w = w if w.dtype in DTYPES else w.float()
+    n, blocks = w.numel(), w.numel() // block
+    given = scale is not None
+    scale = scale.clone() if given else w.new_empty(block_count(n, block), dtype=torch.float32)
+    pairs = bits == 4 and block % 2 == 0
+    codes = w.new_empty(packed_bytes(n, bits) if pairs else n, dtype=torch.uint8)
+    for first, count, size in (0, blocks, block), (blocks, n % block > 0, n % block):
+        if count:
+            launch = launches.quantize(_device(w.device)[0]["quantize"], bits, count, size, given, size < block, pairs)
+            start = first * block
+            target = codes[start // 2 if pairs else start :]
+            z = () if shift is None else (shift[first:],)
+            _launch(launch, w, w[start:], boundaries, order, scale[first:], z, target, count, size, SMALLEST)
+    if not pairs:
+        zero = order[torch.bucketize(torch.zeros((), device=w.device), boundaries)]
+        codes = pack(codes, bits, fill=int(zero))
+    return codes, scale
+
+
+def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
+    """See `formats.blockwise.dequantize_reference`; to the same bits."""
+    n = math.prod(shape)
+    if not n or _kernels(codes.device) is None:
+        return dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype)
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    launch = launches.dequantize(_device(codes.device)[0]["dequantize"], bits, block, n, codes.is_cuda)
+    _launch(launch, codes, codes, levels, _scales(scale), _scales(shift), out, n)
+    return out
+
+
+@plain.checked
+def linear(x, *weight):
+    """See `qbench.ops.linear.linear`."""
+    return product("linear", x, *weight)
+
+
+@plain.checked
+def linear_dx(g, *weight):
+    """See `qbench.ops.linear.linear_dx`."""
+    return product("linear_dx", g, *weight)
+
+
+def product(op: str, x: Tensor, *weight, choice: dict | None = None) -> Tensor:
+    """One of the two products, along the path chosen for its number of rows, or along a given one."""
+    codes, levels, scale, shift, bits, block, n, k = weight
+    m = x.shape[:-1].numel()
+    rules, processors = _device(x.device)
+    choice = choice or choose(rules[op], m, _usable(op, x, bits, block, n, k))
+    if choice["path"] == "decode":
+        return getattr(plain, op)(x, *weight)
+    launch = launches.product(op, choice, m, n, k, bits, block, x.is_cuda, processors)
+    rows = x.reshape(m, -1)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    y = x.new_empty(*x.shape[:-1], n if op == "linear" else k)
+    packed = codes, levels, _scales(scale), _scales(shift)
+    split = launch.constants.get("SPLIT", 1)
+    parts = y if split == 1 else torch.empty(split, *y.shape, dtype=torch.float32, device=y.device)
+    sizes = (n, k) if launch.kernel == "multiply_row" else (m, n, k)
+    _launch(launch, x, rows, parts, *packed, *sizes, rows.stride(0))
+    if split > 1:
+        _launch(launches.add_parts(split, y.numel()), x, parts, y, y.numel())
+    return y
+
+
+def _usable(op: str, x: Tensor, bits: int, block: int, n: int, k: int) -> set[str]:
+    """The paths that a product can take."""
+    paths = {"decode"}
+    if x.numel() and n and x.dtype in DTYPES and _kernels(x.device) is not None:
+        if op == "linear" and launches.is_whole(bits, block, k):
+            paths.add("multiply_row")
+        if x.dtype != torch.float32:  # the matrix units round it
+            paths.add("matmul")
+    return paths
+
+
+_registration = torch.library.Library(library.ns, "IMPL")
+for _op in (quantize, dequantize, linear, linear_dx):
+    _registration.impl(_op.__name__, _op, "CUDA")
