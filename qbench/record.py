@@ -21,25 +21,32 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FILE = "result.json"
-_PACKAGES = ("qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors")
+_PACKAGES = (
+    "qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
+)  # fmt: skip
 _ROOT = Path(__file__).parent.parent
 
 
 def write(folder: Path, result: dict) -> Path:
-    """Write a result to `folder`/result.json: the old file or the whole new one, never a part. NaN and Inf become null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(result), indent=1, allow_nan=False)
-    partial = folder / f".{FILE}.{os.getpid()}"
+    """Write a result to `folder`/result.json."""
+    return write_json(folder / FILE, result)
+
+
+def write_json(path: Path, content: dict | list) -> Path:
+    """Write a JSON file, and its folder: the old file or the whole new one, never a part. NaN and Inf become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(content), indent=1, allow_nan=False)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, folder / FILE)
+        os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return folder / FILE
+    return path
 
 
 def read(path: Path | str) -> dict:

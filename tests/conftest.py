@@ -4,12 +4,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels run on CPU tensors (tests/qbench/ops)
 
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on CPU tensors; to be set before anything imports Triton
+
 import transformers
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer

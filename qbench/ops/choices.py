@@ -21,14 +21,15 @@ TUNED = Path(__file__).parent / "tuned"
 
 # Why these, by arithmetic for 4 bits on an H100 (3 TB/s, 132 multiprocessors that start 128 operations a cycle each) and
 # by the instructions a weight that `python -m qbench.bench compile` counts; measured they are not yet:
-#   M = 1     half a byte comes in the time of 6 instructions: `multiply_row` has 4.9 a weight, `matmul` 6.3.
+#   M = 1     half a byte comes in the time of 6 instructions: `multiply_row` has 5.0 a weight, `matmul` 5.7
+#             and x, padded to 16 rows, to bring through shared memory.
 #   M ≤ 128   each weight is decoded once, in 6 to 8 instructions. Decoding it to memory first writes 2 bytes and reads
 #             them again: 9 times the bytes of the packed weight.
 #   beyond    each tile of tokens would decode every weight again, while decoding once costs 1 ps a weight and the
 #             product 2.9 ps at M = 1024.
-_TILE = {"path": "matmul", "tokens": 16, "rows": 64, "columns": 128, "fill": 4, "num_warps": 4, "num_stages": 3}
+_TILE = {"path": "matmul", "tokens": 16, "rows": 64, "columns": 128, "fill": 4, "num_warps": 4, "num_stages": 2}
 _REST = {"up_to": None, "path": "decode"}
-_ROW = {"up_to": 1, "path": "multiply_row", "rows": 4, "columns": 1024, "num_warps": 1}
+_ROW = {"up_to": 1, "path": "multiply_row", "rows": 4, "columns": 1024, "num_warps": 2}
 _ELEMENTWISE = {"quantize": {"tile": 2048, "num_warps": 4}, "dequantize": {"tile": 4096, "num_warps": 4}}
 
 
@@ -38,14 +39,12 @@ def default(capability: int) -> dict:
     A Hopper's and a data-centre Blackwell's matrix units sum in registers or memory of their own, and hold tiles that
     would spill elsewhere.
     """
-    large = {"columns": 128, "rows": 64} if capability in (9, 10) else {"columns": 64, "rows": 128, "num_warps": 8}
-    largest = {"columns": 128 if capability in (9, 10) else 64, "rows": 128, "num_warps": 8, "fill": 1}
-    tiles = [
-        {"up_to": 16, **_TILE},
-        {"up_to": 32, **_TILE, "tokens": 32},
-        {"up_to": 64, **_TILE, "tokens": 64, **large},
-        {"up_to": 128, **_TILE, "tokens": 128, **largest},
-    ]
+    tiles = [{"up_to": 16, **_TILE}, {"up_to": 32, **_TILE, "tokens": 32, "num_stages": 3}]
+    if capability in (9, 10):
+        tiles.append({"up_to": 64, **_TILE, "tokens": 64})
+        tiles.append({"up_to": 128, **_TILE, "tokens": 128, "rows": 128, "num_warps": 8, "fill": 1})
+    else:
+        tiles.append({"up_to": 128, **_TILE, "tokens": 64, "rows": 128, "columns": 64, "num_warps": 8})
     return _ELEMENTWISE | {"linear": [_ROW, *tiles, _REST], "linear_dx": [*tiles, _REST]}
 
 

@@ -36,7 +36,9 @@ def _kernels(device: torch.device):
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability >= (8, 0):
             return kernels
-        reason = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, not ≥ 8.0"
+        reason = (
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, not ≥ 8.0"
+        )
     warnings.warn(f"qbench: {reason}; weights are decoded by plain PyTorch", RuntimeWarning, stacklevel=2)
     return None
 
@@ -121,20 +123,20 @@ def product(op: str, x: Tensor, *weight, choice: dict | None = None) -> Tensor:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     y = x.new_empty(*x.shape[:-1], n if op == "linear" else k)
     packed = codes, levels, _scales(scale), _scales(shift)
-    split = launch.constants.get("SPLIT", 1)
+    split = launch.grid[2] if launch.kernel != "multiply_row" else 1
     parts = y if split == 1 else torch.empty(split, *y.shape, dtype=torch.float32, device=y.device)
     sizes = (n, k) if launch.kernel == "multiply_row" else (m, n, k)
     _launch(launch, x, rows, parts, *packed, *sizes, rows.stride(0))
     if split > 1:
-        _launch(launches.add_parts(split, y.numel()), x, parts, y, y.numel())
+        _launch(launches.add_parts(y.numel()), x, parts, y, y.numel(), split)
     return y
 
 
 def _usable(op: str, x: Tensor, bits: int, block: int, n: int, k: int) -> set[str]:
     """The paths that a product can take."""
     paths = {"decode"}
-    if x.numel() and n and x.dtype in DTYPES and _kernels(x.device) is not None:
-        if op == "linear" and launches.is_whole(bits, block, k):
+    if x.numel() and n and x.dtype in DTYPES and launches.unit(bits, block, k) and _kernels(x.device) is not None:
+        if op == "linear":
             paths.add("multiply_row")
         if x.dtype != torch.float32:  # the matrix units round it
             paths.add("matmul")

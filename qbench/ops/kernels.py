@@ -3,14 +3,14 @@
 One set for every format. A kernel sees a table of levels, a block size and stored scales (`formats.scales`), never a
 format's name. Products are taken in the dtype of x and summed in fp32; a weight is s·L (+ z) in fp32, rounded once.
 
-Two ways to read a weight. Where codes have 4 or 8 bits and a block is a power of two that divides the row, a tile is
-whole blocks: bytes in runs, one scale a block. A byte of two 4-bit codes is an even and an odd weight, and these stay
-two tiles of their own, which meet the even and the odd elements of x: nothing is interleaved. Every other width, block
-or row length goes element by element, right and slow.
+A weight is read in *units*: the largest power of two, up to a tile, that divides both the block and the row, so that a
+unit has one scale and a tile is whole units. With codes of 4 or 8 bits a unit is a run of bytes. A byte of two 4-bit
+codes is an even and an odd weight, and these stay two tiles of their own, which meet the even and the odd elements of x:
+nothing is interleaved. Other widths, and units below 16 (an odd row, a block of 100), are decoded element by element,
+right and slow, and then multiplied by cuBLAS.
 
-Operations a weight, 4 bits, one row of x: half a byte to extract two codes from, a level from the L1 cache, a multiply-
-add; an H100 has some 6 instructions a weight for the time that half a byte takes to come. What was tried is in
-`reports/gpu/LOG.md`.
+Work a weight, 4 bits, one row of x: take its code from a byte, look its level up, multiply and add. In the time that half
+a byte takes to come an H100 starts some 6 instructions. What was tried is in `reports/gpu/LOG.md`.
 """
 
 import triton
@@ -20,7 +20,7 @@ NESTED_BLOCK = tl.constexpr(256)  # scales under one absmax, `formats.scales.NES
 
 
 @triton.jit
-def _load(pointer, mask, eviction: tl.constexpr = ""):
+def _load(pointer, mask, eviction: tl.constexpr = tl.constexpr("")):
     """What lies at `pointer`, 0 where the mask says no; a mask of None lets vectors be as wide as they can."""
     if mask is None:
         return tl.load(pointer, eviction_policy=eviction)
@@ -74,26 +74,6 @@ def _scaled(table, code, s, z, BITS: tl.constexpr, LANES: tl.constexpr):
     if z is not None:
         w += z
     return w
-
-
-@triton.jit
-def _code(codes, i, mask, BITS: tl.constexpr):
-    """Code i of the bit stream (`formats.packing`), any width from 1 to 8 bits."""
-    bit = i * BITS
-    word = _load(codes + bit // 8, mask).to(tl.int32) << 8
-    if 8 % BITS != 0:  # a code may reach into the next byte
-        reaches = mask & (bit % 8 + BITS > 8)
-        word |= _load(codes + bit // 8 + 1, reaches).to(tl.int32)
-    return (word >> (16 - BITS - bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _element(codes, levels, scale, shift, i, mask, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Weight i of the flattened tensor, whatever the width of its code and the size of its block."""
-    z = None
-    if len(shift) > 0:
-        z = _stored(shift, i // BLOCK, mask)
-    return _scaled(levels, _code(codes, i, mask, BITS), _stored(scale, i // BLOCK, mask), z, BITS, False)
 
 
 @triton.jit
@@ -163,135 +143,139 @@ def quantize(
 @triton.jit
 def dequantize(
     codes, levels, scale, shift, out, n,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Weights 0 … n − 1 to out, any float dtype, TILE a program. EVEN: TILE divides n.
-
-    WHOLE: 4 or 8 bits, and a BLOCK that is a power of two and divides TILE.
-    """
+    """Weights 0 … n − 1 to out, any float dtype, TILE a program. EVEN: TILE divides n. UNITS: in a block."""
     first = tl.program_id(0).to(tl.int64) * TILE
-    if WHOLE:
-        BLOCKS: tl.constexpr = TILE // BLOCK
-        WIDTH: tl.constexpr = BLOCK * BITS // 8
-        left = tl.minimum(n - first, TILE).to(tl.int32)
-        block = tl.arange(0, BLOCKS)
-        at = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        if EVEN:
-            blocks_left, bytes_left, places_left = None, None, None
-        else:
-            blocks_left, bytes_left, places_left = block * BLOCK < left, at * (8 // BITS) < left, place < left
-        byte = _load(codes + first * BITS // 8 + at, bytes_left, "evict_first").to(tl.uint32)
-        s, z = _stored(scale, first // BLOCK + block, blocks_left)[:, None], None
-        if len(shift) > 0:
-            z = _stored(shift, first // BLOCK + block, blocks_left)[:, None]
-        table = _table(levels, BITS, LANES)
-        if BITS == 4:
-            pair = tl.join(_scaled(table, byte >> 4, s, z, BITS, LANES), _scaled(table, byte, s, z, BITS, LANES))
-            w = tl.reshape(pair, BLOCKS, BLOCK)
-        else:
-            w = _scaled(table, byte, s, z, BITS, LANES)
-        tl.store(out + first + place, w.to(out.dtype.element_ty), places_left)
+    WIDTH: tl.constexpr = UNIT * BITS // 8
+    left = tl.minimum(n - first, TILE).to(tl.int32)
+    unit = tl.arange(0, TILE // UNIT)
+    at = unit[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    place = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    if EVEN:
+        units_left, bytes_left, places_left = None, None, None
     else:
-        i = first + tl.arange(0, TILE)
-        w = _element(codes, levels, scale, shift, i, i < n, BITS, BLOCK)
-        tl.store(out + i, w.to(out.dtype.element_ty), i < n)
+        units_left, bytes_left, places_left = unit * UNIT < left, at * (8 // BITS) < left, place < left
+    byte = _load(codes + first * BITS // 8 + at, bytes_left, "evict_first").to(tl.uint32)
+    block = (first // UNIT + unit) // UNITS
+    s, z = _stored(scale, block, units_left)[:, None], None
+    if len(shift) > 0:
+        z = _stored(shift, block, units_left)[:, None]
+    table = _table(levels, BITS, LANES)
+    if BITS == 4:
+        pair = tl.join(_scaled(table, byte >> 4, s, z, BITS, LANES), _scaled(table, byte, s, z, BITS, LANES))
+        w = tl.reshape(pair, TILE // UNIT, UNIT)
+    else:
+        w = _scaled(table, byte, s, z, BITS, LANES)
+    tl.store(out + first + place, w.to(out.dtype.element_ty), places_left)
+
+
+@triton.jit
+def dequantize_elements(
+    codes, levels, scale, shift, out, n, BITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """As `dequantize`, for codes of any width from 1 to 8 bits and blocks of any size."""
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = i < n
+    bit = i * BITS
+    word = _load(codes + bit // 8, mask).to(tl.int32) << 8
+    if 8 % BITS != 0:  # a code may reach into the next byte
+        word |= _load(codes + bit // 8 + 1, mask & (bit % 8 + BITS > 8)).to(tl.int32)
+    code = (word >> (16 - BITS - bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
+    z = None
+    if len(shift) > 0:
+        z = _stored(shift, i // BLOCK, mask)
+    w = _scaled(levels, code, _stored(scale, i // BLOCK, mask), z, BITS, False)
+    tl.store(out + i, w.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def multiply_row(
     x, y, codes, levels, scale, shift, N, K, stride,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    LANES: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] · Wᵀ, a row of x and ROWS rows of W a program, BLOCKS blocks of each at a time.
+    """y [M, N] = x [M, K] · Wᵀ, a row of x and ROWS rows of W a program, COLUMNS of them at a time.
 
-    For 4 or 8 bits and a BLOCK that is a power of two and divides K. x: rows `stride` apart. EVEN: ROWS divides N and
-    BLOCKS the blocks of a row. A block's Σ L[c]·x is taken first and then scaled: exact in fp32, and a multiplication a
-    block instead of one a weight.
+    x: rows `stride` apart. EVEN: ROWS divides N and COLUMNS divides K. UNITS: in a block. A unit's Σ L[c]·x is taken
+    first and then scaled: exact in fp32, and one multiplication a unit instead of one a weight.
     """
-    WIDTH: tl.constexpr = BLOCK * BITS // 8
+    WIDTH: tl.constexpr = UNIT * BITS // 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1).to(tl.int64)
-    blocks = K // BLOCK
-    start = row.to(tl.int64) * blocks
+    units = K // UNIT
+    start = row.to(tl.int64) * units
     table = _table(levels, BITS, LANES)
-    total = tl.zeros((ROWS, BLOCKS), tl.float32)
-    for first in range(0, blocks, BLOCKS):
-        b = first + tl.arange(0, BLOCKS)
-        block = start[:, None] + b[None, :]
+    total = tl.zeros((ROWS, COLUMNS // UNIT), tl.float32)
+    for first in range(0, units, COLUMNS // UNIT):
+        u = first + tl.arange(0, COLUMNS // UNIT)
+        unit = start[:, None] + u[None, :]
         if EVEN:
             there, bytes_there, x_there = None, None, None
         else:
-            there = (row < N)[:, None] & (b < blocks)[None, :]
-            bytes_there, x_there = there[:, :, None], (b < blocks)[:, None]
-        at = block[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+            there = (row < N)[:, None] & (u < units)[None, :]
+            bytes_there, x_there = there[:, :, None], (u < units)[:, None]
+        at = unit[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
         byte = _load(codes + at, bytes_there, "evict_first").to(tl.uint32)
-        s = _stored(scale, block, there)
-        some_x = _load(x + m * stride + b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], x_there).to(tl.float32)
+        s = _stored(scale, unit // UNITS, there)
+        some_x = _load(x + m * stride + u[:, None] * UNIT + tl.arange(0, UNIT)[None, :], x_there).to(tl.float32)
         if BITS == 4:
-            even, odd = tl.split(tl.reshape(some_x, BLOCKS, WIDTH, 2))
+            even, odd = tl.split(tl.reshape(some_x, COLUMNS // UNIT, WIDTH, 2))
             product = _scaled(table, byte >> 4, even[None], None, BITS, LANES)
             product += _scaled(table, byte, odd[None], None, BITS, LANES)
         else:
             product = _scaled(table, byte, some_x[None], None, BITS, LANES)
         total += tl.sum(product, 2) * s
         if len(shift) > 0:
-            total += _stored(shift, block, there) * tl.sum(some_x, 1)[None, :]
+            total += _stored(shift, unit // UNITS, there) * tl.sum(some_x, 1)[None, :]
     tl.store(y + m * N + row, tl.sum(total, 1).to(y.dtype.element_ty), row < N)
 
 
 @triton.jit
 def _weights(
     codes, table, scale, shift, row, column, N, K,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The tile of W [N, K] at rows `row`, int64, and COLUMNS columns from `column` on, fp32: its even and its odd columns.
 
-    Where they do not come apart, the tile and None. Rows beyond N and columns beyond K are 0. WHOLE: as in `matmul`.
+    Or, with 8 bits, the tile alone. Rows beyond N and columns beyond K are 0.
     """
-    if WHOLE:
-        WIDTH: tl.constexpr = COLUMNS * BITS // 8
-        BLOCKS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
-        j = tl.arange(0, WIDTH)[None, :]
-        byte_at = row[:, None] * (K * BITS // 8) + (column * BITS // 8 + j)
-        block = row[:, None] * (K // BLOCK) + (column // BLOCK + tl.arange(0, BLOCKS))[None, :]
-        if EVEN:
-            bytes_there, there = None, None
-        else:
-            bytes_there = (row < N)[:, None] & (column + j * (8 // BITS) < K)
-            there = (row < N)[:, None] & (column + tl.arange(0, BLOCKS) * BLOCK < K)[None, :]
-        byte = _load(codes + byte_at, bytes_there, "evict_first").to(tl.uint32)
-        s, z = _spread(_stored(scale, block, there), WIDTH // BLOCKS), None
-        if len(shift) > 0:
-            z = _spread(_stored(shift, block, there), WIDTH // BLOCKS)
-        if BITS == 4:
-            return _scaled(table, byte >> 4, s, z, BITS, LANES), _scaled(table, byte, s, z, BITS, LANES)
-        else:
-            return _scaled(table, byte, s, z, BITS, LANES), None
+    WIDTH: tl.constexpr = UNIT * BITS // 8
+    u = column // UNIT + tl.arange(0, COLUMNS // UNIT)
+    j = tl.arange(0, COLUMNS // UNIT * WIDTH)
+    byte_at = row[:, None] * (K * BITS // 8) + (column * BITS // 8 + j)[None, :]
+    block = (row[:, None] * (K // UNIT) + u[None, :]) // UNITS
+    if EVEN:
+        bytes_there, there = None, None
     else:
-        k = (column + tl.arange(0, COLUMNS))[None, :]
-        mask = (row < N)[:, None] & (k < K)
-        return tl.where(mask, _element(codes, table, scale, shift, row[:, None] * K + k, mask, BITS, BLOCK), 0.0), None
+        bytes_there = (row < N)[:, None] & (column + j * (8 // BITS) < K)[None, :]
+        there = (row < N)[:, None] & (u * UNIT < K)[None, :]
+    byte = _load(codes + byte_at, bytes_there, "evict_first").to(tl.uint32)
+    s, z = _spread(_stored(scale, block, there), WIDTH), None
+    if len(shift) > 0:
+        z = _spread(_stored(shift, block, there), WIDTH)
+    if BITS == 4:
+        return _scaled(table, byte >> 4, s, z, BITS, LANES), _scaled(table, byte, s, z, BITS, LANES)
+    else:
+        return (_scaled(table, byte, s, z, BITS, LANES),)
 
 
 @triton.jit
 def matmul(
     x, y, codes, levels, scale, shift, M, N, K, stride,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """y [SPLIT, M, N]: the products x [M, K] · Wᵀ over each of SPLIT parts of K, TOKENS × ROWS a program.
+    """y [parts, M, N]: the products x [M, K] · Wᵀ over each part of K, TOKENS × ROWS a program.
 
-    WHOLE: 4 or 8 bits, a BLOCK that is a power of two, and divides K; of BLOCK and COLUMNS one divides the other. EVEN:
-    ROWS divides N and COLUMNS divides K. W stands on the left, as the operand that a Hopper's matrix unit takes from
-    registers, so a few tokens fill a tile whose other side is rows of W.
+    EVEN: ROWS divides N and COLUMNS divides K. UNITS: in a block. W stands on the left, as the operand that a Hopper's
+    matrix unit takes from registers, so a few tokens fill a tile whose other side is rows of W.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    part = tl.cdiv(tl.cdiv(K, COLUMNS), SPLIT) * COLUMNS
+    part = tl.cdiv(tl.cdiv(K, COLUMNS), tl.num_programs(2)) * COLUMNS
     start = tl.program_id(2) * part
     table = _table(levels, BITS, LANES)
     some_x = x + token.to(tl.int64)[:, None] * stride
@@ -302,11 +286,11 @@ def matmul(
         if not EVEN:
             mask = mask & (k < K)[None, :]
         these = tl.load(some_x + k[None, :], mask, other=0)
-        w, odd = _weights(codes, table, scale, shift, row, column, N, K, BITS, BLOCK, COLUMNS, WHOLE, EVEN, LANES)
-        if odd is not None:
-            these, odd_x = tl.split(tl.reshape(these, TOKENS, COLUMNS // 2, 2))
-            total = tl.dot(odd.to(x.dtype.element_ty), tl.trans(odd_x), total, input_precision="ieee")
-        total = tl.dot(w.to(x.dtype.element_ty), tl.trans(these), total, input_precision="ieee")
+        w = _weights(codes, table, scale, shift, row, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
+        if len(w) == 2:
+            these, odd = tl.split(tl.reshape(these, TOKENS, COLUMNS // 2, 2))
+            total = tl.dot(w[1].to(x.dtype.element_ty), tl.trans(odd), total, input_precision="ieee")
+        total = tl.dot(w[0].to(x.dtype.element_ty), tl.trans(these), total, input_precision="ieee")
     at = (tl.program_id(2).to(tl.int64) * M + token)[:, None] * N + row[None, :]
     tl.store(y + at, tl.trans(total).to(y.dtype.element_ty), (token < M)[:, None] & (row < N)[None, :])
 
@@ -314,30 +298,30 @@ def matmul(
 @triton.jit
 def matmul_dx(
     g, dx, codes, levels, scale, shift, M, N, K, stride,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dx [SPLIT, M, K]: the products g [M, N] · W over each of SPLIT parts of N, TOKENS × COLUMNS a program.
+    """dx [parts, M, K]: the products g [M, N] · W over each part of N, TOKENS × COLUMNS a program.
 
     As `matmul` otherwise.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS
-    part = tl.cdiv(tl.cdiv(N, ROWS), SPLIT) * ROWS
+    part = tl.cdiv(tl.cdiv(N, ROWS), tl.num_programs(2)) * ROWS
     start = tl.program_id(2) * part
     table = _table(levels, BITS, LANES)
     some_g = g + token.to(tl.int64)[:, None] * stride
-    HALVES: tl.constexpr = 2 if WHOLE and BITS == 4 else 1
+    HALVES: tl.constexpr = 2 if BITS == 4 else 1
     total = tl.zeros((TOKENS, COLUMNS // HALVES), tl.float32)
     total_odd = tl.zeros((TOKENS, COLUMNS // HALVES), tl.float32)
     for first in range(start, tl.minimum(start + part, N), ROWS):
         row = first + tl.arange(0, ROWS)
         these = tl.load(some_g + row[None, :], (token < M)[:, None] & (row < N)[None, :], other=0)
         row_at = row.to(tl.int64)
-        w, odd = _weights(codes, table, scale, shift, row_at, column, N, K, BITS, BLOCK, COLUMNS, WHOLE, EVEN, LANES)
-        if odd is not None:
-            total_odd = tl.dot(these, odd.to(g.dtype.element_ty), total_odd, input_precision="ieee")
-        total = tl.dot(these, w.to(g.dtype.element_ty), total, input_precision="ieee")
+        w = _weights(codes, table, scale, shift, row_at, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
+        if len(w) == 2:
+            total_odd = tl.dot(these, w[1].to(g.dtype.element_ty), total_odd, input_precision="ieee")
+        total = tl.dot(these, w[0].to(g.dtype.element_ty), total, input_precision="ieee")
     if HALVES == 2:
         total = tl.reshape(tl.join(total, total_odd), TOKENS, COLUMNS)
     k = column + tl.arange(0, COLUMNS)
@@ -346,10 +330,11 @@ def matmul_dx(
 
 
 @triton.jit
-def add_parts(parts, y, n, SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """y [n] = Σ parts [SPLIT, n], always in the same order."""
+def add_parts(parts, y, n, count, TILE: tl.constexpr):
+    """y [n] = Σ parts [count, n], always in the same order."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts + part * n + i, i < n, other=0)
+    for _ in range(count):
+        total += tl.load(parts + i, i < n, other=0)
+        parts += n
     tl.store(y + i, total.to(y.dtype.element_ty), i < n)

@@ -3,12 +3,13 @@
 Free of tensors and of Triton, so that a launch can be looked at, and compiled, where there is no GPU.
 """
 
+from math import gcd
 from typing import NamedTuple
 
 from formats.blockwise import block_count
 
 LARGEST_BLOCK = 8192  #: weights that a quantize program can hold at once
-ANY_TILE = 1024  # weights a program of dequantize takes where blocks are not whole in a tile
+ANY_TILE = 1024  # elements of a program that takes them one by one
 
 
 class Launch(NamedTuple):
@@ -20,9 +21,11 @@ class Launch(NamedTuple):
     options: dict[str, int | bool]
 
 
-def is_whole(bits: int, block: int, columns: int) -> bool:
-    """Whether rows of so many columns are read block by block (see `kernels`)."""
-    return bits in (4, 8) and block >= 16 and _is_power_of_two(block) and columns % block == 0
+def unit(bits: int, block: int, *along: int) -> int:
+    """The weights of a unit (see `kernels`) where a tile, or a tile and a row, are `along` long; 0 where there is none."""
+    size = gcd(block, *along)
+    size &= -size
+    return size if bits in (4, 8) and size >= 16 else 0
 
 
 def quantize(choice: dict, bits: int, blocks: int, size: int, given: bool, tail: bool, pairs: bool) -> Launch:
@@ -37,47 +40,47 @@ def quantize(choice: dict, bits: int, blocks: int, size: int, given: bool, tail:
 
 def dequantize(choice: dict, bits: int, block: int, n: int, lanes: bool) -> Launch:
     """n weights. No fused multiply-add: the reference rounds s·L before it adds z."""
-    whole = is_whole(bits, block, block) and block <= choice["tile"]
-    tile = choice["tile"] if whole else ANY_TILE
-    constants = {"BITS": bits, "BLOCK": block, "TILE": tile, "EVEN": n % tile == 0, "WHOLE": whole}
-    constants["LANES"] = _lanes(lanes, bits, whole)
     options = {"num_warps": choice["num_warps"], "enable_fp_fusion": False}
+    size = unit(bits, block, choice["tile"])
+    if not size:
+        grid = (block_count(n, ANY_TILE),)
+        return Launch("dequantize_elements", grid, {"BITS": bits, "BLOCK": block, "TILE": ANY_TILE}, options)
+    tile = choice["tile"]
+    constants = {**_units(bits, block, size, lanes), "TILE": tile, "EVEN": n % tile == 0}
     return Launch("dequantize", (block_count(n, tile),), constants, options)
 
 
-def product(op: str, choice: dict, m: int, n: int, k: int, bits: int, block: int, lanes: bool, processors: int) -> Launch:
+def product(
+    op: str, choice: dict, m: int, n: int, k: int, bits: int, block: int, lanes: bool, processors: int
+) -> Launch:
     """`linear` or `linear_dx` of m rows with a weight [n, k], along the path of the choice, on so many processors."""
-    whole = is_whole(bits, block, k)
     rows, columns = choice["rows"], choice["columns"]
-    constants = {"BITS": bits, "BLOCK": block, "LANES": _lanes(lanes, bits, whole)}
+    constants = {
+        **_units(bits, block, unit(bits, block, k, columns), lanes),
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "EVEN": n % rows == 0 and k % columns == 0,
+    }
     options = {"num_warps": choice["num_warps"], "num_stages": choice.get("num_stages", 1), "enable_fp_fusion": True}
     if choice["path"] == "multiply_row":
-        rows, columns = max(rows * columns // max(columns, block), 1), max(columns, block)
-        constants |= {"ROWS": rows, "BLOCKS": columns // block, "EVEN": n % rows == 0 and k % columns == 0}
         return Launch("multiply_row", (block_count(n, rows), m), constants, options)
-    tokens = choice["tokens"]
-    side, steps = block_count(n, rows), block_count(k, columns)
-    kernel = "matmul"
+    kernel, side, steps = "matmul", block_count(n, rows), block_count(k, columns)
     if op == "linear_dx":
         kernel, side, steps = "matmul_dx", steps, side
-    tiles = block_count(m, tokens) * side
+    tiles = block_count(m, choice["tokens"]) * side
     split = max(min(choice["fill"] * processors // tiles, steps // 4), 1)
-    constants |= {"TOKENS": tokens, "ROWS": rows, "COLUMNS": columns, "SPLIT": split, "WHOLE": whole}
-    constants["EVEN"] = n % rows == 0 and k % columns == 0
-    return Launch(kernel, (block_count(m, tokens), side, split), constants, options)
+    constants["TOKENS"] = choice["tokens"]
+    return Launch(kernel, (block_count(m, choice["tokens"]), side, split), constants, options)
 
 
-def add_parts(split: int, n: int) -> Launch:
-    return Launch("add_parts", (block_count(n, 1024),), {"SPLIT": split, "TILE": 1024}, {"enable_fp_fusion": True})
+def add_parts(n: int) -> Launch:
+    """The sum of the parts of n results."""
+    return Launch("add_parts", (block_count(n, ANY_TILE),), {"TILE": ANY_TILE}, {"enable_fp_fusion": True})
 
 
-def _lanes(there: bool, bits: int, whole: bool) -> bool:
-    """Whether the lanes of a warp hold the table: 16 levels fit. There are none in the interpreter."""
-    return there and whole and bits == 4
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
+def _units(bits: int, block: int, size: int, lanes: bool) -> dict[str, int | bool]:
+    """What every kernel that reads units is told. lanes: whether there are any, to hold a table of 16 levels."""
+    return {"BITS": bits, "UNIT": size, "UNITS": block // size, "LANES": lanes and bits == 4}
 
 
 def _ceiling(n: int) -> int:

@@ -35,7 +35,9 @@ def checked(product):
         if not x.is_floating_point():
             raise TypeError(f"{name}: {x.dtype} is not accepted; a floating-point tensor is")
         if codes.numel() != packed_bytes(out_features * in_features, bits):
-            raise ValueError(f"{name}: {codes.numel()} bytes do not hold {out_features} × {in_features} codes of {bits} bits")
+            raise ValueError(
+                f"{name}: {codes.numel()} bytes do not hold {out_features} × {in_features} codes of {bits} bits"
+            )
         for tensor in (codes, levels, *scale, *shift):
             if tensor.device != x.device:
                 raise ValueError(f"{name}: a tensor on {x.device} meets a weight on {tensor.device}")

@@ -22,6 +22,9 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="package")
 def bf16():
+    if torch.cuda.is_available():
+        yield
+        return
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def exact(values, from_type, to_type, rounding):

@@ -1,0 +1,187 @@
+"""What `products` measured, for people: the answer in words, tables of ratios, a figure of speed over M."""
+
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean, median
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from ..report.figures import BLUE, GREY, ORANGE, STYLE
+from .products import OPS, times
+
+BANDS = {"M ≤ 16": range(1, 17), "M = 32–128": range(32, 129), "M ≥ 1024": range(1024, 1 << 20)}
+TITLES = {"linear": "forward, y = x·Wᵀ", "linear_dx": "backward, dx = g·W"}
+
+
+def write(result: dict, folder: Path) -> None:
+    """products.md and products.png in `folder`."""
+    name, dq = shown(result)
+    with plt.rc_context(STYLE):
+        figure = speed_over_rows(result, name, dq)
+        figure.savefig(folder / "products.png")
+        plt.close(figure)
+    (folder / "products.md").write_text("\n".join(lines(result, name, dq)) + "\n")
+
+
+def shown(result: dict) -> tuple[str, bool]:
+    """The format that words and figure are about: nf4 with double quantization if it was measured, else the first."""
+    ours = list(product(result["plan"]["formats"], result["plan"]["dq"]))
+    return ("nf4", True) if ("nf4", True) in ours else ours[0]
+
+
+def title(name: str, dq: bool) -> str:
+    return f"{name}{' + dq' * dq}"
+
+
+def ratios(result: dict, name: str, dq: bool, peer: str) -> dict[tuple, float]:
+    """How many times less time than a peer it takes, by (model, layer, op, M)."""
+    ours = times(result, format=name, dq=dq)
+    theirs = times(result, format=peer) if peer == "bf16" else times(result, format=peer, dq=dq)
+    return {key: theirs[key] / seconds for key, seconds in ours.items() if key in theirs}
+
+
+def fractions(result: dict, name: str, dq: bool) -> dict[tuple, float]:
+    """The share of a ceiling that was reached, by (model, layer, op, M).
+
+    Of the copy's bytes a second for M ≤ 16, counting the packed weight, and for dequantize, counting what it reads and
+    writes; of the large product's operations a second for larger M.
+    """
+    copy, flops = result["ceilings"]["copy_bytes_s"], result["ceilings"]["matmul_flop_s"]
+    found = {}
+    for case in result["cases"]:
+        if (case["format"], case["dq"]) == (name, dq):
+            n, k = case["shape"]
+            seconds, rows = median(case["samples"]), case["rows"]
+            moved = case["nbytes"] + (2 * n * k if case["op"] == "dequantize" else 0)
+            share = moved / seconds / copy if rows <= 16 else 2 * rows * n * k / seconds / flops
+            found[case["model"], case["layer"], case["op"], rows] = share
+    return found
+
+
+def span(values: Iterable[float], form: str = ".2f") -> str:
+    """'1.20' or '1.20 to 3.40'."""
+    ordered = sorted(values)
+    low, high = f"{ordered[0]:{form}}", f"{ordered[-1]:{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def answer(result: dict) -> list[str]:
+    """What came out, in words."""
+    name, dq = shown(result)
+    against, share = ratios(result, name, dq, "bf16"), fractions(result, name, dq)
+    peer = ratios(result, name, dq, f"bitsandbytes {name}")
+    page = []
+    for band, rows in BANDS.items():
+        for op in OPS:
+            mine = [v for (_, _, o, m), v in against.items() if o == op and m in rows]
+            other = [v for (_, _, o, m), v in peer.items() if o == op and m in rows]
+            if mine:
+                of_ceiling = span([v for (_, _, o, m), v in share.items() if o == op and m in rows], ".0%")
+                beside = f", {span(other)} times that of bitsandbytes" if other else ""
+                page.append(
+                    f"- {title(name, dq)}, {TITLES[op].partition(',')[0]}, {band}: {span(mine)} times the speed of bf16"
+                    f" weights{beside}; {of_ceiling} of the ceiling."
+                )
+    decode = [v for (_, _, op, _), v in share.items() if op == "dequantize"]
+    return [*page, f"- {title(name, dq)}, dequantize to bf16: {span(decode, '.0%')} of the speed of a copy."]
+
+
+def lines(result: dict, name: str, dq: bool) -> list[str]:
+    environment, plan = result["environment"], result["plan"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
+    against, share = ratios(result, name, dq, "bf16"), fractions(result, name, dq)
+    peer = ratios(result, name, dq, f"bitsandbytes {name}")
+    page = [f"# Products with a packed weight on {environment['device']}", "", *answer(result), ""]
+    copy, flops = (result["ceilings"][name] / 1e12 for name in ("copy_bytes_s", "matmul_flop_s"))
+    page += [
+        f"Ceilings, measured in the same run: a copy {copy:.3g} TB/s, a large bf16 product {flops:.3g} Tflop/s. A share is of"
+        " the copy, counting the packed weight, up to M = 16, and of the product beyond. Medians of"
+        f" {plan['repeats']} samples; inputs take turns, so that no weight is left in the last cache. {versions}.",
+        "",
+        "![Speed over M](products.png)",
+        "",
+    ]
+    for op in OPS:
+        page += [
+            f"## {title(name, dq)}, {TITLES[op]}: speed in that of bf16 weights (in that of bitsandbytes) [share]",
+            "",
+        ]
+        page += layer_table(op, against, peer, share)
+    page += ["## Every format: speed in that of bf16 weights, geometric mean over the layers", ""]
+    page += format_table(result)
+    worst = max((case["error"] for case in result["cases"] if case["error"] is not None), default=0)
+    return [*page, f"Largest relative error against float64 among all of these: {worst:.2e}."]
+
+
+def layer_table(op: str, against: dict, peer: dict, share: dict) -> list[str]:
+    rows = sorted({m for _, _, o, m in against if o == op})
+    table = [["layer", *(f"M = {m}" for m in rows)]]
+    for model, layer in dict.fromkeys((model, layer) for model, layer, *_ in against):
+        cells = []
+        for m in rows:
+            key = model, layer, op, m
+            cells.append(
+                f"{against[key]:.2f}" + (f" ({peer[key]:.2f})" if key in peer else "") + f" [{share[key]:.0%}]"
+            )
+        table.append([f"{model} {layer}", *cells])
+    return markdown(table)
+
+
+def format_table(result: dict) -> list[str]:
+    rows = result["plan"]["rows"]
+    table = [["format", *(f"{op.replace('linear_dx', 'dx').replace('linear', 'y')}, {m}" for op in OPS for m in rows)]]
+    for name, dq in dict.fromkeys((case["format"], case["dq"]) for case in result["cases"]):
+        if name != "bf16":
+            found = ratios(result, name, dq, "bf16")
+            cells = [
+                f"{geometric_mean([v for (_, _, o, k), v in found.items() if (o, k) == (op, m)]):.2f}"
+                for op in OPS
+                for m in rows
+            ]
+            table.append([title(name, dq), *cells])
+    return markdown(table)
+
+
+def markdown(table: list[list[str]]) -> list[str]:
+    """A table, the first row its head."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in table]
+    return [head, "|---" * len(table[0]) + "|", *body, ""]
+
+
+def speed_over_rows(result: dict, name: str, dq: bool):
+    """A panel a layer, forward above backward: speed in that of bf16 weights over M."""
+    layers = list(dict.fromkeys((case["model"], case["layer"]) for case in result["cases"]))
+    curves = [(title(name, dq), ratios(result, name, dq, "bf16"), BLUE, "o")]
+    theirs = times(result, format=f"bitsandbytes {name}", dq=dq)
+    bf16 = times(result, format="bf16")
+    if theirs:
+        speeds = {key: bf16[key] / seconds for key, seconds in theirs.items() if key in bf16}
+        curves.append((f"bitsandbytes {title(name, dq)}", speeds, ORANGE, "s"))
+    figure, panels = plt.subplots(
+        len(OPS), len(layers), figsize=(2.1 * len(layers) + 1, 4.8), sharex=True, sharey=True, squeeze=False
+    )
+    for row, op in zip(panels, OPS, strict=True):
+        for axes, place in zip(row, layers, strict=True):
+            for label, found, color, marker in curves:
+                points = sorted((m, v) for (*where, o, m), v in found.items() if (*where,) == place and o == op)
+                style = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4, "label": label}
+                axes.plot(*zip(*points, strict=True), **style)
+            axes.axhline(1, color=GREY, linewidth=1, label="bf16 weights")
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            if op == OPS[0]:
+                shape = next(c["shape"] for c in result["cases"] if (c["model"], c["layer"]) == place)
+                axes.set_title(f"{' '.join(place)}\n{shape[0]} × {shape[1]}", fontsize=8)
+            else:
+                axes.set_xlabel("rows of x, M")
+        row[0].set_ylabel(f"{TITLES[op]}\ntimes the speed of bf16")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, -0.04))
+    figure.suptitle(f"Products with a packed weight, {result['environment']['device']}", x=0.01, ha="left")
+    figure.tight_layout()
+    return figure
