@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from . import optim
 from .errors import InputError, integer
+from .functions import add_low_rank, next_token_loss
 from .layers import QuantLinear
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
@@ -62,7 +63,19 @@ class TuneLog:
 
 
 class LoraQuantLinear(LoraLinear):
-    """LoRA on a QuantLinear: PEFT's own layer, whose base is packed and so cannot be merged into."""
+    """LoRA on a QuantLinear: PEFT's own layer, whose base is packed and so cannot be merged into.
+
+    One plain adapter, the usual case, is a single step of autograd, which keeps x in its own dtype.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        plain = not (self.disable_adapters or self.lora_variant or args or kwargs)
+        if not plain or len(active) != 1 or self.lora_B[active[0]].bias is not None:
+            return super().forward(x, *args, **kwargs)
+        name = active[0]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return add_low_rank(self.base_layer(x), self.lora_dropout[name](x), a, b, self.scaling[name])
 
     def merge(self, *args, **kwargs):
         raise TypeError("a packed weight cannot take up an adapter; dequantize the model before merging")
@@ -124,7 +137,7 @@ def train(
         batch = windows[order[step * settings.batch : (step + 1) * settings.batch]].to(device)
         total = 0.0
         for part in batch.chunk(settings.accumulate):
-            loss = model(input_ids=part, labels=part, use_cache=False).loss / settings.accumulate
+            loss = next_token_loss(model(input_ids=part, use_cache=False).logits, part) / settings.accumulate
             loss.backward()
             total += loss.item()
         if not total < float("inf"):

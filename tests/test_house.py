@@ -22,12 +22,14 @@ ORDER = [
     "optim",
     "models",
     "data",
+    "functions",
     "tune",
     "settings",
     "record",
     "report",
     "phases",
     "run",
+    "bench",
 ]
 
 

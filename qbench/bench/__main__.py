@@ -48,7 +48,12 @@ def run_products(arguments: argparse.Namespace) -> None:
 
 def run_step(arguments: argparse.Namespace) -> None:
     """a QLoRA training step, beside PEFT with bitsandbytes"""
-    raise NotImplementedError
+    device = _device(arguments.device)
+    with _progress(2 * (arguments.steps + 1)) as advance:
+        result = step.measure(device, arguments.steps, advance)
+    write_json(arguments.out / "step.json", result)
+    console.print("\n".join(step.answer(result)))
+    console.print(f"{arguments.out}: step.json")
 
 
 def run_tune(arguments: argparse.Namespace) -> None:
@@ -76,7 +81,9 @@ def run_compile(arguments: argparse.Namespace) -> None:
         found = compiled.compile_all(capabilities, advance)
     if arguments.out:
         write_json(arguments.out, [asdict(one) for one in found])
-    table = Table(Column("kernel", no_wrap=True), "sm", "registers", "spills", "KiB shared", "instr. a weight", box=None)
+    table = Table(
+        Column("kernel", no_wrap=True), "sm", "registers", "spills", "KiB shared", "instr. a weight", box=None
+    )
     for one in found:
         cells = one.registers, one.spills, f"{one.shared / 1024:.1f}", f"{one.instructions:.2f}"
         table.add_row(one.name, str(one.capability), *map(str, cells))

@@ -99,8 +99,8 @@ def lines(result: dict, name: str, dq: bool) -> list[str]:
     page = [f"# Products with a packed weight on {environment['device']}", "", *answer(result), ""]
     copy, flops = (result["ceilings"][name] / 1e12 for name in ("copy_bytes_s", "matmul_flop_s"))
     page += [
-        f"Ceilings, measured in the same run: a copy {copy:.3g} TB/s, a large bf16 product {flops:.3g} Tflop/s. A share is of"
-        " the copy, counting the packed weight, up to M = 16, and of the product beyond. Medians of"
+        f"Ceilings, measured in the same run: a copy {copy:.3g} TB/s, a large bf16 product {flops:.3g} Tflop/s. A share"
+        " is of the copy, counting the packed weight, up to M = 16, and of the product beyond. Medians of"
         f" {plan['repeats']} samples; inputs take turns, so that no weight is left in the last cache. {versions}.",
         "",
         "![Speed over M](products.png)",
@@ -173,13 +173,15 @@ def speed_over_rows(result: dict, name: str, dq: bool):
                 axes.plot(*zip(*points, strict=True), **style)
             axes.axhline(1, color=GREY, linewidth=1, label="bf16 weights")
             axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
+            axes.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
+            axes.minorticks_off()
             if op == OPS[0]:
                 shape = next(c["shape"] for c in result["cases"] if (c["model"], c["layer"]) == place)
                 axes.set_title(f"{' '.join(place)}\n{shape[0]} × {shape[1]}", fontsize=8)
             else:
                 axes.set_xlabel("rows of x, M")
         row[0].set_ylabel(f"{TITLES[op]}\ntimes the speed of bf16")
+    panels[0][0].set_ylim(0, 1.08 * max(1, *(v for _, found, *_ in curves for v in found.values())))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, -0.04))
     figure.suptitle(f"Products with a packed weight, {result['environment']['device']}", x=0.01, ha="left")

@@ -7,13 +7,15 @@ Written as LLVM vector code, since a permute by a vector of indices is the one t
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-kernel = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+from .team import shared
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+AHEAD = 2048  # bytes of codes that a product asks for before it needs them: memory is far
 
 
 def available() -> bool:
@@ -61,6 +63,13 @@ def _call(builder, name: str, result: ir.Type, arguments, fastmath=()):
     declared = builder.module.globals.get(name)
     function = declared or ir.Function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
     return builder.call(function, arguments, fastmath=fastmath)
+
+
+def _prefetch(context, builder, array_type, array, index) -> None:
+    """Ask for the cache line of array[index], which may lie beyond the end."""
+    address = _address(context, builder, array_type, array, index, _vector(I8, 1))
+    address = builder.bitcast(address, I8.as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
 
 
 def _permute(builder, table, indices):
@@ -156,16 +165,16 @@ def _round_to_bf16(builder, values):
 
 
 @intrinsic
-def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, odd):
-    """Σ over blocks of scale · Σ L[c]·x, for one row of W, as fp32.
+def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, odd, x_at):
+    """Σ over blocks of scale · Σ L[c]·x, for one row of W and one of x, as fp32.
 
     The row begins at codes[at] and at scale[scale_at]; each of its blocks has `count` bytes, a multiple of 16. even, odd:
-    x at even and odd places, which the high and the low codes of the bytes meet.
+    x at even and odd places, which the high and the low codes of the bytes meet, from x_at on.
     """
 
     def generate(context, builder, signature, arguments):
-        codes, at, levels, scale, scale_at, blocks, count, even, odd = arguments
-        codes_type, _, levels_type, scale_type, _, _, _, even_type, odd_type = signature.args
+        codes, at, levels, scale, scale_at, blocks, count, even, odd, x_at = arguments
+        codes_type, _, levels_type, scale_type, _, _, _, even_type, odd_type, _ = signature.args
         lanes = _vector(F32, 16)
         zero = _constant(F32, 16, 0.0)
         table = _load(context, builder, levels_type, levels, I64(0), lanes)
@@ -179,11 +188,13 @@ def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, od
             first = builder.mul(block, count)
             with _steps(builder, count, 16) as step:
                 place = builder.add(first, step)
-                raw = _load(context, builder, codes_type, codes, builder.add(at, place), _vector(I8, 16))
+                here = builder.add(at, place)
+                _prefetch(context, builder, codes_type, codes, builder.add(here, I64(AHEAD)))
+                raw = _load(context, builder, codes_type, codes, here, _vector(I8, 16))
                 wide = builder.zext(raw, _vector(I32, 16))
-                high, low = builder.lshr(wide, _constant(I32, 16, 4)), builder.and_(wide, _constant(I32, 16, 15))
+                high, low = builder.lshr(wide, _constant(I32, 16, 4)), wide  # a permute reads the lowest 4 bits
                 for code, array_type, array in ((high, even_type, even), (low, odd_type, odd)):
-                    x = _load(context, builder, array_type, array, place, lanes)
+                    x = _load(context, builder, array_type, array, builder.add(x_at, place), lanes)
                     multiply_add(_permute(builder, table, code), x, part)
             data = context.make_array(scale_type)(context, builder, scale).data
             s = _splat(builder, builder.load(builder.gep(data, [builder.add(scale_at, block)])), 16)
@@ -191,8 +202,27 @@ def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, od
         arguments = [F32(-0.0), builder.load(total)]
         return _call(builder, "llvm.vector.reduce.fadd.v16f32", F32, arguments, fastmath=("reassoc",))
 
-    array_places = codes, types.int64, levels, scale, types.int64, types.int64, types.int64, even, odd
-    return types.float32(*array_places), generate
+    integers = types.int64, types.int64, types.int64
+    return types.float32(codes, types.int64, levels, scale, *integers, even, odd, types.int64), generate
+
+
+@intrinsic
+def _decode_16(typing, codes, at, levels, scale, offset, out):
+    """out[at : at + 16] = levels[codes[at : at + 16]] · scale + offset, of 256 levels."""
+
+    def generate(context, builder, signature, arguments):
+        codes, at, levels, scale, offset, out = arguments
+        codes_type, _, levels_type, _, _, out_type = signature.args
+        indices = builder.zext(_load(context, builder, codes_type, codes, at, _vector(I8, 16)), _vector(I32, 16))
+        table = builder.bitcast(context.make_array(levels_type)(context, builder, levels).data, I8.as_pointer())
+        all_lanes = _constant(ir.IntType(1), 16, 1)
+        gather = [_constant(F32, 16, 0.0), table, indices, all_lanes, I32(4)]
+        values = _call(builder, "llvm.x86.avx512.mask.gather.dps.512", _vector(F32, 16), gather)
+        values = builder.fadd(builder.fmul(values, _splat(builder, scale, 16)), _splat(builder, offset, 16))
+        _store(context, builder, out_type, out, at, values)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.int64, levels, types.float32, types.float32, out), generate
 
 
 class _steps:
@@ -221,45 +251,68 @@ class _steps:
         builder.position_at_end(self.end)
 
 
-@kernel
-def encode_pairs(w, scale, scale_given, shift, smallest, edges, order, codes):
+@shared
+def encode_pairs(shares, w, scale, scale_given, shift, smallest, edges, order, codes):
     """As `cpu.encode_rows` for 4-bit codes, two to a byte, of whole blocks of a multiple of 32 weights."""
     size = w.shape[1]
     flat, bits, scale_bits = w.reshape(-1), w.view(np.uint32), scale.view(np.uint32)
-    for b in range(w.shape[0]):
-        if not scale_given:
-            top = np.uint32(0)
-            for i in range(size):
-                magnitude = bits[b, i] & np.uint32(0x7FFFFFFF)
-                top = magnitude if magnitude > top else top
-            scale_bits[b] = top
-        inverse = np.float32(1) / max(scale[b], smallest)
-        z = shift[b] if len(shift) else np.float32(0)
-        for i in range(b * size, (b + 1) * size, 32):
-            _encode_32(flat, i, inverse, z, edges, order, codes, i // 2)
+    for share in prange(shares):
+        start, stop = len(w) * share // shares, len(w) * (share + 1) // shares
+        for b in range(start, stop):
+            if not scale_given:
+                top = np.uint32(0)
+                for i in range(size):
+                    magnitude = bits[b, i] & np.uint32(0x7FFFFFFF)
+                    top = magnitude if magnitude > top else top
+                scale_bits[b] = top
+            inverse = np.float32(1) / max(scale[b], smallest)
+            z = shift[b] if len(shift) else np.float32(0)
+            for i in range(b * size, (b + 1) * size, 32):
+                _encode_32(flat, i, inverse, z, edges, order, codes, i // 2)
 
 
-@kernel
-def decode_pairs(codes, levels, scale, shift, bf16, out):
+@shared
+def decode_pairs(shares, codes, levels, scale, shift, bf16, out):
     """As `cpu.decode_pairs`, for rows of a multiple of 16 bytes."""
     count = codes.shape[1]
     source, target = codes.reshape(-1), out.reshape(-1)
-    for b in range(codes.shape[0]):
-        z = shift[b] if len(shift) else np.float32(-0.0)
-        _decode_block(source, b * count, count, levels, scale[b], z, target, 2 * b * count)
+    for share in prange(shares):
+        start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
+        for b in range(start, stop):
+            z = shift[b] if len(shift) else np.float32(-0.0)
+            _decode_block(source, b * count, count, levels, scale[b], z, target, 2 * b * count)
 
 
-@kernel
-def multiply_row(codes, levels, scale, shift, even, odd, block_sums, y):
-    """y[n] = Σ_k W[n, k]·x[k] for rows of whole blocks of a multiple of 32 weights.
+@shared
+def multiply_pairs(shares, codes, levels, scale, shift, even, odd, block_sums, y):
+    """y[m, n] = Σ_k x[m, k]·W[n, k] for rows of W of whole blocks of a multiple of 32 weights.
 
-    codes: [N, K/2]. scale, shift: [N, K/block]. even, odd: x[0::2], x[1::2]. block_sums: Σ x of each block [K/block].
+    codes: [N, K/2]. scale, shift: [N, K/block]. even, odd: x[:, 0::2], x[:, 1::2]. block_sums: Σ x of each block
+    [M, K/block].
     """
-    rows, blocks = scale.shape
+    blocks = scale.shape[1]
     width = codes.shape[1]
-    source, scales = codes.reshape(-1), scale.reshape(-1)
-    for n in range(rows):
-        y[n] = _dot_row(source, n * width, levels, scales, n * blocks, blocks, width // blocks, even, odd)
-        if len(shift):
-            for b in range(blocks):
-                y[n] += shift[n, b] * block_sums[b]
+    source, scales, evens, odds = codes.reshape(-1), scale.reshape(-1), even.reshape(-1), odd.reshape(-1)
+    for share in prange(shares):
+        start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
+        for n in range(start, stop):
+            for m in range(len(even)):
+                size = width // blocks
+                y[m, n] = _dot_row(source, n * width, levels, scales, n * blocks, blocks, size, evens, odds, m * width)
+                if len(shift):
+                    for b in range(blocks):
+                        y[m, n] += shift[n, b] * block_sums[m, b]
+
+
+@shared
+def decode_nested(shares, codes, levels, absmax, offset, block, out):
+    """As `cpu.decode_nested`, for blocks of a multiple of 16."""
+    for share in prange(shares):
+        start, stop = len(absmax) * share // shares, len(absmax) * (share + 1) // shares
+        for b in range(start, stop):
+            first, last = b * block, min((b + 1) * block, len(codes))
+            whole = last - (last - first) % 16
+            for i in range(first, whole, 16):
+                _decode_16(codes, i, levels, absmax[b], offset, out)
+            for i in range(whole, last):
+                out[i] = levels[codes[i]] * absmax[b] + offset

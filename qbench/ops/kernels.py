@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 
 NESTED_BLOCK = tl.constexpr(256)  # scales under one absmax, `formats.scales.NESTED_BLOCK`
+NO_HINT = tl.constexpr("")
 
 
 @triton.jit
-def _load(pointer, mask, eviction: tl.constexpr = tl.constexpr("")):
+def _load(pointer, mask, eviction: tl.constexpr = NO_HINT):
     """What lies at `pointer`, 0 where the mask says no; a mask of None lets vectors be as wide as they can."""
     if mask is None:
         return tl.load(pointer, eviction_policy=eviction)

@@ -37,25 +37,36 @@ def test_forward_and_backward_against_float64(name, dq, dtype):
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4_asym", "quantile", "int8"])
 @pytest.mark.parametrize("dq", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("in_features", [32, 96, 1024, 80])
-def test_one_row_against_float64(name, dq, dtype, in_features):
+@pytest.mark.parametrize(("rows", "in_features"), [(1, 32), (1, 96), (1, 1024), (1, 80), (3, 96), (200, 96)])
+def test_few_and_many_rows_against_float64(name, dq, dtype, rows, in_features):
     _, layer = make(name, dq, in_features=in_features, dtype=dtype)
-    x = torch.randn(1, 1, in_features, dtype=dtype, requires_grad=True)
+    x = torch.randn(1, rows, in_features, dtype=dtype, requires_grad=True)
     y = layer(x)
     w = layer.weight.dequantize(torch.float32).double()
     expected = x.detach().double() @ w.t() + layer.bias.double()
-    assert y.dtype == dtype and y.shape == (1, 1, 48)
+    assert y.dtype == dtype and y.shape == (1, rows, 48)
     assert (y.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
     y.sum().backward()
-    assert (x.grad.double() - w.sum(0)).norm() < TOLERANCE[dtype] * w.sum(0).norm()
+    expected_dx = w.sum(0).expand(1, rows, -1)
+    assert x.grad.dtype == dtype and (x.grad.double() - expected_dx).norm() < TOLERANCE[dtype] * expected_dx.norm()
 
 
-def test_one_row_of_a_large_weight():
+@pytest.mark.parametrize("name", ["nf4", "int4_asym"])
+def test_a_large_weight_on_any_number_of_threads(name):
     torch.manual_seed(0)
-    layer = QuantLinear(formats.get("nf4", dq=True).quantize(torch.randn(2000, 2048)))
-    x = torch.randn(2048)
-    w = layer.weight.dequantize().double()
-    assert (layer(x).double() - w @ x.double()).norm() < 1e-5 * (w @ x.double()).norm()
+    w, x = torch.randn(2000, 2048), torch.randn(2048)
+    layer = QuantLinear(formats.get(name, dq=True).quantize(w))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((formats.get(name).quantize(w).codes, layer.weight.dequantize(), layer(x)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(found[0], other, strict=True))
+    expected = found[0][1].double() @ x.double()
+    assert (found[0][2].double() - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_gradient_by_finite_differences():

@@ -1,0 +1,174 @@
+"""A QLoRA training step: the harness beside PEFT with bitsandbytes, in turns.
+
+Both sides train adapters of rank 16 on every linear layer but the head of a Llama with random weights, in NF4 with double
+quantization, block 64, the model in bf16 and the adapters in fp32, without gradient checkpointing, on the same tokens.
+Each has a process of its own, so that its memory is its own, and while one takes a step the other waits.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from statistics import median
+
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
+
+import formats
+
+from .. import models, optim
+from ..errors import InputError
+from ..measure.memory import PeakMemory
+from ..record import environment
+from ..tune import SCHEDULES, TuneSettings, add_lora, train
+
+SEED, BATCH, BLOCK, DTYPE = 0, 4, 64, torch.bfloat16
+#: by device, the shape of SmolLM-135M and of Llama-3.2-1B, and the tokens of a window
+SHAPES = {
+    "cpu": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3},
+    "cuda": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+}
+WINDOW = {"cpu": 256, "cuda": 1024}
+
+Advance = Callable[[float, float], None]  #: is told the loss and the tokens/s of each step
+
+
+def measure(device: torch.device, steps: int, report: Callable[[str], None], shape: dict | None = None) -> dict:
+    """Time `steps` steps of each side, after one to warm up. `report` is told of every step, 2 · (steps + 1) times.
+    shape: what LlamaConfig takes, instead of the device's.
+
+    Returns {environment, model, tokens: of a step, ours, theirs, ratio: of their tokens_s}; a side has {loss: of every
+    step, seconds: of every one but the first, tokens_s: the median, peak_bytes: while training; on a CPU without what the
+    process held before it had a model}. Raises InputError where bitsandbytes is missing.
+    """
+    if not find_spec("bitsandbytes"):
+        raise InputError("step: bitsandbytes is not installed; the extra `test` brings it")
+    shape, tokens = shape or SHAPES[device.type], BATCH * WINDOW[device.type]
+    sides = {side: {"loss": [], "seconds": []} for side in BUILD}
+    with ExitStack() as stack:
+        turns = {side: stack.enter_context(_process(side, device, shape, steps + 1)) for side in sides}
+        for step in range(steps + 1):
+            for side, turn in turns.items():
+                turn.send("step")
+                loss, tokens_s = turn.recv()
+                sides[side]["loss"].append(loss)
+                if step:
+                    sides[side]["seconds"].append(tokens / tokens_s)
+                report(f"{side}, step {step}: loss {loss:.3f}, {tokens_s:,.0f} tokens/s")
+        for side, turn in turns.items():
+            turn.send("end")
+            sides[side]["peak_bytes"] = turn.recv()
+    for side in sides.values():
+        side["tokens_s"] = tokens / median(side["seconds"])
+    ratio = sides["ours"]["tokens_s"] / sides["theirs"]["tokens_s"]
+    return {"environment": environment(device), "model": shape, "tokens": tokens, **sides, "ratio": ratio}
+
+
+def answer(result: dict) -> list[str]:
+    """What came out, in words."""
+    ours, theirs, device = result["ours"], result["theirs"], result["environment"]["device"]
+    return [
+        f"- On {device} a step of {result['tokens']} tokens takes {median(ours['seconds']):.3g} s, with PEFT and"
+        f" bitsandbytes {median(theirs['seconds']):.3g} s: {ours['tokens_s']:,.0f} tokens/s, {result['ratio']:.2f} times"
+        f" their {theirs['tokens_s']:,.0f}.",
+        f"- At its peak it takes {ours['peak_bytes'] / 2**30:.2f} GiB, theirs {theirs['peak_bytes'] / 2**30:.2f} GiB.",
+        f"- The loss after {len(ours['loss'])} steps is {ours['loss'][-1]:.4f}, theirs {theirs['loss'][-1]:.4f}.",
+    ]
+
+
+@contextmanager
+def _process(*what) -> Iterator[Connection]:
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_train, args=(there, torch.get_num_threads(), *what), daemon=True)
+    process.start()
+    there.close()  # so that the end of the process is the end of what comes from it
+    try:
+        yield here
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _train(turn: Connection, threads: int, side: str, device: torch.device, shape: dict, steps: int) -> None:
+    """One side, in its process: a step for each message, then its peak memory."""
+    import bitsandbytes  # noqa: F401  on both sides, whose processes differ in nothing else
+
+    torch.set_num_threads(threads)
+    before = psutil.Process().memory_info().rss if device.type == "cpu" else 0
+    build, loop = BUILD[side]
+    settings = TuneSettings(steps=steps, batch=BATCH)
+    size = BATCH, WINDOW[device.type]
+    windows = torch.randint(shape["vocab_size"], size, generator=torch.Generator().manual_seed(SEED))
+    model = build(_llama(device, shape), settings)
+
+    def advance(loss: float, tokens_s: float) -> None:
+        turn.send((loss, tokens_s))
+        turn.recv()
+
+    turn.recv()
+    with PeakMemory(device) as peak:
+        loop(model, windows, settings, SEED, advance)
+    turn.send(peak.bytes["allocated" if device.type == "cuda" else "rss"] - before)
+
+
+def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
+    """A frozen model with random weights."""
+    config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=WINDOW[device.type])
+    torch.manual_seed(SEED)
+    with device:
+        return LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+
+
+def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
+    packed = models.quantize(models.linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
+    models.replace(model, packed)
+    return add_lora(model, list(packed), settings, SEED)
+
+
+def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layers = models.linear_layers(model)
+    for name, layer in layers.items():
+        packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=DTYPE, device="meta")
+        packed.weight = Params4bit(
+            layer.weight.data, requires_grad=False, quant_type="nf4", blocksize=BLOCK, compress_statistics=True
+        )
+        model.set_submodule(name, packed.to(layer.weight.device))  # which quantizes
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(layers), task_type="CAUSAL_LM")
+    torch.manual_seed(SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config)
+
+
+def _usual_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed: int, advance: Advance) -> None:
+    """What `tune.train` does with one batch, as anyone would write it, with the loss that the model brings."""
+    windows = windows.to(next(model.parameters()).device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.build(settings.optimizer, parameters, settings.lr, settings.weight_decay)
+    warmup = min(settings.warmup, settings.steps - 1)
+    schedule = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, settings.steps)
+    model.train()
+    for _ in range(settings.steps):
+        started = time.perf_counter()
+        loss = model(input_ids=windows, labels=windows, use_cache=False).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        norm.item()  # waits for the device
+        advance(loss.item(), windows.numel() / (time.perf_counter() - started))
+
+
+BUILD = {"ours": (_ours, train), "theirs": (_theirs, _usual_loop)}

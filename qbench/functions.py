@@ -1,0 +1,72 @@
+"""Two steps of training, each as one function of autograd that neither keeps nor writes what it can do without.
+
+Left to autograd, both keep fp32 copies of what the model holds in 16 bit, and on a CPU, where each copy is fresh memory,
+spend more time on the copies than on the arithmetic.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOGITS = {"cpu": 2**20, "cuda": 2**24}  #: in fp32 at once: a share of the cache, enough for a GPU to fill itself
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale · (x·Aᵀ)·Bᵀ, computed in the dtype of A and B and rounded once, to that of y.
+
+    y: [..., out_features]. x: [..., in_features]. a: [rank, in_features]. b: [out_features, rank].
+    """
+    return _AddLowRank.apply(y, x, a, b, scale)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy, nats, in fp32, of logits [n, seq, vocabulary] and the tokens [n, seq] that follow them."""
+    following = F.pad(tokens[:, 1:], (0, 1), value=-100)  # nothing follows the last: cross_entropy's mark for that
+    return _CrossEntropy.apply(logits.flatten(0, 1), following.flatten()) / tokens[:, 1:].numel()
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, a, b, scale):
+        inner = _rows(x).to(a.dtype) @ a.t() * scale
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.scale = scale
+        return torch.addmm(_rows(y).to(a.dtype), inner, b.t()).to(y.dtype).view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, inner, a, b = ctx.saved_tensors
+        g_rows = _rows(g).to(a.dtype)
+        g_inner = g_rows @ b * ctx.scale
+        dx = (g_inner @ a).to(x.dtype).view_as(x) if ctx.needs_input_grad[1] else None
+        return g, dx, g_inner.t() @ _rows(x).to(a.dtype), g_rows.t() @ inner, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum over rows of logits [n, vocabulary], a few at a time; a negative target counts nothing."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        parts = _split(logits, logits, targets)
+        return sum(F.cross_entropy(some.float(), target, reduction="sum") for some, target in parts)
+
+    @staticmethod
+    def backward(ctx, g):
+        logits, targets = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        column, weight = targets.clamp(min=0)[:, None], (g * (targets >= 0))[:, None]
+        for some, at, share, out in _split(logits, logits, column, weight, grad):
+            p = some.float().softmax(1)
+            p.scatter_add_(1, at, p.new_full(at.shape, -1.0))
+            out.copy_(p.mul_(share))
+        return grad, None
+
+
+def _split(logits: Tensor, *tensors: Tensor):
+    rows = max(1, LOGITS[logits.device.type] // logits.shape[1])
+    return zip(*(t.split(rows) for t in tensors), strict=True)

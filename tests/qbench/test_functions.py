@@ -1,0 +1,50 @@
+"""The functions of training give what autograd gives for the plain expressions, and keep what they say."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qbench import functions
+from qbench.functions import add_low_rank, next_token_loss
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 200, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_next_token_loss(monkeypatch, dtype, logits_at_once):
+    monkeypatch.setitem(functions.LOGITS, "cpu", logits_at_once)
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(3, 7, 50)).to(dtype).requires_grad_()
+    tokens = torch.randint(50, (3, 7))
+    (next_token_loss(logits, tokens) / 2).backward()
+    found, logits.grad = logits.grad, None
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+    (expected / 2).backward()
+    assert next_token_loss(logits, tokens).item() == pytest.approx(expected.item(), rel=1e-6)
+    tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+    assert (found - logits.grad).norm() < tolerance * logits.grad.norm() and not found[:, -1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_low_rank(dtype):
+    torch.manual_seed(0)
+    y, x = (torch.randn(2, 5, size).to(dtype).requires_grad_() for size in (24, 40))
+    a, b = (torch.randn(size).requires_grad_() for size in ((4, 40), (24, 4)))
+    g = torch.randn(2, 5, 24).to(dtype)
+    inputs = y, x, a, b
+    found = add_low_rank(*inputs, 0.5)
+    expected = y.double() + 0.5 * x.double() @ a.double().t() @ b.double().t()
+    tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+    assert found.dtype == dtype and (found - expected).norm() < tolerance * expected.norm()
+    pairs = zip(torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g.double()), strict=True)
+    for tensor, (got, wanted) in zip(inputs, pairs, strict=True):
+        assert got.dtype == tensor.dtype and (got - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_add_low_rank_keeps_x_as_it_is():
+    x = torch.randn(6, 40, dtype=torch.bfloat16)
+    y, a, b = torch.randn(6, 24, dtype=torch.bfloat16), torch.randn(4, 40, requires_grad=True), torch.randn(24, 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        add_low_rank(y, x, a, b, 1.0)
+    own = {t.data_ptr() for t in (x, a, b)}
+    assert all(t.data_ptr() in own or t.numel() == 6 * 4 for t in kept)
