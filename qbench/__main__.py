@@ -1,91 +1,73 @@
 """python -m qbench +format=nf4 block=64: where Hydra ends and typed arguments begin."""
 
+import hashlib
 import logging
 import os
 import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
-import formats
-from qbench.errors import InputError
+from qbench import jobs
+from qbench.jobs import CONF, HERE, stderr
 
-HERE = Path(__file__).parent
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
-stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-
-
-def settings_of(config: DictConfig):
-    """The typed settings of a resolved config. Raises InputError."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    recipe = plain.get("format")
-    if not isinstance(recipe, dict):
-        raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
-    try:
-        fmt = formats.get(**recipe)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"format: {error.args[0]}") from error
-    from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings
-    from qbench.tune import TuneSettings
-
-    tune = plain["tune"]
-    return Settings(
-        format=fmt,
-        model=ModelSettings(**plain["model"]),
-        data=DataSettings(**plain["data"]),
-        tune=None if tune["method"] == "none" else TuneSettings(**tune),
-        eval=EvalSettings(**plain["eval"]),
-        seed=plain["seed"],
-        device=plain["device"],
-    )
-
-
-def choices() -> list[str]:
-    """What +format= accepts."""
-    return sorted(file.stem for file in (CONF / "format").glob("*.yaml"))
+EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
 
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
-    codes = [0]
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def job(config: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        try:
-            with stderr.status("starting"):  # transformers and PEFT take seconds to import
-                settings = settings_of(config)
-                from qbench.report import terminal
-                from qbench.run import run
-            result = run(settings, folder)
-        except InputError as error:
-            stderr.print(f"qbench: {error}")
-            codes.append(2)
-        except Exception as error:
-            stderr.print(
-                f"qbench: {type(error).__name__}: {error} (traceback in {os.path.relpath(folder)}/result.json)"
-            )
-            codes.append(1)
-        else:
-            terminal.show(result, folder)
-
     # PEFT imports bitsandbytes where it is installed, which then warns of kernels that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
+    jobs.codes.clear()
+    sweep = sweep_folder(sys.argv[1:])
+    if sweep:
+        sys.argv += [f"hydra.sweep.dir={sweep}", f"hydra.searchpath=[file://{EXPERIMENTS.parent}]"]
     try:
-        job()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
     except (HydraException, OmegaConfBaseException) as error:
         stderr.print(f"qbench: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
-        stderr.print("qbench: interrupted; what was measured is in result.json")
+        stderr.print("qbench: interrupted; what was measured is in result.json; the same command goes on from there")
         return 130
-    return max(codes)
+    return summary(sweep) if sweep else max(jobs.codes, default=0)
+
+
+def sweep_folder(arguments: list[str]) -> Path | None:
+    """Where the runs of a sweep lie: one folder for the same command, so that it goes on where it ended.
+
+    None where the arguments ask for no sweep.
+    """
+    named = [argument.removeprefix("+experiments=") for argument in arguments if argument.startswith("+experiments=")]
+    if not named and not {"-m", "--multirun"} & set(arguments):
+        return None
+    for argument in arguments:
+        if argument.startswith("hydra.sweep.dir="):
+            return Path(argument.removeprefix("hydra.sweep.dir="))
+    decisive = sorted(a for a in arguments if "=" in a and not a.lstrip("+").startswith(("hydra", "timeout=")))
+    return Path("sweeps") / f"{'-'.join(named) or 'sweep'}-{hashlib.sha256(repr(decisive).encode()).hexdigest()[:8]}"
+
+
+def summary(folder: Path) -> int:
+    """Say how many runs of a sweep are done, and which are not and why. 0 if all are, else 1."""
+    from qbench import record
+
+    results, unreadable = record.read_readable(folder)
+    missing = [f"{path}: {reason}" for path, reason in unreadable.items()]
+    for path, result in results.items():
+        if result["status"] != "done":
+            why = result["error"] or {"type": "unfinished", "message": "the process ended before the run did"}
+            missing.append(f"{path.parent}: {result['status']}, {why['type']}: {why['message']}")
+    done = sum(result["status"] == "done" for result in results.values())
+    stderr.print(f"\n{done} of {done + len(missing)} runs are done in {folder}")
+    for line in missing:
+        stderr.print(f"  {line}")
+    if done:
+        stderr.print(f"python -m qbench.report {folder} sets them side by side")
+    return 1 if missing or not done else 0
 
 
 def one_line(error: Exception) -> str:

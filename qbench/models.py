@@ -1,13 +1,15 @@
 """Models: load a Hugging Face causal LM from disk or hub, find its linear layers, put packed ones in their place."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from formats import Format, QuantizedTensor
@@ -21,12 +23,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass
 class LoadedModel:
-    """model: in eval mode, frozen, on the device. digest: SHA-256 of the files it came from, of a hub
-    id the commit."""
+    """model: in eval mode, frozen, on the device."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    digest: str | None
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,6 +63,56 @@ def _cpu_computes_in_bf16() -> bool:
     return any(check() for check in checks if check)
 
 
+def locate(path: str | None) -> Path | str:
+    """The folder of a model, or the hub id that a path is; None is the bundled model. Raises InputError."""
+    folder = BUNDLED if path is None else Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote"
+            )
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")) or folder.parent.is_dir():
+        raise InputError(
+            f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
+        )
+    return path
+
+
+def digest(path: str | None, revision: str | None = None) -> str | None:
+    """What tells a model's files from others: SHA-256 over a folder, of a hub id the commit. Raises InputError."""
+    source = locate(path)
+    if isinstance(source, Path):
+        files = [file for file in sorted(source.iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
+    with _named(path):
+        return AutoConfig.from_pretrained(source, revision=revision or "main")._commit_hash
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(file: Path, size: int, modified: int) -> str:
+    """Of name and content; a sweep asks for the same files again and again."""
+    with file.open("rb") as stream:
+        return file.name + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _named(path: str | None) -> Iterator[None]:
+    """Whatever goes wrong in reading a model, but memory, as an InputError that names it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
+
+
 def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
@@ -70,41 +120,17 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)` takes; code that a
     checkpoint brings along is not run. Raises InputError if it cannot be loaded.
     """
-    folder = BUNDLED if path is None else Path(path).expanduser()
-    local = folder.is_dir()
-    hub_id = not local and path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir()
-    if not local and not hub_id:
-        raise InputError(
-            f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
-        )
-    if local and not (folder / "config.json").is_file():
-        raise InputError(f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote")
-    source = str(folder) if local else path
-    options = {"local_files_only": True} if local else {"revision": revision or "main"}
+    source = locate(path)
+    options = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision or "main"}
     transformers_logging.disable_progress_bar()
-    try:
+    with _named(path):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")
     model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, digest(sorted(folder.iterdir())) if local else model.config._commit_hash)
-
-
-def digest(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files."""
-    total = hashlib.sha256()
-    for file in files:
-        if file.is_file():
-            with file.open("rb") as stream:
-                total.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+    return LoadedModel(model, tokenizer)
 
 
 def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:

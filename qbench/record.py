@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +27,44 @@ _PACKAGES = (
     "qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
 )  # fmt: skip
 _ROOT = Path(__file__).parent.parent
+
+
+def blank(config: dict) -> dict:
+    """A result before anything has been measured."""
+    return {
+        "schema": SCHEMA,
+        "status": "failed",
+        "error": None,
+        "run": {"id": None, "started": now(), "seconds": {}},
+        "config": config,
+        "environment": None,
+        "metrics": {},
+    }
+
+
+@contextmanager
+def kept(folder: Path, result: dict) -> Iterator[None]:
+    """Whatever is raised inside is told by result.json, and raised again."""
+    try:
+        yield
+    except BaseException as exception:
+        result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
+        result["error"] = error(exception)
+        write(folder, result)
+        raise
+
+
+def finished(folder: Path, run_id: str) -> dict | None:
+    """The result in a folder, if it is that of the run and done. Another run's is set aside, as result-ID.json."""
+    try:
+        result = read(folder)
+    except (OSError, InputError):
+        return None
+    if result["run"]["id"] == run_id and result["status"] == "done":
+        return result
+    if result["status"] == "done":
+        os.replace(folder / FILE, folder / f"result-{result['run']['id']}.json")
+    return None
 
 
 def write(folder: Path, result: dict) -> Path:
@@ -54,14 +94,30 @@ def read(path: Path | str) -> dict:
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     try:
-        return json.loads(file.read_text())
+        result = json.loads(file.read_text())
     except ValueError as error:  # JSON or UTF-8 cut short
         raise InputError(f"{file} is not a whole {FILE}: {error}") from error
+    if not isinstance(result, dict) or not {"schema", "status", "run", "config", "metrics"} <= result.keys():
+        raise InputError(f"{file} is not a result of qbench's")
+    if result["schema"] != SCHEMA:
+        raise InputError(f"{file} has schema {result['schema']}; {SCHEMA} is accepted")
+    return result
 
 
 def find(*paths: Path | str) -> list[Path]:
     """Every result.json at or under the paths, each once, sorted."""
     return sorted({file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob(FILE))})
+
+
+def read_readable(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
+    """Every result at or under the paths, by its file; and, by file, why one could not be read."""
+    results, unreadable = {}, {}
+    for file in find(*paths):
+        try:
+            results[file] = read(file)
+        except (OSError, InputError) as problem:
+            unreadable[file] = str(problem)
+    return results, unreadable
 
 
 def read_all(*paths: Path | str) -> list[dict]:
@@ -96,10 +152,12 @@ def run_id(config: dict, **digests: str | None) -> str:
 
 
 def code_digest() -> str:
-    """SHA-256 over the Python files of `qbench` and `formats`."""
+    """SHA-256 over the Python files of `qbench` and `formats` that have a part in the numbers of a run."""
     total = hashlib.sha256()
     for package in ("formats", "qbench"):
         for file in sorted((_ROOT / package).rglob("*.py")):
+            if {"report", "bench"} & set(file.relative_to(_ROOT).parts):
+                continue
             total.update(str(file.relative_to(_ROOT)).encode() + file.read_bytes())
     return total.hexdigest()
 

@@ -1,9 +1,11 @@
 """One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from . import data, models, record
@@ -16,42 +18,54 @@ from .tune import add_lora, train
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
 
 
+class Busy(Exception):
+    """Another process is at this run."""
+
+
 def run(settings: Settings, folder: Path) -> dict:
     """Run one experiment; result.json, report.md, its figures and the adapters are left in `folder`.
 
-    Returns the result. Whatever happens, result.json tells: an exception leaves its status, its traceback and what had
-    been measured there, and is raised again.
+    Returns the result; where the folder holds it finished already, from the same configuration, code, weights and text,
+    that one. Whatever happens, result.json tells: an exception leaves its status, its traceback and what had been measured
+    there, and is raised again. Raises Busy where another process runs in the folder.
     """
-    result = {
-        "schema": record.SCHEMA,
-        "status": "failed",
-        "error": None,
-        "run": {"id": None, "started": record.now(), "seconds": {}},
-        "config": settings.plain(),
-        "environment": None,
-        "metrics": {},
-    }
-    try:
-        experiment = Experiment(settings, result)
-        experiment.load()
-        with quality.BaselineLogits(folder) as experiment.logits:
-            experiment.measure("baseline")
-            experiment.quantize()
-            experiment.measure("quantized")
-            if settings.tune:
-                experiment.tune(folder / "adapter")
-                experiment.measure("tuned")
-        result["status"] = "done"
-        record.write(folder, result)
-        with experiment.phases("report", "write the report"):
-            run_page.write(folder, record.read(folder))
-    except BaseException as exception:
-        result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
-        result["error"] = record.error(exception)
-        raise
-    finally:
+    result = record.blank(settings.plain())
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        with record.kept(folder, result):
+            experiment = Experiment(settings, result)
+        finished = record.finished(folder, result["run"]["id"])
+        if finished:
+            return finished
+        with record.kept(folder, result):
+            experiment.load()
+            with quality.BaselineLogits(folder) as experiment.logits:
+                experiment.measure("baseline")
+                experiment.quantize()
+                experiment.measure("quantized")
+                if settings.tune:
+                    experiment.tune(folder / "adapter")
+                    experiment.measure("tuned")
+            record.write(folder, result)
+            with experiment.phases("report", "write the report"):
+                run_page.write(folder, record.read(folder))
+            result["status"] = "done"
         record.write(folder, result)
     return result
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The system lets go of the lock however the process ends."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise Busy(f"{folder} is in the hands of another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Experiment:
@@ -68,25 +82,27 @@ class Experiment:
         self.metrics |= {"memory": {"peak_bytes": self.phases.peak_bytes}, "throughput": {}, "quality": {}}
         result["run"]["seconds"] = self.phases.seconds
         result["environment"] = record.environment(self.device)
-        set_seed(settings.seed)
+        self.text = data.read(settings.data.path)
+        self.found = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+        result["config"] = settings.plain(**self.found)
+        weights = models.digest(settings.model.path, settings.model.revision)
+        result["run"]["id"] = record.run_id(result["config"], weights=weights, text=self.text.digest)
 
     def load(self) -> None:
-        settings = self.settings
+        settings, text = self.settings, self.text
+        set_seed(settings.seed)
         with self.phases("load", "load model and text"):
             loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
             self.model = loaded.model
             self.layers = models.linear_layers(self.model)
             seq = models.pick_seq(settings.data.seq, self.model)
-            text = data.read(settings.data.path)
             scored = -(settings.eval.tokens // -(seq - 1))
             told = loaded.tokenizer, self.model.config.get_text_config().vocab_size, seq
             self.held_out = data.windows(text.held_out, *told, scored, seed=0)
             if settings.tune:
                 wanted = settings.tune.steps * settings.tune.batch
                 self.training = data.windows(text.train, *told, wanted, settings.seed)
-        dtype = str(self.dtype).removeprefix("torch.")
-        config = self.result["config"] = settings.plain(device=self.device.type, dtype=dtype, seq=seq)
-        self.result["run"]["id"] = record.run_id(config, weights=loaded.digest, text=text.digest)
+        self.result["config"] = settings.plain(**self.found, seq=seq)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def measure(self, name: str) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from .. import record
-from ..errors import InputError
 from ..measure.statistics import paired
 from .words import plus_minus, title
 
@@ -64,11 +63,10 @@ def main() -> int:
         if not path.exists():
             print(f"qbench: {path} does not exist; accepted: result.json files or folders above them", file=sys.stderr)
             return 2
-    try:
-        results = [r for r in record.read_all(*paths) if r["status"] == "done"]
-    except InputError as error:
-        print(f"qbench: {error}", file=sys.stderr)
-        return 2
+    found, unreadable = record.read_readable(*paths)
+    for reason in unreadable.values():
+        print(f"qbench: skipped: {reason}", file=sys.stderr)
+    results = [result for result in found.values() if result["status"] == "done"]
     if not results:
         print(f"qbench: no finished run under {', '.join(map(str, paths))}", file=sys.stderr)
         return 2

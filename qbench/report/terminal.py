@@ -24,3 +24,12 @@ def show(result: dict, folder: Path, console: Console | None = None) -> None:
     console.print(table)
     console.print(f"\n{found.note} {words.speed(result)}", style="dim")
     console.print(f"\nFigures in {os.path.relpath(folder)}/report.md, all numbers in result.json beside it.")
+
+
+def show_line(result: dict, before: bool, console: Console | None = None) -> None:
+    """A run among others, in a line. before: whether it was done before."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    quality = result["metrics"]["quality"]
+    scores = ", ".join(f"{name} {quality[name]['perplexity']:.2f}" for name in quality)
+    title = f"{words.title(result['config'])}, seed {result['config']['seed']}"
+    console.print(f"{title}: perplexity {scores}{' (done before)' * before}", style="dim" if before else "bold")

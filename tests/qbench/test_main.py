@@ -101,21 +101,6 @@ def test_the_same_command_twice_gives_the_same_numbers(command, tiny_llama):
     assert other["metrics"]["quality"]["tuned"] != first["metrics"]["quality"]["tuned"]
 
 
-def test_a_sweep_goes_on_past_a_failure(command, tiny_llama, tmp_path):
-    code, stderr, _ = command(
-        "-m",
-        "+format=nf4,int8",
-        "block=0,64",
-        f"model.path={tiny_llama}",
-        "tune=none",
-        *SHORT[:2],
-        "hydra.sweep.dir=sweep",
-    )
-    assert code == 2 and stderr.count("block must be a positive integer, got 0") == 2
-    done = [json.loads(file.read_text()) for file in (tmp_path / "sweep").rglob("result.json")]
-    assert sorted(result["config"]["format"]["name"] for result in done) == ["int8", "nf4"]
-
-
 BAD = {
     "no format": ([], r"format: none is given; accepted: .*\+format=nf4"),
     "unknown format": (["+format=nf5"], r"nf5.*accepted: fp4.*nf4.*quantile"),

@@ -8,11 +8,13 @@ import os
 import pytest
 
 from qbench import record
+from qbench.errors import InputError
 
 
 def test_round_trip_without_nan(tmp_path):
-    record.write(tmp_path / "new", {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": None}})
-    assert record.read(tmp_path / "new") == {"a": None, "b": [None, 1.5], "c": {"d": None}}
+    result = record.blank({})
+    record.write(tmp_path / "new", result | {"metrics": {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": None}}})
+    assert record.read(tmp_path / "new") == result | {"metrics": {"a": None, "b": [None, 1.5], "c": {"d": None}}}
     assert record.read(tmp_path / "new" / "result.json") == record.read(tmp_path / "new")
 
 
@@ -37,9 +39,36 @@ def test_the_id_tells_what_decides():
     assert base != record.run_id({"block": 64}, weights="c", text="b")
 
 
+@pytest.mark.parametrize("content", ["", '{"schema": 1, "sta', "[]", '"text"', "\x00", '{"schema": 1}', '{"schema": 99}'])
+def test_what_is_no_result_is_named(tmp_path, content):
+    good, bad = record.write(tmp_path / "good", record.blank({})), tmp_path / "bad" / "result.json"
+    bad.parent.mkdir()
+    bad.write_text(content)
+    with pytest.raises(InputError, match=str(bad)):
+        record.read(bad)
+    results, unreadable = record.read_readable(tmp_path)
+    assert list(results) == [good] and str(bad) in unreadable[bad]
+
+
+def test_another_schema_is_named(tmp_path):
+    file = record.write(tmp_path, record.blank({}) | {"schema": 99})
+    with pytest.raises(InputError, match="schema 99; 1 is accepted"):
+        record.read(file)
+
+
+def test_a_finished_run_is_told_from_another(tmp_path):
+    done = record.blank({}) | {"status": "done", "run": {"id": "one"}}
+    record.write(tmp_path, done)
+    assert record.finished(tmp_path, "one") == done
+    assert record.finished(tmp_path, "two") is None and (tmp_path / "result-one.json").exists()
+    record.write(tmp_path, done | {"status": "failed"})
+    assert record.finished(tmp_path, "one") is None and record.finished(tmp_path / "nothing", "one") is None
+
+
 def test_many_results_are_one_frame(tmp_path):
     for name in ("nf4", "int8"):
-        record.write(tmp_path / name, {"config": {"format": {"name": name}}, "metrics": {"windows": [1.0, 2.0]}})
+        result = record.blank({"format": {"name": name}})
+        record.write(tmp_path / name, result | {"metrics": {"windows": [1.0, 2.0]}})
     frame = record.frame(tmp_path)
     assert frame["config.format.name"].tolist() == ["int8", "nf4"]
     assert frame["metrics.windows"][0] == [1.0, 2.0]

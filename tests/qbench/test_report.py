@@ -59,13 +59,13 @@ def test_the_terminal_fits_80_columns(tmp_path):
 
 def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
     for i, (name, shift) in enumerate([("nf4", 0.02), ("none", 0.0)]):
-        run = result(shift, 0.005, 0.01, name)
+        run = record.blank({}) | result(shift, 0.005, 0.01, name)
         run["config"] |= {"model": {}, "eval": {}, "seed": 0}
         run["status"] = "done"
         run["metrics"]["quality"]["quantized"]["windows"] = [3.0 + shift, 3.1 + 2 * shift]
         run["metrics"]["quality"]["quantized"]["nll"] = 3.05 + 1.5 * shift
         record.write(tmp_path / str(i), run)
-    record.write(tmp_path / "failed", {"status": "failed"})
+    record.write(tmp_path / "failed", record.blank({}))
     monkeypatch.setattr("sys.argv", ["qbench.report", str(tmp_path)])
     assert main() == 0
     lines = capsys.readouterr().out.splitlines()
@@ -74,7 +74,7 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
 
 
 def test_a_truncated_result_is_named(tmp_path, monkeypatch, capsys):
-    whole = record.write(tmp_path, {"status": "done", "metrics": [1, 2, 3]}).read_text()
+    whole = record.write(tmp_path, record.blank({})).read_text()
     (tmp_path / record.FILE).write_text(whole[: len(whole) // 2])
     monkeypatch.setattr("sys.argv", ["qbench.report", str(tmp_path)])
     assert main() == 2 and f"{tmp_path}/result.json is not a whole result.json" in capsys.readouterr().err
