@@ -15,6 +15,9 @@ from qbench.jobs import CONF, HERE, stderr
 
 EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
 
+#: launchers that Hydra knows once an extra is installed
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
+
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
@@ -24,7 +27,8 @@ def main() -> int:
     jobs.codes.clear()
     sweep = sweep_folder(sys.argv[1:])
     if sweep:
-        sys.argv += [f"hydra.sweep.dir={sweep}", f"hydra.searchpath=[file://{EXPERIMENTS.parent}]"]
+        first = next((i for i, argument in enumerate(sys.argv) if i and "=" in argument), len(sys.argv))  # side by side
+        sys.argv[first:first] = [f"hydra.sweep.dir={sweep}", f"hydra.searchpath=[file://{EXPERIMENTS.parent}]"]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -33,7 +37,7 @@ def main() -> int:
     except KeyboardInterrupt:
         stderr.print("qbench: interrupted; what was measured is in result.json; the same command goes on from there")
         return 130
-    return summary(sweep) if sweep else max(jobs.codes, default=0)
+    return summary(sweep) if sweep and sweep.is_dir() else max(jobs.codes, default=0)
 
 
 def sweep_folder(arguments: list[str]) -> Path | None:
@@ -74,7 +78,9 @@ def one_line(error: Exception) -> str:
     """Hydra's message of several lines, as one that names the input and what is accepted."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}"
+        extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
+        install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
+        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith("full_key"))
 

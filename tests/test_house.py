@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import formats
+from qbench.__main__ import main
 from qbench.jobs import CONF, choices
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,21 @@ def test_every_format_has_a_yaml_and_every_yaml_a_format():
         assert formats.get(**recipe).name == file.stem
         built.add(file.stem)
     assert built == set(formats.names()) == set(choices())
+
+
+EXPERIMENTS = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_named_sweep_says_what_it_asks_and_composes(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qbench", f"+experiments={name}", "--cfg", "job"])
+    assert main() == 0
+    composed = yaml.safe_load(capsys.readouterr().out)
+    assert composed["block"] == 64 and not list(tmp_path.iterdir())
+    lines = (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines()
+    assert lines[1].startswith("# ") and "?" in " ".join(lines[:5])
+    assert f"({name}.yaml)" in (ROOT / "experiments" / "README.md").read_text()
 
 
 def test_every_format_names_its_source():
