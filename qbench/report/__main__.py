@@ -1,55 +1,38 @@
 """python -m qbench.report PATH…: finished runs side by side, as a Markdown table on standard output.
 
 The paths are result.json files or folders above them. Runs on the same model, text and windows are compared with the
-16-bit run among them, before and after the fine-tune, paired over windows of the same tokens.
+16-bit runs among them, before and after the fine-tune, paired over windows of the same tokens and over seeds; ≈ stands
+before a difference that is not distinguishable from none.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from .. import record
-from ..measure.statistics import paired
-from .words import plus_minus, title
+from .compare import compare
+from .words import plus_minus
 
 COLUMNS = ["", "bits/w", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "Δ nll to 16-bit tuned"]
 
 
-def comparable(result: dict) -> str:
-    """What two runs must share for their windows to be the same tokens, fine-tuned in the same way."""
-    config = result["config"]
-    return str([config[key] for key in ("model", "data", "eval", "tune", "seed")])
-
-
-def difference(result: dict, reference: dict | None, stage: str) -> str:
-    """Δ nll ± its standard error between two runs at a stage, paired over windows; empty where they cannot be."""
-    if reference is None or reference is result:
-        return ""
-    ours, theirs = (np.array(r["metrics"]["quality"][stage]["windows"])[:, None] for r in (result, reference))
-    found = paired(ours, theirs)
-    return plus_minus(found["delta_nll"], found["stderr"], "+.4f")
-
-
 def rows(results: list[dict]) -> list[list[str]]:
-    """A row a run, the best perplexity before the fine-tune first."""
-    baselines = {comparable(r): r for r in results if r["config"]["format"]["name"] == "none"}
+    """A row a configuration, the best perplexity before the fine-tune first."""
     table = []
-    for result in sorted(results, key=lambda r: r["metrics"]["quality"]["quantized"]["nll"]):
-        metrics, reference = result["metrics"], baselines.get(comparable(result))
-        scores, tuned = metrics["quality"]["quantized"], metrics["quality"].get("tuned")
-        sqnr, kl = metrics["error"]["sqnr_db"], scores["against_baseline"]["kl_mean"]
+    for found in compare(results):
+        sqnr, kl = found.mean("error", "sqnr_db"), found.mean("quality", "quantized", "against_baseline", "kl_mean")
+        tuned = found.mean("quality", "tuned", "perplexity")
+        seeds = f" ({len(found.runs)} seeds)" if len(found.runs) > 1 else ""
         table.append(
             [
-                title(result["config"]),
-                f"{metrics['bits']['per_parameter']:.3f}",
+                found.title + seeds,
+                f"{found.mean('bits', 'per_parameter'):.3f}",
                 f"{sqnr:.2f}" if sqnr else "",
-                f"{scores['perplexity']:.2f}",
-                difference(result, reference, "quantized"),
+                f"{found.mean('quality', 'quantized', 'perplexity'):.2f}",
+                str(found.differences.get("quantized", "")),
                 f"{kl:.4f}" if kl else "",
-                plus_minus(tuned["perplexity"], None, ".2f") if tuned else "",
-                difference(result, reference, "tuned") if tuned else "",
+                plus_minus(tuned, found.stderr("quality", "tuned", "perplexity"), ".2f") if tuned else "",
+                str(found.differences.get("tuned", "")),
             ]
         )
     return table
@@ -74,6 +57,7 @@ def main() -> int:
     print("|---" * len(COLUMNS) + "|")
     for row in rows(results):
         print("| " + " | ".join(row) + " |")
+    print("\n± is one standard error; ≈ marks a difference that is not distinguishable from none.")
     return 0
 
 
