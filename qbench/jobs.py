@@ -1,5 +1,6 @@
 """What Hydra runs, once or for each point of a sweep, here or in another process."""
 
+import atexit
 import gc
 import hashlib
 import json
@@ -38,6 +39,8 @@ def config_hash(*, _root_: DictConfig) -> str:
     decisive = {key: value for key, value in plain(_root_).items() if key != "timeout"}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
 
+
+atexit.register(gc.unfreeze)  # what `job` froze is to be let go of at the end
 
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
@@ -80,6 +83,7 @@ def job(config: DictConfig) -> None:
             settings = settings_of(config)
             from qbench.report import terminal
             from qbench.run import Busy, run
+        gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
         with time_limit(config["timeout"]):
             result = run(settings, folder)
     except InputError as error:

@@ -81,17 +81,18 @@ class Experiment:
         self.result, self.metrics = result, result["metrics"]
         self.metrics |= {"memory": {"peak_bytes": self.phases.peak_bytes}, "throughput": {}, "quality": {}}
         result["run"]["seconds"] = self.phases.seconds
-        result["environment"] = record.environment(self.device)
-        self.text = data.read(settings.data.path)
         self.found = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
         result["config"] = settings.plain(**self.found)
-        weights = models.digest(settings.model.path, settings.model.revision)
-        result["run"]["id"] = record.run_id(result["config"], weights=weights, text=self.text.digest)
+        with self.phases("identify", "read text and weights"):
+            result["environment"] = record.environment(self.device)
+            self.text = data.read(settings.data.path)
+            weights = models.digest(settings.model.path, settings.model.revision)
+            result["run"]["id"] = record.run_id(result["config"], weights=weights, text=self.text.digest)
 
     def load(self) -> None:
         settings, text = self.settings, self.text
         set_seed(settings.seed)
-        with self.phases("load", "load model and text"):
+        with self.phases("load", "load the model"):
             loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
             self.model = loaded.model
             self.layers = models.linear_layers(self.model)

@@ -63,7 +63,8 @@ def compare(results: list[dict]) -> list[Comparison]:
     groups: dict[str, dict[int, dict]] = defaultdict(dict)
     for result in sorted(results, key=lambda r: r["run"]["started"] or ""):  # of the same run, the last
         if result["status"] == "done":
-            groups[_key(result, "format", "block", "dq")][result["config"]["seed"]] = result
+            more = ["block", "dq"] if result["config"]["format"]["name"] != "none" else []  # of which 16 bit has none
+            groups[_key(result, "format", *more)][result["config"]["seed"]] = result
     references = {
         _key(run): runs
         for runs in groups.values()
