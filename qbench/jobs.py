@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -80,7 +80,8 @@ def job(config: DictConfig) -> None:
     sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, record.now()
     try:
         with stderr.status("starting"):  # transformers and PEFT take seconds to import
-            settings = settings_of(config)
+            with record.kept(folder, record.blank(config)) if sweep else nullcontext():
+                settings = settings_of(config)
             from qbench.report import terminal
             from qbench.run import Busy, run
         gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
@@ -89,8 +90,6 @@ def job(config: DictConfig) -> None:
     except InputError as error:
         stderr.print(f"qbench: {error}")
         codes.append(2)
-        if sweep:
-            record.write(folder, record.blank(config) | {"error": record.error(error)})
     except (Exception, RunTimeout) as error:
         if isinstance(error, Busy):
             stderr.print(f"qbench: {error}")

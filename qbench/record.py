@@ -50,6 +50,7 @@ def kept(folder: Path, result: dict) -> Iterator[None]:
     except BaseException as exception:
         result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
         result["error"] = error(exception)
+        _set_aside(folder)
         write(folder, result)
         raise
 
@@ -62,9 +63,18 @@ def finished(folder: Path, run_id: str) -> dict | None:
         return None
     if result["run"]["id"] == run_id and result["status"] == "done":
         return result
+    _set_aside(folder)
+    return None
+
+
+def _set_aside(folder: Path) -> None:
+    """What had finished in a folder is not written over."""
+    try:
+        result = read(folder)
+    except (OSError, InputError):
+        return
     if result["status"] == "done":
         os.replace(folder / FILE, folder / f"result-{result['run']['id']}.json")
-    return None
 
 
 def write(folder: Path, result: dict) -> Path:

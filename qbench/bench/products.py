@@ -120,8 +120,6 @@ def _copy(q: QuantizedTensor) -> QuantizedTensor:
 
 
 def _multiply(op: str, x: Tensor, q: QuantizedTensor) -> Tensor:
-    if q.levels is None:
-        return torch.nn.functional.linear(x, q.codes) if op == "linear" else x @ q.codes
     weight = q.codes, q.levels, list(q.scale), list(q.shift), q.bits, q.block, *q.shape
     return getattr(torch.ops.qbench, op)(x, *weight)
 

@@ -65,6 +65,15 @@ def test_a_finished_run_is_told_from_another(tmp_path):
     assert record.finished(tmp_path, "one") is None and record.finished(tmp_path / "nothing", "one") is None
 
 
+def test_a_failure_is_not_written_over_what_had_finished(tmp_path):
+    done = record.blank({}) | {"status": "done", "run": {"id": "one"}}
+    record.write(tmp_path, done)
+    with pytest.raises(KeyError), record.kept(tmp_path, record.blank({})):
+        raise KeyError("gone")
+    assert record.read(tmp_path)["error"]["type"] == "KeyError"
+    assert record.read(tmp_path / "result-one.json") == done
+
+
 def test_many_results_are_one_frame(tmp_path):
     for name in ("nf4", "int8"):
         result = record.blank({"format": {"name": name}})
