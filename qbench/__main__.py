@@ -1,7 +1,6 @@
 """python -m qbench +format=nf4 block=64: where Hydra ends and typed arguments begin."""
 
 import hashlib
-import logging
 import os
 import sys
 from pathlib import Path
@@ -21,8 +20,10 @@ LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm":
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
-    # PEFT imports bitsandbytes where it is installed, which then warns of kernels that nobody asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    sys.modules.setdefault(
+        "bitsandbytes", None
+    )  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     jobs.codes.clear()
     sweep = sweep_folder(sys.argv[1:])
@@ -57,8 +58,9 @@ def sweep_folder(arguments: list[str]) -> Path | None:
 
 def summary(folder: Path) -> int:
     """Say how many runs of a sweep are done, and which are not and why. 0 if all are, else 1."""
-    from qbench import record
+    from qbench import baseline, record
 
+    baseline.clear(folder / jobs.BASELINES)
     results, unreadable = record.read_readable(folder)
     missing = [f"{path}: {reason}" for path, reason in unreadable.items()]
     for path, result in results.items():

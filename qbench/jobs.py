@@ -1,13 +1,13 @@
 """What Hydra runs, once or for each point of a sweep, here or in another process."""
 
-import atexit
 import gc
 import hashlib
 import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -16,10 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import formats
+from qbench import record
 from qbench.errors import InputError, RunTimeout
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
+INTERRUPTED = 130
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -35,12 +38,13 @@ def plain(config: DictConfig) -> dict:
 
 
 def config_hash(*, _root_: DictConfig) -> str:
-    """`${config_hash:}` tells a configuration from others, in the name of its folder."""
-    decisive = {key: value for key, value in plain(_root_).items() if key != "timeout"}
+    """`${config_hash:}` tells a configuration from others, in the name of its folder.
+
+    Block and dq count as the format takes them: 16 bit knows neither.
+    """
+    decisive = {key: value for key, value in plain(_root_).items() if key not in ("timeout", "block", "dq")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
 
-
-atexit.register(gc.unfreeze)  # what `job` froze is to be let go of at the end
 
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
@@ -73,38 +77,75 @@ codes: list[int] = []  #: what came of the jobs of this process: 0 done, 1 faile
 
 
 def job(config: DictConfig) -> None:
-    """One run, into the folder that Hydra names. In a sweep, whatever goes wrong is a result as well."""
-    from qbench import record
-
-    folder, config = Path(HydraConfig.get().runtime.output_dir), plain(config)
-    sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, record.now()
-    try:
-        with stderr.status("starting"):  # transformers and PEFT take seconds to import
-            with record.kept(folder, record.blank(config)) if sweep else nullcontext():
-                settings = settings_of(config)
-            from qbench.report import terminal
-            from qbench.run import Busy, run
+    """One run, into the folder that Hydra names, in a process of its own where that can be."""
+    hydra, config = HydraConfig.get(), plain(config)
+    folder, sweep, started = Path(hydra.runtime.output_dir), None, record.now()
+    if hydra.mode == RunMode.MULTIRUN:
+        sweep = Path(hydra.sweep.dir)
+    with stderr.status("starting"):  # transformers and PEFT take seconds to import
+        from qbench import fresh, models
+        from qbench.run import Busy, run  # noqa: F401  so that a child has them
+    attempt = partial(_attempt, config, folder, sweep, started)
+    if not fresh.possible():
+        codes.append(attempt())
+    else:
+        models.remember_digests(config["model"]["path"])
         gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
+        try:
+            codes.append(fresh.call(attempt))
+        finally:
+            gc.unfreeze()
+        if codes[-1] < 0:
+            codes[-1] = _killed(-codes[-1], config, folder)
+        elif codes[-1] == 0 and sweep and (done := record.read(folder))["run"]["started"] >= started:
+            models.keep(**done["config"]["model"])
+    if codes[-1] == INTERRUPTED:
+        raise KeyboardInterrupt
+
+
+def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:
+    """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
+    from qbench.report import terminal
+    from qbench.run import Busy, run
+
+    try:
+        with record.kept(folder, record.blank(config)) if sweep else nullcontext():
+            settings = settings_of(config)
         with time_limit(config["timeout"]):
-            result = run(settings, folder)
+            result = run(settings, folder, sweep and sweep / BASELINES)
     except InputError as error:
         stderr.print(f"qbench: {error}")
-        codes.append(2)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (Exception, RunTimeout) as error:
         if isinstance(error, Busy):
             stderr.print(f"qbench: {error}")
         else:
-            where = f"{os.path.relpath(folder)}/result.json"
-            stderr.print(f"qbench: {type(error).__name__}: {error} (traceback in {where})")
-        codes.append(1)
-    else:
-        codes.append(0)
-        if sweep:
-            terminal.show_line(result, before=result["run"]["started"] < started)
-        else:
-            terminal.show(result, folder)
+            stderr.print(f"qbench: {type(error).__name__}: {error} (traceback in {_named(folder)})")
+        return 1
     finally:
         gc.collect()  # a failed run's model goes before the next comes
+    if sweep:
+        terminal.show_line(result, before=result["run"]["started"] < started)
+    else:
+        terminal.show(result, folder)
+    return 0
+
+
+def _killed(number: int, config: dict, folder: Path) -> int:
+    """Record that a signal ended the process of a run; returns its exit code."""
+    name = signal.Signals(number).name
+    hint = ", as the system does to one for which memory does not suffice" if number == signal.SIGKILL else ""
+    ended = (MemoryError if hint else RuntimeError)(f"{name} ended the process{hint}")
+    with suppress(type(ended)), record.kept(folder, record.blank(config)):
+        raise ended
+    stderr.print(f"qbench: {ended} (in {_named(folder)})")
+    return 1
+
+
+def _named(folder: Path) -> str:
+    return f"{os.path.relpath(folder)}/{record.FILE}"
 
 
 @contextmanager

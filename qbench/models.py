@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +102,13 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
         return file.name + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def remember_digests(path: str | None) -> None:
+    """Have the digests of a model's files at hand, here and in children of this process."""
+    with suppress(InputError):
+        if isinstance(locate(path), Path):
+            digest(path)
+
+
 @contextmanager
 def _named(path: str | None) -> Iterator[None]:
     """Whatever goes wrong in reading a model, but memory, as an InputError that names it."""
@@ -113,6 +121,33 @@ def _named(path: str | None) -> Iterator[None]:
         raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
 
 
+_kept: dict[tuple, LoadedModel] = {}
+
+
+def keep(path: str | None, dtype: str, revision: str | None) -> None:
+    """Have a model in the memory of the host, the last one asked for, where it leaves as much again free.
+
+    `load` hands it out, once: this is for children of this process, each of which does so.
+    """
+    key = (path, DTYPES[dtype], revision, digest(path, revision))
+    if key not in _kept:
+        _kept.clear()
+        with _one_thread():  # those that OpenMP has here would count against a child's own
+            loaded = load(path, DTYPES[dtype], torch.device("cpu"), revision)
+        if held_bytes(loaded.model) < psutil.virtual_memory().available:
+            _kept[key] = loaded
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
@@ -120,6 +155,9 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)` takes; code that a
     checkpoint brings along is not run. Raises InputError if it cannot be loaded.
     """
+    if _kept and (kept := _kept.pop((path, dtype, revision, digest(path, revision)), None)):
+        kept.model.to(device)
+        return kept
     source = locate(path)
     options = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision or "main"}
     transformers_logging.disable_progress_bar()

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,15 +104,20 @@ def read(path: Path | str) -> dict:
     """The result at a path: a result.json, or the folder that holds it. Raises InputError if it is no whole result."""
     path = Path(path)
     file = path / FILE if path.is_dir() else path
-    try:
-        result = json.loads(file.read_text())
-    except ValueError as error:  # JSON or UTF-8 cut short
-        raise InputError(f"{file} is not a whole {FILE}: {error}") from error
+    result = read_json(file)
     if not isinstance(result, dict) or not {"schema", "status", "run", "config", "metrics"} <= result.keys():
         raise InputError(f"{file} is not a result of qbench's")
     if result["schema"] != SCHEMA:
         raise InputError(f"{file} has schema {result['schema']}; {SCHEMA} is accepted")
     return result
+
+
+def read_json(file: Path) -> Any:
+    """Raises InputError if it is no whole JSON file."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:  # JSON or UTF-8 cut short
+        raise InputError(f"{file} is not a whole JSON file: {error}") from error
 
 
 def find(*paths: Path | str) -> list[Path]:
@@ -161,6 +167,7 @@ def run_id(config: dict, **digests: str | None) -> str:
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
 
+@lru_cache
 def code_digest() -> str:
     """SHA-256 over the Python files of `qbench` and `formats` that have a part in the numbers of a run."""
     total = hashlib.sha256()

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers import set_seed
 
-from . import data, models, record
+from . import baseline, data, models, record
 from .measure import distribution, error, quality, throughput
 from .phases import Phases
 from .report import run_page, words
@@ -22,8 +22,10 @@ class Busy(Exception):
     """Another process is at this run."""
 
 
-def run(settings: Settings, folder: Path) -> dict:
+def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict:
     """Run one experiment; result.json, report.md, its figures and the adapters are left in `folder`.
+
+    baselines: a folder in which runs leave the measurements of the 16-bit model for each other.
 
     Returns the result; where the folder holds it finished already, from the same configuration, code, weights and text,
     that one. Whatever happens, result.json tells: an exception leaves its status, its traceback and what had been measured
@@ -39,13 +41,12 @@ def run(settings: Settings, folder: Path) -> dict:
             return finished
         with record.kept(folder, result):
             experiment.load()
-            with quality.BaselineLogits(folder) as experiment.logits:
-                experiment.measure("baseline")
-                experiment.quantize()
-                experiment.measure("quantized")
-                if settings.tune:
-                    experiment.tune(folder / "adapter")
-                    experiment.measure("tuned")
+            experiment.measure_baseline(baselines, folder)
+            experiment.quantize()
+            experiment.measure("quantized")
+            if settings.tune:
+                experiment.tune(folder / "adapter")
+                experiment.measure("tuned")
             record.write(folder, result)
             with experiment.phases("report", "write the report"):
                 run_page.write(folder, record.read(folder))
@@ -71,8 +72,6 @@ def _locked(folder: Path) -> Iterator[None]:
 class Experiment:
     """The steps of a run, and what they hand on: each writes what it found into `metrics`."""
 
-    logits: quality.BaselineLogits
-
     def __init__(self, settings: Settings, result: dict):
         self.settings = settings
         self.device = models.pick_device(settings.device)
@@ -87,7 +86,8 @@ class Experiment:
             result["environment"] = record.environment(self.device)
             self.text = data.read(settings.data.path)
             weights = models.digest(settings.model.path, settings.model.revision)
-            result["run"]["id"] = record.run_id(result["config"], weights=weights, text=self.text.digest)
+            self.digests = {"weights": weights, "text": self.text.digest}
+            result["run"]["id"] = record.run_id(result["config"], **self.digests)
 
     def load(self) -> None:
         settings, text = self.settings, self.text
@@ -106,22 +106,38 @@ class Experiment:
         self.result["config"] = settings.plain(**self.found, seq=seq)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
+    def measure_baseline(self, store: Path | None, folder: Path) -> None:
+        """What the 16-bit model is, measured here or taken from the run that was first to need it."""
+
+        def measure(logits: quality.BaselineLogits) -> tuple[quality.Scores, dict]:
+            scores, rates = self._measured("baseline", "eval_baseline", logits)
+            peaks = {name: self.phases.peak_bytes[name] for name in ("eval_baseline", "time_baseline")}
+            return scores, {"throughput": rates, "peak_bytes": peaks}
+
+        config, environment = self.result["config"], self.result["environment"]
+        shared = {key: config[key] for key in ("device", "model", "data", "eval")}
+        machine = {key: environment[key] for key in ("device", "threads", "versions")}
+        key = record.run_id(shared | machine, **self.digests)
+        self.baseline = baseline.obtain(key, store, folder, measure)
+        self.result["run"]["baseline"] = {"id": key, "reused": self.baseline.reused}
+        self.metrics["memory"]["baseline_bytes"] = models.held_bytes(self.model)
+        self.metrics["quality"]["baseline"] = self.baseline.scores.metrics()
+        self.metrics["throughput"]["baseline"] = self.baseline.found["throughput"]
+        self.phases.peak_bytes |= self.baseline.found["peak_bytes"]
+
     def measure(self, name: str) -> None:
-        """Quality, memory and generation speed of the model as it is now: `baseline`, `quantized` or `tuned`."""
-        phase, held = {
-            "baseline": ("eval_baseline", "baseline_bytes"),
-            "quantized": ("eval", "model_bytes"),
-            "tuned": ("eval_tuned", "tuned_bytes"),
-        }[name]
+        """Quality, memory and generation speed of the model as it is now: `quantized` or `tuned`."""
+        phase, held = {"quantized": ("eval", "model_bytes"), "tuned": ("eval_tuned", "tuned_bytes")}[name]
         self.metrics["memory"][held] = models.held_bytes(self.model)
-        with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
-            scores = quality.evaluate(self.model, self.held_out, self.logits, name == "baseline", advance)
-        self.metrics["quality"][name] = scores.metrics(None if name == "baseline" else self.baseline)
-        if name == "baseline":
-            self.baseline = scores
-        with self.phases(f"time_{name}", f"time the {name} model"):
-            rates = throughput.generation_rates(self.model, self.held_out[0])
+        scores, rates = self._measured(name, phase, self.baseline.logits)
+        self.metrics["quality"][name] = scores.metrics(self.baseline.scores)
         self.metrics["throughput"] |= rates if name == "quantized" else {name: rates}
+
+    def _measured(self, name: str, phase: str, logits: quality.BaselineLogits) -> tuple[quality.Scores, dict]:
+        with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
+            scores = quality.evaluate(self.model, self.held_out, logits, name == "baseline", advance)
+        with self.phases(f"time_{name}", f"time the {name} model"):
+            return scores, throughput.generation_rates(self.model, self.held_out[0])
 
     def quantize(self) -> None:
         settings, metrics, layers = self.settings, self.metrics, self.layers

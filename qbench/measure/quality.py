@@ -5,10 +5,9 @@ with it on the same tokens, and nothing is lost between.
 """
 
 import math
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -50,27 +49,33 @@ class Scores:
 
 
 class BaselineLogits:
-    """The baseline's logits in a nameless file in `folder`, which the system removes however the process ends."""
+    """The baseline's logits [windows, seq − 1, vocabulary] in a file, in the dtype in which the model made them.
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed in __exit__
+    dtype, shape: those of one window, for a file that holds them already.
+    """
+
+    def __init__(self, file: BinaryIO, dtype: torch.dtype | None = None, shape: Sequence[int] = ()):
+        self._file, self._dtype, self._shape = file, dtype, tuple(shape)
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape of one window."""
+        return str(self._dtype).removeprefix("torch."), self._shape
 
     def write(self, logits: Tensor) -> None:
         """Append logits [windows, seq − 1, vocabulary]. Raises OSError where the disk is full."""
-        self._like = logits[:1].cpu()
+        self._dtype, self._shape = logits.dtype, tuple(logits.shape[1:])
         self._file.write(memoryview(logits.cpu().contiguous().view(torch.uint8).numpy()))
 
     def read(self, at: int, windows: int) -> Tensor:
-        self._file.seek(at * self._like.nbytes)
-        raw = bytearray(windows * self._like.nbytes)
-        self._file.readinto(raw)
-        return torch.frombuffer(raw, dtype=self._like.dtype).view(windows, *self._like.shape[1:])
+        window = math.prod(self._shape) * self._dtype.itemsize
+        self._file.seek(at * window)
+        raw = bytearray(windows * window)
+        if self._file.readinto(raw) != len(raw):
+            raise OSError("the logits of the baseline are cut short")
+        return torch.frombuffer(raw, dtype=self._dtype).view(windows, *self._shape)
 
-    def __enter__(self) -> "BaselineLogits":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self._file.close()
 
 

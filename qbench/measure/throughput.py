@@ -11,6 +11,8 @@ from formats import Format, QuantizedTensor
 
 from ..layers import weight_of
 
+ROWS = (1, 4, 16, 64)
+
 
 def summary(samples: list[float]) -> dict:
     return {"median": statistics.median(samples), "samples": samples}
@@ -57,14 +59,19 @@ def weights_rates(
 
 @torch.inference_mode()
 def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decodes: int = 16) -> dict:
-    """Tokens a second of one sequence, window [seq]: reading it whole, and decoding greedily after its first half."""
+    """Tokens a second of one sequence, window [seq]: reading it whole, and decoding greedily after its first half.
+
+    by_rows: reading its first M tokens at once, so that each weight meets M rows, for M in ROWS and the whole.
+    """
     device = next(model.parameters()).device
     prompt = window[None].to(device)
 
-    def prefill():
-        model(input_ids=prompt, use_cache=False)
+    def read(rows: int) -> dict:
+        return _rates(device, lambda: model(input_ids=prompt[:, :rows], use_cache=False), rows, prefills)
 
-    rates = {"prefill_tokens_s": _rates(device, prefill, prompt.numel(), prefills)}
+    prefill = read(prompt.shape[1])
+    by_rows = [{"rows": rows, **read(rows)} for rows in ROWS if rows < prompt.shape[1]]
+    rates = {"prefill_tokens_s": prefill, "by_rows": [*by_rows, {"rows": prompt.shape[1], **prefill}]}
     out = model(input_ids=prompt[:, : max(1, prompt.shape[1] // 2)], use_cache=True)
     samples = []
     for _ in range(min(decodes + 1, max(2, prompt.shape[1] // 2))):

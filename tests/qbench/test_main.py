@@ -20,7 +20,7 @@ SHORT = ["eval.tokens=200", "data.seq=32", "tune.steps=3", "tune.batch=2", "tune
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, capfd):
     """Run the main job in an empty folder; returns exit code, standard error and the result, if it left one."""
 
     def run(*arguments):
@@ -29,7 +29,7 @@ def command(tmp_path, monkeypatch, capsys):
         code = main()
         file = tmp_path / "out" / "result.json"
         result = json.loads(file.read_text()) if file.exists() else None
-        return code, capsys.readouterr().err, result
+        return code, capfd.readouterr().err, result
 
     return run
 

@@ -1,6 +1,7 @@
 """Measures against references written plainly, in float64."""
 
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -24,9 +25,13 @@ def windows(n=6, seq=24):
     return torch.randint(0, 4096, (n, seq), generator=torch.Generator().manual_seed(0))
 
 
+def logits_in(folder):
+    return quality.BaselineLogits(tempfile.TemporaryFile(dir=folder))
+
+
 def test_quality_against_float64(llama, tmp_path):
     tokens = windows()
-    logits = quality.BaselineLogits(tmp_path)
+    logits = logits_in(tmp_path)
     baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
     before = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
     layers = models.linear_layers(llama)
@@ -52,10 +57,10 @@ def test_quality_against_float64(llama, tmp_path):
 
 
 def test_batches_do_not_matter(llama, tmp_path, monkeypatch):
-    logits = quality.BaselineLogits(tmp_path)
+    logits = logits_in(tmp_path)
     whole = quality.evaluate(llama, windows(), logits, is_baseline=True).nll
     monkeypatch.setattr(quality, "BATCH_LOGITS", 1)
-    single = quality.evaluate(llama, windows(), quality.BaselineLogits(tmp_path), is_baseline=True).nll
+    single = quality.evaluate(llama, windows(), logits_in(tmp_path), is_baseline=True).nll
     assert np.abs(whole - single).max() < 1e-4
 
 
@@ -116,4 +121,6 @@ def test_peak_memory_sees_what_was_let_go():
 def test_rates_keep_their_samples(llama):
     rates = throughput.generation_rates(llama, windows(1)[0], prefills=3, decodes=4)
     assert len(rates["prefill_tokens_s"]["samples"]) == 3 and len(rates["decode_tokens_s"]["samples"]) == 4
-    assert all(sample > 0 for rate in rates.values() for sample in rate["samples"])
+    by_rows = rates.pop("by_rows")
+    assert [rate["rows"] for rate in by_rows] == [1, 4, 16, 24]
+    assert all(sample > 0 for rate in [*rates.values(), *by_rows] for sample in rate["samples"])

@@ -39,7 +39,9 @@ def test_the_id_tells_what_decides():
     assert base != record.run_id({"block": 64}, weights="c", text="b")
 
 
-@pytest.mark.parametrize("content", ["", '{"schema": 1, "sta', "[]", '"text"', "\x00", '{"schema": 1}', '{"schema": 99}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"schema": 1, "sta', "[]", '"text"', "\x00", '{"schema": 1}', '{"schema": 99}']
+)
 def test_what_is_no_result_is_named(tmp_path, content):
     good, bad = record.write(tmp_path / "good", record.blank({})), tmp_path / "bad" / "result.json"
     bad.parent.mkdir()

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qbench import __main__ as command
@@ -73,6 +74,44 @@ def test_killed_and_started_again_and_again(tiny_llama, tmp_path, undisturbed):
     assert {name: decided(r) for name, r in found.items()} == {name: decided(r) for name, r in undisturbed.items()}
 
 
+def test_what_the_runs_share_is_measured_once(undisturbed):
+    made = [r["run"]["baseline"] for r in undisturbed.values()]
+    assert len({b["id"] for b in made}) == 1 and sum(not b["reused"] for b in made) == 1
+    one, *others = (r["metrics"] for r in undisturbed.values())
+    for other in others:
+        for key in ("quality", "throughput"):
+            assert other[key]["baseline"] == one[key]["baseline"]
+
+
+def test_peak_memory_is_the_runs_own(undisturbed):
+    after_others = [r["metrics"] for r in undisturbed.values() if r["run"]["baseline"]["reused"]]
+    peaks = [metrics["memory"]["peak_bytes"]["quantize"]["rss"] for metrics in after_others]
+    assert max(peaks) < 1.05 * min(peaks), "a run is charged for those before it"
+
+
+def test_a_run_that_is_killed_is_a_row(tiny_llama, tmp_path):
+    """As the system does to one for which memory does not suffice; the parent of the run goes on."""
+    process = start(tmp_path, tiny_llama, sweep=["-m", "+format=nf4", "block=64,32", "tune.steps=100000", *SWEEP[4:7]])
+    started = time.monotonic()
+    for _ in range(2):
+        before = len(results(tmp_path))
+        while len(results(tmp_path)) == before and time.monotonic() - started < 120:
+            time.sleep(0.2)
+            for child in psutil.Process(process.pid).children():
+                if time.time() - child.create_time() > 1:
+                    child.kill()
+    output, _ = process.communicate()
+    found = list(results(tmp_path).values())
+    assert process.returncode == 1 and "0 of 2 runs are done" in output
+    assert [(r["status"], r["error"]["type"]) for r in found] == [("oom", "MemoryError")] * 2
+    assert not (tmp_path / "baselines").exists()
+
+
+def test_16_bit_runs_once_whatever_the_block(sweep, tmp_path):
+    code, said = sweep("+format=none", "block=32,64", "dq=false,true")
+    assert code == 0 and "1 of 1 runs are done" in said and len(results(tmp_path / "out")) == 1
+
+
 def test_two_at_once_on_one_folder(tiny_llama, tmp_path, undisturbed):
     processes = [start(tmp_path, tiny_llama, sweep=FEW) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
@@ -94,14 +133,14 @@ def test_other_launchers_give_the_same(launcher, tiny_llama, tmp_path, undisturb
 
 
 @pytest.fixture
-def sweep(tmp_path, monkeypatch, capsys, tiny_llama):
+def sweep(tmp_path, monkeypatch, capfd, tiny_llama):
     """Run a sweep in this process; returns the exit code and standard error."""
 
     def run(*arguments: str):
         monkeypatch.chdir(tmp_path)
         line = ["qbench", "-m", *SWEEP[4:], f"model.path={tiny_llama}", *arguments, "hydra.sweep.dir=out"]
         monkeypatch.setattr(sys, "argv", line)
-        return command.main(), capsys.readouterr().err
+        return command.main(), capfd.readouterr().err
 
     return run
 

@@ -1,0 +1,84 @@
+"""A function in a forked process: its exit code, its end by a signal, an interrupt, and threads of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def script(body: str, *, code: int = 0) -> str:
+    """Run Python in a process that has used nothing yet; returns what it printed."""
+    source = "import os, signal, sys, time, torch\nfrom qbench import fresh\n" + textwrap.dedent(body)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux")
+
+
+def test_the_code_of_the_child_comes_back():
+    said = script(
+        "print(fresh.call(lambda: 0), fresh.call(lambda: 7), fresh.call(lambda: 1 / 0), fresh.call(sys.exit))"
+    )
+    assert said.split() == ["0", "7", "1", "1"]
+
+
+def test_a_signal_that_ends_the_child_is_told():
+    said = script("print(fresh.call(lambda: os.kill(os.getpid(), signal.SIGKILL)), fresh.call(os.abort))")
+    assert [int(word) for word in said.split()] == [-signal.SIGKILL, -signal.SIGABRT]
+
+
+def test_an_interrupt_reaches_the_child_once_and_then_the_parent():
+    said = script("""
+        def work():
+            try:
+                print("at work", flush=True)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                time.sleep(0.3)  # a second signal must not cut the tidying short
+                print("tidied up")
+                raise
+        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGINT))  # as a terminal does, to both
+        os.setpgrp()
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        try:
+            fresh.call(work)
+        except KeyboardInterrupt:
+            print("raised")
+    """)
+    assert said.split("\n")[:3] == ["at work", "tidied up", "raised"]
+
+
+def test_the_child_does_not_outlive_its_parent():
+    said = script(
+        """
+        def work():
+            print(os.getpid(), flush=True)
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+        fresh.call(work)
+        """,
+        code=-signal.SIGKILL,
+    )
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(said), 0)
+            subprocess.run(["sleep", "0.05"])
+
+
+def test_a_child_computes_with_all_threads_after_its_parent_did():
+    """Where the parent has used PyTorch's threads, as long as numba's were not started."""
+    script("""
+        def work():
+            import formats, qbench.layers
+            w = torch.ones(512, 512)
+            packed = formats.get("nf4").quantize(w)
+            return int(not torch.equal(packed.dequantize() @ w, w @ w))
+        (torch.ones(2000, 2000) @ torch.ones(2000, 2000)).exp()
+        assert fresh.possible() and fresh.call(work) == 0
+        assert work() == 0 and not fresh.possible(), "numba's threads are at work here now"
+    """)
