@@ -61,7 +61,7 @@ def summary(folder: Path) -> int:
     from qbench import baseline, record
 
     baseline.clear(folder / jobs.BASELINES)
-    results, unreadable = record.read_readable(folder)
+    results, unreadable = record.collect(folder)
     missing = [f"{path}: {reason}" for path, reason in unreadable.items()]
     for path, result in results.items():
         if result["status"] != "done":

@@ -6,7 +6,9 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .errors import InputError
@@ -125,29 +128,51 @@ def find(*paths: Path | str) -> list[Path]:
     return sorted({file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob(FILE))})
 
 
-def read_readable(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
-    """Every result at or under the paths, by its file; and, by file, why one could not be read."""
+def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
+    """Every result at or under the paths, by its file; and, by file, why one could not be read.
+
+    To hold ten thousand, lists of numbers become arrays, and lists of records (layers) records of arrays.
+    """
     results, unreadable = {}, {}
     for file in find(*paths):
         try:
-            results[file] = read(file)
+            results[file] = _compact(read(file))
         except (OSError, InputError) as problem:
             unreadable[file] = str(problem)
     return results, unreadable
 
 
-def read_all(*paths: Path | str) -> list[dict]:
-    """Every result at or under the paths."""
-    return [read(file) for file in find(*paths)]
+def _compact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _compact(item) for key, item in value.items()}
+    if not isinstance(value, list) or not value:
+        return value
+    kinds = {type(item) for item in value}
+    if kinds <= {int, float}:
+        return np.array(value)
+    if kinds == {dict} and len({tuple(item) for item in value}) == 1:
+        return {key: _compact([item[key] for item in value]) for key in value[0]}
+    return tuple(sys.intern(item) for item in value) if kinds == {str} else value
 
 
 def frame(*paths: Path | str) -> "pandas.DataFrame":
     """Every result at or under the paths as one DataFrame: a row a run, a column a number, named by its place in the JSON
-    (`metrics.quality.tuned.nll`); lists stay lists. Sorted by path, which is the column `path`."""
+    (`metrics.quality.tuned.nll`), lists as in `collect`. Sorted by path, which is the column `path`.
+
+    Warns of files that could not be read.
+    """
+    results, unreadable = collect(*paths)
+    for reason in unreadable.values():
+        warnings.warn(reason, stacklevel=2)
+    return as_frame(results)
+
+
+def as_frame(results: dict[Path, dict]) -> "pandas.DataFrame":
+    """What `collect` found, as `frame` gives it."""
     import pandas
 
-    rows = pandas.json_normalize(read_all(*paths))
-    rows.insert(0, "path", [str(file.parent) for file in find(*paths)])
+    rows = pandas.json_normalize(list(results.values()))
+    rows.insert(0, "path", [str(file.parent) for file in results])
     return rows
 
 

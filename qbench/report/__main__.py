@@ -1,64 +1,73 @@
-"""python -m qbench.report PATH…: finished runs side by side, as a Markdown table on standard output.
+"""python -m qbench.report PATH…: a comparison of finished runs, as a page, its Markdown twin, and tables.
 
-The paths are result.json files or folders above them. Runs on the same model, text and windows are compared with the
-16-bit runs among them, before and after the fine-tune, paired over windows of the same tokens and over seeds; ≈ stands
-before a difference that is not distinguishable from none.
+The paths are result.json files or folders above them, any mix of runs and sweeps. Runs on the same model, text and windows
+are compared with the 16-bit runs among them, before and after the fine-tune, paired over windows of the same tokens and
+over seeds. The answer and a table go to standard output; report.html, report.md, results.parquet and results.csv into the
+folder `report` in the first path, or that of --out.
 """
 
 import argparse
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from .. import record
-from .compare import compare
-from .words import plus_minus
+from rich.console import Console
 
-COLUMNS = ["", "bits/w", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "Δ nll to 16-bit tuned"]
+from . import findings, page, table
 
-
-def rows(results: list[dict]) -> list[list[str]]:
-    """A row a configuration, the best perplexity before the fine-tune first."""
-    table = []
-    for found in compare(results):
-        sqnr, kl = found.mean("error", "sqnr_db"), found.mean("quality", "quantized", "against_baseline", "kl_mean")
-        tuned = found.mean("quality", "tuned", "perplexity")
-        seeds = f" ({len(found.runs)} seeds)" if len(found.runs) > 1 else ""
-        table.append(
-            [
-                found.title + seeds,
-                f"{found.mean('bits', 'per_parameter'):.3f}",
-                f"{sqnr:.2f}" if sqnr else "",
-                f"{found.mean('quality', 'quantized', 'perplexity'):.2f}",
-                str(found.differences.get("quantized", "")),
-                f"{kl:.4f}" if kl else "",
-                plus_minus(tuned, found.stderr("quality", "tuned", "perplexity"), ".2f") if tuned else "",
-                str(found.differences.get("tuned", "")),
-            ]
-        )
-    return table
+TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> int:
+    """0: written; 2: there is nothing to write of."""
     parser = argparse.ArgumentParser(prog="python -m qbench.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
-    paths = parser.parse_args().paths
-    for path in paths:
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="result.json files or folders above them")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; by default PATH/report")
+    arguments = parser.parse_args()
+    for path in arguments.paths:
         if not path.exists():
-            print(f"qbench: {path} does not exist; accepted: result.json files or folders above them", file=sys.stderr)
+            stderr.print(f"qbench: {path} does not exist; accepted: result.json files or folders above them")
             return 2
-    found, unreadable = record.read_readable(*paths)
-    for reason in unreadable.values():
-        print(f"qbench: skipped: {reason}", file=sys.stderr)
-    results = [result for result in found.values() if result["status"] == "done"]
-    if not results:
-        print(f"qbench: no finished run under {', '.join(map(str, paths))}", file=sys.stderr)
+    with stderr.status("reading results"):
+        found = page.find(*arguments.paths)
+    for reason in list(found.unreadable.values())[:20]:
+        stderr.print(f"qbench: skipped: {reason}")
+    if len(found.unreadable) > 20:
+        stderr.print(f"qbench: skipped {len(found.unreadable) - 20} more")
+    if not found.settings:
+        stderr.print(f"qbench: no finished run under {', '.join(map(str, arguments.paths))}")
         return 2
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|---" * len(COLUMNS) + "|")
-    for row in rows(results):
-        print("| " + " | ".join(row) + " |")
-    print("\n± is one standard error; ≈ marks a difference that is not distinguishable from none.")
+    first = arguments.paths[0]
+    out = arguments.out or (first if first.is_dir() else first.parent) / "report"
+    try:
+        with stderr.status("drawing the report"):
+            written = page.write(found, out)
+    except OSError as error:
+        stderr.print(f"qbench: {out} cannot be written: {error.strerror or error}")
+        return 1
+    with suppress(BrokenPipeError):  # whoever reads the output may have enough of it
+        show(found)
+        sys.stdout.flush()
+    if found.failed:
+        stderr.print(f"qbench: {len(found.failed)} runs are not finished; the page says why")
+    stderr.print(f"\n{os.path.relpath(written)} is the page; report.md, results.parquet and results.csv are beside it")
     return 0
+
+
+def show(found: page.Found) -> None:
+    """Print the answers, and the most telling columns as Markdown."""
+    for setting in found.settings:
+        print(f"## {setting.title}\n\n{findings.compared(setting)}\n")
+        print("\n".join(f"- {sentence}" for sentence in findings.answer(setting)), end="\n\n")
+        columns, rows = table.shown(setting, TERMINAL)
+        print("| " + " | ".join(column.head for column in columns) + " |")
+        print("|---" * len(columns) + "|")
+        for cells in rows:
+            print("| " + " | ".join(cell.text for cell in cells) + " |")
+        print()
+    print(findings.note(found.settings))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""The report of a comparison: one page that opens offline, its Markdown twin, and every number as Parquet and CSV."""
+
+import base64
+import io
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from .. import record
+from . import charts, findings, table
+from .compare import Setting, compare, usable
+from .words import title as titled
+
+PAGE, TWIN = "report.html", "report.md"
+ROWS = 400  #: rows of a table before the page keeps to the frontier and the best
+
+
+@dataclass
+class Found:
+    """What lies at the paths. results: all, by file, as `collect` has them. settings: the finished ones compared."""
+
+    results: dict[Path, dict]
+    settings: list[Setting]
+    failed: dict[Path, dict]
+    unreadable: dict[Path, str]
+
+
+def find(*paths: Path) -> Found:
+    """Everything under the paths that is a result, whatever state it is in."""
+    results, unreadable = record.collect(*paths)
+    for file in [f for f, r in results.items() if r["status"] == "done" and not usable(r)]:
+        unreadable[file] = f"{file} says it is done but lacks what a comparison needs"
+        del results[file]
+    failed = {file: result for file, result in results.items() if result["status"] != "done"}
+    return Found(results, compare(results), failed, unreadable)
+
+
+def write(found: Found, folder: Path) -> Path:
+    """Write the page and all that goes with it into `folder`; returns the page. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = record.as_frame(found.results)
+    numbers = frame[
+        [name for name in frame if not frame[name].map(lambda cell: isinstance(cell, list | tuple | np.ndarray)).any()]
+    ]
+    for name in numbers.select_dtypes(object):
+        if numbers[name].map(type).nunique() > 1:  # Parquet has one type a column
+            numbers = numbers.assign(**{name: numbers[name].map(lambda cell: None if cell is None else str(cell))})
+    numbers.to_parquet(folder / "results.parquet", index=False)
+    numbers.to_csv(folder / "results.csv", index=False)
+    content = _content(found, folder)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    for name in (PAGE, TWIN):
+        environment = jinja2.Environment(loader=loader, autoescape=name == PAGE, keep_trailing_newline=True)
+        (folder / name).write_text(environment.get_template(f"page{Path(name).suffix}").render(content), "utf-8")
+    return folder / PAGE
+
+
+def _content(found: Found, folder: Path) -> dict:
+    """What the templates show."""
+    finished = len(found.results) - len(found.failed)
+    names = {c.format for s in found.settings for c in s.configurations if not c.is_16_bit}
+    parts = [findings.count(finished, "finished run"), findings.count(len(names), "format")]
+    parts += [f"{len(found.failed)} not finished"] if found.failed else []
+    parts += [f"{findings.count(len(found.unreadable), 'file')} skipped"] if found.unreadable else []
+    return {
+        "title": "Weight quantization formats compared",
+        "counted": ", ".join(parts) + ".",
+        "settings": [_setting(s, i, folder) for i, s in enumerate(found.settings)],
+        "note": findings.note(found.settings),
+        "failures": [_failure(file, result, folder) for file, result in found.failed.items()],
+        "unreadable": list(found.unreadable.values()),
+        "environments": _environments(found),
+    }
+
+
+def _setting(setting: Setting, number: int, folder: Path) -> dict:
+    answer = list(findings.answer(setting))
+    if len(setting.configurations) > ROWS:
+        answer.append(f"The table has the best {ROWS} of {len(setting.configurations):,}; results.csv has all.")
+    rows = setting.configurations[:ROWS]
+    rows += [c for c in setting.configurations[ROWS:] if c.is_16_bit]
+    columns, cells = table.shown(Setting(setting.title, rows))
+    with charts.drawn(setting) as made:
+        pictures = [_picture(chart, number, folder) for chart in made]
+    return {
+        "title": setting.title,
+        "compared": findings.compared(setting),
+        "answer": answer,
+        "columns": columns,
+        "rows": [
+            {"cells": found, "base": c.is_16_bit, "sources": table.sources(c, folder)}
+            for c, found in zip(rows, cells, strict=True)
+        ],
+        "charts": pictures,
+    }
+
+
+def _picture(chart: charts.Chart, number: int, folder: Path) -> dict:
+    """A figure as an SVG file for the twin, and in the page itself."""
+    buffer = io.BytesIO()
+    chart.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    file = Path("figures") / f"{chart.name}{f'-{number + 1}' if number else ''}.svg"
+    (folder / file.parent).mkdir(exist_ok=True)
+    (folder / file).write_bytes(buffer.getvalue())
+    data = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"caption": chart.caption, "file": file.as_posix(), "data": data}
+
+
+def _failure(file: Path, result: dict, folder: Path) -> dict:
+    why = result["error"] or {"type": "unfinished", "message": "the process ended before the run did"}
+    try:
+        name = f"{titled(result['config'])}, seed {result['config']['seed']}"
+    except (KeyError, TypeError):  # what was asked for was no configuration
+        name = file.parent.name
+    message = " ".join(str(why["message"]).split())
+    return {
+        "title": name,
+        "status": result["status"],
+        "why": f"{why['type']}: {message}",
+        "path": os.path.relpath(file, folder),
+    }
+
+
+def _environments(found: Found) -> list[str]:
+    """Each machine and set of versions that runs were made with, the most used first."""
+    lines: Counter[str] = Counter()
+    for result in found.results.values():
+        environment = result["environment"]
+        if environment:
+            versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
+            commit = f"; commit {environment['commit'][:12]}" if environment.get("commit") else ""
+            lines[f"{environment['device']}, {environment['threads']} threads; {versions}{commit}"] += 1
+    return [f"{findings.count(number, 'run')}: {line}" for line, number in lines.most_common()]

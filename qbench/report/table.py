@@ -1,0 +1,102 @@
+"""The comparison as one table, for the page, its Markdown twin and the terminal alike."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .compare import Configuration, Setting
+from .words import plus_minus
+
+
+@dataclass(frozen=True)
+class Column:
+    """head: what stands above, with its unit. about: what it means. best: whether less or more is better, or neither."""
+
+    head: str
+    about: str
+    best: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text, and the number that it sorts by."""
+
+    text: str = ""
+    value: float | None = None
+
+
+COLUMNS = [
+    Column("format", "the whole recipe: levels, block, double quantization"),
+    Column("bits/weight", "of the quantized weights, counted from the bytes held", "less"),
+    Column("model, MB", "all that the model holds after quantization", "less"),
+    Column("perplexity", "on held-out text, before any fine-tune", "less"),
+    Column("Δ nll", "against 16 bit on the same tokens, nats a token", "less"),
+    Column("KL", "from the 16-bit model's next-token distribution, mean, nats", "less"),
+    Column("tuned perplexity", "after LoRA; ± is half the 95% interval over seeds", "less"),
+    Column("tuned Δ nll", "against LoRA on 16 bit with the same seeds, nats a token", "less"),
+    Column("top-1", "how often the most probable token is the 16-bit model's", "more"),
+    Column("SQNR, dB", "10·log10(Σw² / Σ(w − ŵ)²) over the quantized weights", "more"),
+    Column("output error", "relative error of the layers' outputs on real text", "less"),
+    Column("prefill", "tokens/s of one sequence read whole, quantized", "more"),
+    Column("decode", "tokens/s of one sequence, token by token, quantized", "more"),
+    Column("fine-tune", "tokens/s", "more"),
+    Column("peak, MB", "largest of the phases load, eval and tune: resident, or allocated on CUDA", "less"),
+]
+QUALITY = ("quality", "quantized")
+
+
+def row(c: Configuration) -> list[Cell]:
+    """The cells of a configuration, one for each of COLUMNS."""
+
+    def number(form: str, *keys: str, scale: float = 1.0) -> Cell:
+        value = c.mean(*keys)
+        return Cell() if value is None else Cell(f"{value * scale:{form}}".replace("-", "−"), value)
+
+    def delta(stage: str) -> Cell:
+        found = c.differences.get(stage)
+        return Cell(str(found), found.delta) if found else Cell("0" if c.is_16_bit and c.nll(stage) else "", 0.0)
+
+    tuned = c.mean("quality", "tuned", "perplexity")
+    interval = c.interval("quality", "tuned", "perplexity")
+    seeds = f" ({len(c.runs)} seeds)" if len(c.runs) > 1 else ""
+    peak = peak_bytes(c)
+    return [
+        Cell(c.title + seeds),
+        number(".3f", "bits", "per_parameter"),
+        number(",.1f", "memory", "model_bytes", scale=1e-6),
+        number(".2f", *QUALITY, "perplexity"),
+        delta("quantized"),
+        number(".4f", *QUALITY, "against_baseline", "kl_mean"),
+        Cell(plus_minus(tuned, interval, ".2f"), tuned) if tuned else Cell(),
+        delta("tuned"),
+        number(".1%", *QUALITY, "against_baseline", "top1_agreement"),
+        number(".2f", "error", "sqnr_db"),
+        number(".4f", "error", "output_relative"),
+        number(",.0f", "throughput", "prefill_tokens_s", "median"),
+        number(",.0f", "throughput", "decode_tokens_s", "median"),
+        number(",.0f", "throughput", "tune_tokens_s", "median"),
+        Cell(f"{peak / 1e6:,.0f}", peak) if peak else Cell(),
+    ]
+
+
+def peak_bytes(c: Configuration) -> float | None:
+    """The largest peak of any phase of any of its runs."""
+    phases = [r["metrics"].get("memory", {}).get("peak_bytes", {}) for _, r in c.runs.values()]
+    peaks = [kinds.get("allocated", kinds.get("rss", 0)) for found in phases for kinds in found.values()]
+    return max(peaks, default=None)
+
+
+def shown(setting: Setting, columns: list[str] | None = None) -> tuple[list[Column], list[list[Cell]]]:
+    """The columns, those named or all, that have a cell in some row, and the rows."""
+    rows = [row(c) for c in setting.configurations]
+    kept = [
+        i
+        for i, column in enumerate(COLUMNS)
+        if (columns is None or column.head in columns) and any(cells[i].text not in ("", "0") for cells in rows)
+    ]
+    return [COLUMNS[i] for i in kept], [[cells[i] for i in kept] for cells in rows]
+
+
+def sources(c: Configuration, folder: Path) -> list[tuple[int, str]]:
+    """Seed and path, as seen from `folder`, of the result.json behind each run of a row."""
+    return [(seed, os.path.relpath(file, folder)) for seed, (file, _) in sorted(c.runs.items())]
