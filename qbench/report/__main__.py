@@ -51,7 +51,7 @@ def main() -> int:
         show(found)
         sys.stdout.flush()
     if found.failed:
-        stderr.print(f"qbench: {len(found.failed)} runs are not finished; the page says why")
+        stderr.print(f"qbench: not finished: {findings.count(len(found.failed), 'run')}; the page says why")
     stderr.print(f"\n{os.path.relpath(written)} is the page; report.md, results.parquet and results.csv are beside it")
     return 0
 

@@ -37,7 +37,7 @@ def drawn(setting: Setting) -> Iterator[list[Chart]]:
         if few is setting
         else f" {MOST} of {len(setting.configurations):,}: the frontiers, and the best of the rest."
     )
-    with plt.rc_context(STYLE | {"figure.dpi": 110, "axes.titlesize": 10}):
+    with plt.rc_context(STYLE | {"figure.dpi": 110, "axes.titlesize": 10, "svg.hashsalt": "qbench"}):
         made = [pareto(setting)] if len(setting.configurations) > 2 else []
         for make in (slopes, blocks, ranks, double, pairs, layers, throughput):
             if chart := make(few):

@@ -114,7 +114,8 @@ def compare(results: dict[Path, dict]) -> list[Setting]:
     for file, result in sorted(results.items(), key=lambda item: item[1]["run"]["started"] or ""):
         if result["status"] == "done":  # of the same run, the last
             config = result["config"]
-            what = _text(config, "format", "block", "dq", "tune")
+            scales = () if config["format"]["name"] == "none" else ("block", "dq")  # 16 bit has none
+            what = _text(config, "format", *scales, "tune")
             groups[_text(config, "model", "data", "eval", "device")][what][config["seed"]] = file, result
     together = [[next(iter(runs.values()))[1]["config"] for runs in group.values()] for group in groups.values()]
     varied = _varied([configs[0] for configs in together], ("model", "data", "eval", "device"))

@@ -42,6 +42,7 @@ def compared(setting: Setting) -> str:
 
 
 def count(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 

@@ -48,7 +48,7 @@ def test_what_is_no_result_is_named(tmp_path, content):
     bad.write_text(content)
     with pytest.raises(InputError, match=str(bad)):
         record.read(bad)
-    results, unreadable = record.read_readable(tmp_path)
+    results, unreadable = record.collect(tmp_path)
     assert list(results) == [good] and str(bad) in unreadable[bad]
 
 
@@ -79,8 +79,13 @@ def test_a_failure_is_not_written_over_what_had_finished(tmp_path):
 def test_many_results_are_one_frame(tmp_path):
     for name in ("nf4", "int8"):
         result = record.blank({"format": {"name": name}})
-        record.write(tmp_path / name, result | {"metrics": {"windows": [1.0, 2.0]}})
-    frame = record.frame(tmp_path)
+        layers = [{"name": "a", "mse": 1.0}, {"name": "b", "mse": 2.0}]
+        record.write(tmp_path / name, result | {"metrics": {"windows": [1.0, 2.0], "layers": layers}})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / record.FILE).write_text("{")
+    with pytest.warns(UserWarning, match="broken"):
+        frame = record.frame(tmp_path)
     assert frame["config.format.name"].tolist() == ["int8", "nf4"]
-    assert frame["metrics.windows"][0] == [1.0, 2.0]
+    assert frame["metrics.windows"][0].tolist() == [1.0, 2.0]
+    assert frame["metrics.layers.mse"][1].tolist() == [1.0, 2.0] and frame["metrics.layers.name"][1] == ("a", "b")
     assert len(record.frame(tmp_path / "nf4", tmp_path / "nf4" / "result.json")) == 1
