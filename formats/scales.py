@@ -55,16 +55,18 @@ def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def dynamic_map(device: torch.device | None = None) -> Tensor:
-    """The signed 8-bit dynamic map, fp32 [256], ascending from −0.99296875 to 1 (arXiv 1511.04561; bitsandbytes).
+def dynamic_map(device: torch.device | None = None, signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map, fp32 [256], ascending to 1 from −0.99296875 or, unsigned, from 0 (arXiv 1511.04561;
+    bitsandbytes).
 
-    Decade i = 0 … 6 holds ±10^(i−6) times the midpoints of 2^i equal steps from 0.1 to 1; then 0 and 1.
+    Decade i = 0 … 6 holds ±10^(i−6) times the midpoints of 2^i equal steps from 0.1 to 1; then 0 and 1. Without a sign
+    the steps are twice as many.
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32)
         decade = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        levels += decade.tolist() + (-decade).tolist()
+        levels += decade.tolist() + ((-decade).tolist() if signed else [])
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 

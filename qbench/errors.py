@@ -1,5 +1,10 @@
 """What went wrong on the user's side of things."""
 
+import re
+
+UNITS = {unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
+UNITS |= {unit: 1024**power for power, unit in enumerate(("", "kib", "mib", "gib", "tib"))}
+
 
 class InputError(Exception):
     """Bad input. The message is one line that names the input and says what would be accepted."""
@@ -13,3 +18,13 @@ def integer(name: str, value: object, at_least: int = 1) -> None:
     """Raise InputError unless `value` is an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise InputError(f"{name}: {value!r} is not accepted; an integer of at least {at_least} is")
+
+
+def byte_count(name: str, value: object, at_least: int = 1) -> int:
+    """The bytes that `value` stands for: an integer, or text such as "64MB", "1.5 GiB". Raises InputError otherwise."""
+    found = None if isinstance(value, bool) else re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?b?)", str(value).lower())
+    if not found or found[2] not in UNITS or (n := round(float(found[1]) * UNITS[found[2]])) < at_least:
+        raise InputError(
+            f"{name}: {value!r} is not accepted; bytes are, such as 67108864, 64MB or 1.5GiB, {at_least} or more"
+        )
+    return n

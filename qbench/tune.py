@@ -24,7 +24,9 @@ SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 class TuneSettings:
     """steps: optimizer steps, each of `batch` windows, taken `accumulate` at a time. rank, alpha, dropout: LoRA's.
 
-    schedule: constant or cosine, after `warmup` steps. clip: largest norm of the gradient.
+    schedule: constant or cosine, after `warmup` steps. clip: largest norm of the gradient. optimizer_budget: bytes of
+    optimizer states on the device, such as 67108864, "64MB" or "1.5GiB", for the paged optimizers; None for no limit.
+    optimizer_page: bytes that move between device and host at once.
     """
 
     method: str = "lora"
@@ -40,6 +42,8 @@ class TuneSettings:
     weight_decay: float = 0.0
     clip: float = 1.0
     optimizer: str = "adamw"
+    optimizer_budget: int | str | None = None
+    optimizer_page: int | str = optim.PAGE
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "rank"):
@@ -49,17 +53,28 @@ class TuneSettings:
                 raise InputError(f"tune.{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(names)}")
         if self.batch % self.accumulate:
             raise InputError(f"tune.accumulate: {self.accumulate} does not divide tune.batch={self.batch}")
+        optim.checked(self.optimizer_budget, self.optimizer_page)
+        if self.optimizer_budget is not None and self.optimizer not in optim.PAGED:
+            takers = " or ".join(f"tune.optimizer={name}" for name in optim.PAGED)
+            raise InputError(
+                f"tune.optimizer_budget: {self.optimizer_budget!r} is not accepted with tune.optimizer={self.optimizer};"
+                f" null is, or {takers}"
+            )
 
 
 @dataclass
 class TuneLog:
-    """What the training left: a loss (nats a token), gradient norm, lr and tokens/s a step."""
+    """What the training left: a loss (nats a token), gradient norm, lr and tokens/s a step.
+
+    optimizer: bytes of its states, and the pages that moved (`optim.footprint`).
+    """
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     tokens_s: list[float] = field(default_factory=list)
     trainable: int = 0
+    optimizer: dict[str, int] = field(default_factory=dict)
 
 
 class LoraQuantLinear(LoraLinear):
@@ -122,7 +137,14 @@ def train(
     """
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optim.build(settings.optimizer, parameters, settings.lr, settings.weight_decay)
+    optimizer = optim.build(
+        settings.optimizer,
+        parameters,
+        settings.lr,
+        settings.weight_decay,
+        settings.optimizer_budget,
+        settings.optimizer_page,
+    )
     schedule = get_scheduler(
         SCHEDULES[settings.schedule], optimizer, min(settings.warmup, settings.steps - 1), settings.steps
     )
@@ -152,4 +174,5 @@ def train(
         log.tokens_s.append(batch.numel() / (time.perf_counter() - started))
         advance(total, log.tokens_s[-1])
     model.eval()
+    log.optimizer = optim.footprint(optimizer)
     return log

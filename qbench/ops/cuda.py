@@ -81,7 +81,7 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
             target = codes[start // 2 if pairs else start :]
             z = () if shift is None else (shift[first:],)
             _launch(launch, w, w[start:], boundaries, order, scale[first:], z, target, count, size, SMALLEST)
-    if not pairs:
+    if not pairs and bits < 8:  # to ask for the code of zero waits for the device
         zero = order[torch.bucketize(torch.zeros((), device=w.device), boundaries)]
         codes = pack(codes, bits, fill=int(zero))
     return codes, scale

@@ -1,5 +1,7 @@
 """LoRA on packed weights: it learns, touches nothing else, and comes back from disk with the same logits."""
 
+import json
+
 import pytest
 import torch
 
@@ -73,6 +75,26 @@ def test_the_gradient_is_clipped(tiny_llama):
         sum(float((p - before[n]).detach().square().sum()) for n, p in model.named_parameters() if n in before) ** 0.5
     )
     assert 0 < moved < 1e-8
+
+
+def test_a_paged_optimizer_trains_the_same_and_tells_what_moved(tiny_llama):
+    logs = {}
+    for name, more in {
+        "adamw": {},
+        "paged_adamw": {"optimizer_page": "4KiB", "optimizer_budget": "20kB"},
+        "paged_adamw_8bit": {"optimizer_page": "4KiB", "optimizer_budget": "20kB"},
+    }.items():
+        model, targets = quantized(tiny_llama)
+        settings = TuneSettings(steps=4, batch=2, rank=64, optimizer=name, weight_decay=0.01, **more)
+        logs[name] = train(add_lora(model, targets, settings, 0), windows(), settings, seed=0)
+    exact, paged, rounded = logs.values()
+    assert paged.loss == exact.loss and paged.grad_norm == exact.grad_norm
+    assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)
+    assert exact.optimizer == {"peak_bytes": 8 * exact.trainable}
+    assert paged.optimizer["peak_bytes"] == rounded.optimizer["peak_bytes"] == 16384
+    assert paged.optimizer["pages_in"] == 3 * (paged.optimizer["pages"] - 4) > 0
+    assert rounded.optimizer["pages"] < 0.4 * paged.optimizer["pages"]
+    json.dumps(paged.optimizer)
 
 
 def test_a_packed_weight_refuses_to_merge(tiny_llama):
