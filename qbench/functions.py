@@ -1,11 +1,11 @@
-"""Two steps of training, each as one function of autograd that neither keeps nor writes what it can do without.
+"""Steps of a training loop, two as functions of autograd that neither keep nor write what they can do without.
 
-Left to autograd, both keep fp32 copies of what the model holds in 16 bit, and on a CPU, where each copy is fresh memory,
+Left to autograd, these keep fp32 copies of what the model holds in 16 bit, and on a CPU, where each copy is fresh memory,
 spend more time on the copies than on the arithmetic.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOGITS = {"cpu": 2**20, "cuda": 2**24}  #: in fp32 at once: a share of the cache, enough for a GPU to fill itself
@@ -17,6 +17,11 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
     y: [..., out_features]. x: [..., in_features]. a: [rank, in_features]. b: [out_features, rank].
     """
     return _AddLowRank.apply(y, x, a, b, scale)
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits [n, seq, vocabulary] of a causal LM for tokens [n, seq]; those of virtual tokens before them are left out."""
+    return model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :]
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

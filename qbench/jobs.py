@@ -58,8 +58,7 @@ def settings_of(config: dict):
         fmt = formats.get(**recipe)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"format: {error.args[0]}") from error
-    from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings
-    from qbench.tune import TuneSettings
+    from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
 
     tune = config["tune"]
     return Settings(

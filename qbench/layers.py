@@ -8,7 +8,10 @@ from formats import QuantizedTensor
 
 from . import ops  # noqa: F401  registers qbench::linear
 
-REPLACEABLE = (nn.Linear, Conv1D)  #: the layers a QuantLinear can stand in for
+
+def replaceable(layer: nn.Module) -> bool:
+    """Whether a QuantLinear can stand in for it."""
+    return isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, QuantLinear)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -16,15 +19,16 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """y = x·Wᵀ + b, with W [out_features, in_features] in a format.
 
-    The weight is buffers, not a parameter: nothing trains it, and the backward gives the gradient for x alone. The
-    product runs in the dtype of x. Moving the layer to another dtype leaves the packed weight as it is.
+    It is a Linear to all who look for one, such as PEFT. The weight is buffers, not a parameter: nothing trains it, and
+    the backward gives the gradient for x alone. The product runs in the dtype of x. Moving the layer to another dtype
+    leaves the packed weight as it is.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
-        super().__init__()
+        nn.Module.__init__(self)  # that of Linear would make a weight
         self.out_features, self.in_features = weight.shape
         self.format, self.bits, self.block = weight.format, weight.bits, weight.block
         self.dtype, self.own_levels = weight.dtype, weight.own_levels
@@ -52,8 +56,12 @@ class QuantLinear(nn.Module):
         return [self._buffers[name] for name in names]
 
     @property
-    def weight(self) -> QuantizedTensor:
-        """The packed weight; `weight.dequantize()` is W."""
+    def weight(self) -> Tensor:
+        """W [out_features, in_features], dequantized anew each time."""
+        return self.packed.dequantize()
+
+    @property
+    def packed(self) -> QuantizedTensor:
         return QuantizedTensor(
             format=self.format,
             bits=self.bits,

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from formats import Format, QuantizedTensor
 
 from .errors import InputError
-from .layers import REPLACEABLE, QuantLinear, weight_of
+from .layers import QuantLinear, replaceable, weight_of
 
 BUNDLED = Path(__file__).parent / "assets" / "model"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -186,7 +186,7 @@ def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers to quantize, by name: every linear one but the output head. Raises InputError if there is none."""
     head = model.get_output_embeddings()
-    found = {name: m for name, m in model.named_modules() if isinstance(m, REPLACEABLE) and m is not head}
+    found = {name: m for name, m in model.named_modules() if replaceable(m) and m is not head}
     if not found:
         raise InputError(f"model.path: {type(model).__name__} has no linear layer to quantize besides its head")
     return found

@@ -6,14 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import nn
 from transformers import set_seed
 
-from . import baseline, data, models, record
+import formats
+from formats import QuantizedTensor
+
+from . import adapters, baseline, data, merge, models, record, starts
+from .layers import weight_of
 from .measure import distribution, error, quality, throughput
+from .measure.statistics import paired
 from .phases import Phases
 from .report import run_page, words
-from .settings import Settings
-from .tune import add_lora, train
+from .settings import FULL, PROMPTS, Settings
+from .tune import train
 
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
 
@@ -45,8 +51,10 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
             experiment.quantize()
             experiment.measure("quantized")
             if settings.tune:
+                experiment.add_adapters()
                 experiment.tune(folder / "adapter")
                 experiment.measure("tuned")
+                experiment.merge()
             record.write(folder, result)
             with experiment.phases("report", "write the report"):
                 run_page.write(folder, record.read(folder))
@@ -101,6 +109,7 @@ class Experiment:
             told = loaded.tokenizer, self.model.config.get_text_config().vocab_size, seq
             self.held_out = data.windows(text.held_out, *told, scored, seed=0)
             if settings.tune:
+                adapters.check_rank(self.layers, settings.tune)
                 wanted = settings.tune.steps * settings.tune.batch
                 self.training = data.windows(text.train, *told, wanted, settings.seed)
         self.result["config"] = settings.plain(**self.found, seq=seq)
@@ -131,13 +140,17 @@ class Experiment:
         self.metrics["memory"][held] = models.held_bytes(self.model)
         scores, rates = self._measured(name, phase, self.baseline.logits)
         self.metrics["quality"][name] = scores.metrics(self.baseline.scores)
+        if name == "tuned":
+            self.tuned = scores
         self.metrics["throughput"] |= rates if name == "quantized" else {name: rates}
 
     def _measured(self, name: str, phase: str, logits: quality.BaselineLogits) -> tuple[quality.Scores, dict]:
         with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
             scores = quality.evaluate(self.model, self.held_out, logits, name == "baseline", advance)
+        # PEFT puts virtual tokens before each call, so only `generate` could decode after them
+        virtual = name == "tuned" and self.settings.tune.method in PROMPTS
         with self.phases(f"time_{name}", f"time the {name} model"):
-            return scores, throughput.generation_rates(self.model, self.held_out[0])
+            return scores, throughput.generation_rates(self.model, self.held_out[0], decodes=0 if virtual else 16)
 
     def quantize(self) -> None:
         settings, metrics, layers = self.settings, self.metrics, self.layers
@@ -151,6 +164,7 @@ class Experiment:
             metrics["weights"] = distribution.normalized_weights(layers, packed)
         with self.phases("time_format", "time the format"):
             metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, self.dtype)
+        self.starts = self._start(layers, packed) if settings.tune and settings.tune.init != "default" else None
         models.replace(self.model, packed)
         stored = sum(q.nbytes for q in packed.values())
         metrics["memory"]["weights_bytes"] = stored
@@ -165,10 +179,39 @@ class Experiment:
         self.targets = list(packed)
         del self.layers
 
+    def _start(self, layers: dict[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict[str, starts.Start]:
+        """Where LoRA starts on each layer, and the error that is left there."""
+        settings, found, rows = self.settings.tune, {}, []
+        with self.phases("init", f"initialise by {settings.init}", len(layers)) as advance:
+            for name, layer in layers.items():
+                w = weight_of(layer)
+                found[name] = starts.find(
+                    w, self.settings.format, settings.rank, settings.init, settings.init_rounds, f"{name}.weight"
+                )
+                sums = [error.compare_weights(w, q.dequantize()) for q in (packed[name], found[name])]
+                rows.append((name, *sums))
+                advance()
+        self.metrics["init"] = {
+            "method": settings.init,
+            "quantized": sum((before for _, before, _ in rows), error.Sums()).weights(),
+            "initial": sum((after for *_, after in rows), error.Sums()).weights(),
+            "layers": [{"name": name, "quantized": q.weights(), "initial": i.weights()} for name, q, i in rows],
+        }
+        return found
+
+    def add_adapters(self) -> None:
+        """The adapters, and where they do not start at nothing, what the model is before the first step."""
+        settings = self.settings.tune
+        self.model = adapters.add(self.model, self.targets, settings, self.settings.seed, self.starts)
+        if self.starts:
+            del self.starts
+            with self.phases("eval_initial", "score the initial model", len(self.held_out)) as advance:
+                scores = quality.evaluate(self.model, self.held_out, self.baseline.logits, advance=advance)
+            self.metrics["quality"]["initial"] = scores.metrics(self.baseline.scores)
+
     def tune(self, folder: Path) -> None:
         settings = self.settings.tune
         with self.phases("tune", f"fine-tune {settings.method}", settings.steps) as advance:
-            self.model = add_lora(self.model, self.targets, settings, self.settings.seed)
             log = train(
                 self.model,
                 self.training,
@@ -176,6 +219,35 @@ class Experiment:
                 self.settings.seed,
                 advance=lambda loss, rate: advance(1, f"loss {loss:.3f}, {rate:,.0f} tokens/s"),
             )
+        if settings.method == FULL:
+            self.model.to(self.dtype).requires_grad_(False)
         self.metrics["tune"] = asdict(log)
         self.metrics["throughput"]["tune_tokens_s"] = throughput.summary(log.tokens_s)
         self.model.save_pretrained(folder)
+
+    def merge(self) -> None:
+        """What the trained adapters cost when they are quantized, or merged."""
+        settings, found = self.settings.tune, {}
+        if settings.adapter_format:
+            fmt = formats.get(settings.adapter_format, block=settings.adapter_block)
+            with merge.quantized_adapters(self.model, fmt) as held:
+                trained = sum(p.nbytes for n, p in self.model.named_parameters() if "lora_" in n)
+                found["adapters"] = self._merged("adapters", models.held_bytes(self.model) - trained + held)
+        if settings.merge:
+            self.model = merge.merged(self.model)
+            found["16bit"] = self._merged("16bit", models.held_bytes(self.model))
+            self.model = merge.requantized(self.model, self.targets, self.settings.format)
+            found["requantized"] = self._merged("requantized", models.held_bytes(self.model))
+        if found:
+            self.metrics["merged"] = found
+
+    def _merged(self, name: str, held: int) -> dict:
+        """Quality against the baseline, and against the adapters kept apart; bits a parameter of the whole model."""
+        with self.phases(f"eval_merged_{name}", f"score merged: {name}", len(self.held_out)) as advance:
+            scores = quality.evaluate(self.model, self.held_out, self.baseline.logits, advance=advance)
+        return {
+            **scores.metrics(self.baseline.scores),
+            "against_unmerged": paired(scores.nll, self.tuned.nll),
+            "bits": {"model": 8 * held / self.parameters},
+            "bytes": held,
+        }

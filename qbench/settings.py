@@ -4,8 +4,14 @@ from dataclasses import asdict, dataclass, field
 
 from formats import Format
 
-from .errors import integer
-from .tune import TuneSettings
+from . import optim, starts
+from .errors import InputError, integer
+
+FULL = "full"  #: all weights of a 16-bit model
+LOW_RANK = ("lora", "dora", "rslora")
+PROMPTS = ("prefix", "p_tuning")  #: which put virtual tokens before the text
+METHODS = (*LOW_RANK, "ia3", *PROMPTS, FULL)
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}  #: and transformers' names for them
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,68 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
+class TuneSettings:
+    """method: one of METHODS. steps: optimizer steps, each of `batch` windows, taken `accumulate` at a time.
+
+    rank, alpha, dropout: LoRA's. init, init_rounds: where it begins (`starts`). virtual_tokens: of prefix tuning and
+    P-tuning. checkpointing: recompute the activations of a block in the backward pass rather than keep them. merge,
+    adapter_format, adapter_block: what is measured of the trained adapters afterwards (`merge`).
+
+    schedule: constant or cosine, after `warmup` steps. clip: largest norm of the gradient. optimizer_budget: bytes of
+    optimizer states on the device, such as 67108864, "64MB" or "1.5GiB", for the paged optimizers; None for no limit.
+    optimizer_page: bytes that move between device and host at once.
+    """
+
+    method: str = "lora"
+    steps: int = 40
+    batch: int = 4
+    accumulate: int = 1
+    checkpointing: bool = False
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    init: str = "default"
+    init_rounds: int = 5
+    virtual_tokens: int = 16
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: int = 5
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    optimizer: str = "adamw"
+    optimizer_budget: int | str | None = None
+    optimizer_page: int | str = optim.PAGE
+    merge: bool = False
+    adapter_format: str | None = None
+    adapter_block: int = 64
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "rank", "virtual_tokens", "init_rounds", "adapter_block"):
+            integer(f"tune.{name}", getattr(self, name))
+        for name, names in (
+            ("method", METHODS),
+            ("init", starts.INITS),
+            ("optimizer", optim.OPTIMIZERS),
+            ("schedule", SCHEDULES),
+        ):
+            if getattr(self, name) not in names:
+                raise InputError(f"tune.{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(names)}")
+        if self.init != "default" and self.method not in LOW_RANK:
+            raise InputError(f"tune.init: {self.init} is for {', '.join(LOW_RANK)}; {self.method} takes default")
+        if (self.merge or self.adapter_format) and self.method not in LOW_RANK:
+            raise InputError(f"tune.merge: {self.method} has no low-rank matrices; accepted with {', '.join(LOW_RANK)}")
+        if self.batch % self.accumulate:
+            raise InputError(f"tune.accumulate: {self.accumulate} does not divide tune.batch={self.batch}")
+        optim.checked(self.optimizer_budget, self.optimizer_page)
+        if self.optimizer_budget is not None and self.optimizer not in optim.PAGED:
+            takers = " or ".join(f"tune.optimizer={name}" for name in optim.PAGED)
+            raise InputError(
+                f"tune.optimizer_budget: {self.optimizer_budget!r} is not accepted with tune.optimizer={self.optimizer};"
+                f" null is, or {takers}"
+            )
+
+
+@dataclass(frozen=True)
 class Settings:
     """All that a run depends on. tune: None to leave the fine-tuning out."""
 
@@ -53,6 +121,11 @@ class Settings:
 
     def __post_init__(self):
         integer("seed", self.seed, at_least=0)
+        if self.tune and self.tune.method == FULL and self.format.name != "none":
+            raise InputError(
+                f"tune.method: full trains the weights themselves, which {self.format.name} keeps as they are; accepted"
+                " with it: +format=none"
+            )
 
     def plain(self, **found: str | int) -> dict:
         """The configuration as JSON holds it; `found` tells device, dtype and seq once they are no longer `auto`."""

@@ -22,11 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_sch
 
 import formats
 
-from .. import models, optim
+from .. import adapters, models, optim
 from ..errors import InputError
 from ..measure.memory import PeakMemory
 from ..record import environment
-from ..tune import SCHEDULES, TuneSettings, add_lora, train
+from ..settings import SCHEDULES, TuneSettings
+from ..tune import train
 
 SEED, BATCH, BLOCK, DTYPE = 0, 4, 64, torch.bfloat16
 #: by device, the shape of SmolLM-135M and of Llama-3.2-1B, and the tokens of a window
@@ -131,7 +132,7 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
 def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
     packed = models.quantize(models.linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
     models.replace(model, packed)
-    return add_lora(model, list(packed), settings, SEED)
+    return adapters.add(model, list(packed), settings, SEED)
 
 
 def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:

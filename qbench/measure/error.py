@@ -36,32 +36,35 @@ class Sums:
     def metrics(self) -> dict:
         """sqnr_db = 10·log10(Σw² / Σ(w−ŵ)²), None where there is no error; mse; relative (Frobenius norms); max_abs;
         output_relative."""
+        return {**self.weights(), "output_relative": (self.output_noise / self.output) ** 0.5 if self.output else 0.0}
+
+    def weights(self) -> dict:
+        """Those of the weights alone."""
         return {
             "sqnr_db": 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
             "mse": self.noise / self.n,
             "relative": (self.noise / self.signal) ** 0.5 if self.signal else 0.0,
             "max_abs": self.max_abs,
-            "output_relative": (self.output_noise / self.output) ** 0.5 if self.output else 0.0,
         }
+
+
+def compare_weights(w: Tensor, other: Tensor) -> Sums:
+    """w against what stands for it, of the same shape; in fp32, summed in fp64. The outputs are left out."""
+    difference = w.float() - other.float()
+    return Sums(w.numel(), _squares(w.float()), _squares(difference), float(difference.abs().max()))
 
 
 def _compare(w: Tensor, packed: QuantizedTensor, x: Tensor) -> Sums:
     """w [out, in] against its packed form, on inputs x [..., in]; all in fp32, summed in fp64."""
-    w = w.float()
-    difference = w - packed.dequantize(torch.float32)
+    w, other = w.float(), packed.dequantize(torch.float32)
     x = x.reshape(-1, x.shape[-1]).float()
+    sums = compare_weights(w, other)
+    sums.output, sums.output_noise = _squares(x @ w.t()), _squares(x @ (w - other).t())
+    return sums
 
-    def squares(t: Tensor) -> float:
-        return float(t.double().square().sum())
 
-    return Sums(
-        n=w.numel(),
-        signal=squares(w),
-        noise=squares(difference),
-        max_abs=float(difference.abs().max()),
-        output=squares(x @ w.t()),
-        output_noise=squares(x @ difference.t()),
-    )
+def _squares(t: Tensor) -> float:
+    return float(t.double().square().sum())
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..functions import logits_of
 from .statistics import clustered_mean, paired
 
 BATCH_LOGITS = 2**24  #: logits at once, about: 64 MiB in fp32
@@ -97,7 +98,7 @@ def evaluate(
     batch = max(1, BATCH_LOGITS // (seq * model.config.get_text_config().vocab_size))
     for at in range(0, n, batch):
         tokens = windows[at : at + batch].to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        logits = logits_of(model, tokens)[:, :-1]
         here = slice(at, at + len(tokens))
         log_p = logits.float().log_softmax(-1)
         nll[here] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()

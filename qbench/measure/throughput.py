@@ -61,7 +61,8 @@ def weights_rates(
 def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decodes: int = 16) -> dict:
     """Tokens a second of one sequence, window [seq]: reading it whole, and decoding greedily after its first half.
 
-    by_rows: reading its first M tokens at once, so that each weight meets M rows, for M in ROWS and the whole.
+    by_rows: reading its first M tokens at once, so that each weight meets M rows, for M in ROWS and the whole. decodes: 0
+    leaves the decoding out.
     """
     device = next(model.parameters()).device
     prompt = window[None].to(device)
@@ -72,6 +73,8 @@ def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decode
     prefill = read(prompt.shape[1])
     by_rows = [{"rows": rows, **read(rows)} for rows in ROWS if rows < prompt.shape[1]]
     rates = {"prefill_tokens_s": prefill, "by_rows": [*by_rows, {"rows": prompt.shape[1], **prefill}]}
+    if not decodes:
+        return rates
     out = model(input_ids=prompt[:, : max(1, prompt.shape[1] // 2)], use_cache=True)
     samples = []
     for _ in range(min(decodes + 1, max(2, prompt.shape[1] // 2))):

@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 
 from .compare import Configuration, Setting, corrected, difference, featured, frontier
 from .figures import CYCLE, GREY, MARKERS, STYLE
-from .findings import effects
+from .findings import effects, when
 
 SIZES = {
     "bits a weight": (("bits", "per_parameter"), 1.0),
     "model, MB": (("memory", "model_bytes"), 1e-6),
 }
-AFTER = {"quantized": "before the fine-tune", "tuned": "after LoRA"}
 MOST = 40  #: configurations in the figures that give each a row or a line
 
 
@@ -94,7 +93,7 @@ def pareto(setting: Setting) -> Chart | None:
     if any(c.mean("quality", "quantized", "against_baseline", "kl_mean") for c in formats):
         measures.append(("KL from 16 bit, nats", ("quality", "quantized", "against_baseline", "kl_mean"), None))
     if setting.has_tuned:
-        measures.append(("perplexity after LoRA", ("quality", "tuned", "perplexity"), "tuned"))
+        measures.append((f"perplexity after {setting.method}", ("quality", "tuned", "perplexity"), "tuned"))
     base = next((c for c in setting.configurations if c.is_16_bit), None)
     columns = [(label, *size, part) for label, size in SIZES.items() for part in _parts(formats, *size)]
     widths = [max(0.35, (high - low) / high * 4) for *_, (low, high) in columns]
@@ -206,7 +205,7 @@ def slopes(setting: Setting) -> Chart | None:
             **look.point(c) | {"ls": "-", "lw": 0.8},
         )  # fmt: skip
     axes.axhline(0, color="black", lw=1, ls="--")
-    axes.set_xticks([0, 1], ["quantized, against 16 bit", "after LoRA, against LoRA on 16 bit"])
+    axes.set_xticks([0, 1], ["quantized, against 16 bit", f"after {setting.method}, against the same on 16 bit"])
     axes.set(xlim=(-0.3, 1.3), ylabel="Δ nll, nats a token")
     look.legend(figure, **{"16 bit": {"color": "black", "ls": "--", "lw": 1}})
     return Chart(
@@ -264,7 +263,7 @@ def _over(setting: Setting, key: str, label: str, measured: str, value: Callable
         axes.xaxis.minorticks_off()
         if key == "block":
             axes.axhline(0, color="black", lw=1, ls="--")
-        axes.set_title(AFTER[stage])
+        axes.set_title(when(setting, stage))
     look.legend(figure, **{"16 bit": {"color": "black", "ls": "--", "lw": 1}})
     return replace(chart, figure=figure)
 
@@ -287,7 +286,7 @@ def double(setting: Setting) -> Chart | None:
         axes.axvline(0, color="black", lw=1, ls="--")
         axes.set(xlabel="Δ nll of dq, nats a token")
         axes.locator_params(axis="x", nbins=4)
-        axes.set_title(AFTER[stage])
+        axes.set_title(when(setting, stage))
     panels[0][0].set_yticks(range(len(rows)), [c.title.replace(" + dq", "") for c in rows])
     panels[0][0].invert_yaxis()
     return Chart(
@@ -361,7 +360,7 @@ def pairs(setting: Setting) -> Chart | None:
     figure.colorbar(image, ax=axes, label="nll of the row less that of the column, nats", shrink=0.7)
     return Chart(
         "pairs",
-        f"Every two against each other {AFTER[stage]}, the best first; ≈: not distinguishable (paired, corrected for"
-        f" {len(upper)} tests).",
+        f"Every two against each other {when(setting, stage)}, the best first; ≈: not distinguishable (paired, corrected"
+        f" for {len(upper)} tests).",
         figure,
     )

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import false_discovery_control, t
 
 from ..measure.statistics import clustered_mean
-from .words import SIGNIFICANT, plus_minus, title
+from .words import SIGNIFICANT, method, plus_minus, title
 
 STAGES = ("quantized", "tuned")
 
@@ -89,6 +89,12 @@ class Setting:
     def has_tuned(self) -> bool:
         return any(c.nll("tuned") is not None for c in self.configurations)
 
+    @property
+    def method(self) -> str:
+        """What the fine-tunes are called: `LoRA`, or where there are several methods `the fine-tune`."""
+        names = {method(c.config["tune"]) for c in self.configurations if c.nll("tuned") is not None}
+        return names.pop() if len(names) == 1 else "the fine-tune"
+
     def stages(self) -> tuple[str, ...]:
         return STAGES if self.has_tuned else STAGES[:1]
 
@@ -158,7 +164,8 @@ def _varied(configs: Sequence[dict], parts: Iterable[str]) -> list[str]:
 def _told(config: dict, keys: Iterable[str]) -> list[str]:
     flat = _flat(config, ("model", "data", "eval", "device", "tune"))
     values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
-    return [f"{key.removeprefix('tune.')} {value}" for key, value in values.items()]
+    told = {"tune.method": method(config["tune"])}
+    return [told.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items()]
 
 
 def _name(config: dict, varied: Iterable[str]) -> str:

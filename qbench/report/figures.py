@@ -143,6 +143,6 @@ def loss(result: dict):
     for name, color, style in (("quantized", ORANGE, "--"), ("tuned", GREEN, "-.")):
         axes.axhline(scores[name]["nll"], color=color, ls=style, lw=1.2, label=f"held out, {name}")
     axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
-    axes.set_title(f"Fine-tuning LoRA, rank {config['rank']}, on {words.title(result['config'])}")
+    axes.set_title(f"Fine-tuning by {words.method(config)} on {words.title(result['config'])}")
     axes.legend(frameon=False)
     return figure, f"Training loss a step, {config['batch']} windows each, and the held-out loss before and after."

@@ -10,8 +10,6 @@ from .compare import Configuration, Difference, Setting, corrected, difference, 
 from .words import SIGNIFICANT
 
 MOST = 6  #: names in a list before it is cut
-TUNED = {"quantized": "Before any fine-tune", "tuned": "After LoRA"}
-THEN = {"quantized": "before any fine-tune", "tuned": "after LoRA"}
 
 
 @lru_cache
@@ -34,7 +32,7 @@ def compared(setting: Setting) -> str:
         f"16 bit has a perplexity of {_perplexity(base, 'quantized')}" if base else "No 16-bit run is among them"
     )
     if base and base.nll("tuned") is not None:
-        reference += f", {_perplexity(base, 'tuned')} after LoRA"
+        reference += f", {_perplexity(base, 'tuned')} after {setting.method}"
     return (
         f"{count(len(some), 'configuration')} on {count(first['tokens'], 'held-out token')},"
         f" {count(len(seeds), 'seed')}, {count(sum(len(c.runs) for c in some), 'run')}. {reference}."
@@ -59,7 +57,7 @@ def change(found: Difference) -> str:
 def _frontier(setting: Setting, stage: str) -> str:
     best = [c for c in frontier(setting.configurations, stage) if not c.is_16_bit]
     if not best:
-        return f"{TUNED[stage]} no format is on the frontier of bits and perplexity."
+        return f"{_when(setting, stage)} no format is on the frontier of bits and perplexity."
     told = []
     for c in best[:MOST]:
         found = c.differences.get(stage)
@@ -69,20 +67,34 @@ def _frontier(setting: Setting, stage: str) -> str:
         told.append(f"{c.title} ({c.mean('bits', 'per_parameter'):.3f} bits: {_perplexity(c, stage)}{against})")
     more = f"; and {len(best) - MOST} more" if len(best) > MOST else ""
     if len(best) == 1:
-        return f"{TUNED[stage]} {told[0]} alone is on the frontier of bits and perplexity."
-    return f"{TUNED[stage]} on the frontier of bits and perplexity are {'; '.join(told)}{more}."
+        return f"{_when(setting, stage)} {told[0]} alone is on the frontier of bits and perplexity."
+    return f"{_when(setting, stage)} on the frontier of bits and perplexity are {'; '.join(told)}{more}."
+
+
+def when(setting: Setting, stage: str) -> str:
+    return f"after {setting.method}" if stage == "tuned" else "before any fine-tune"
+
+
+def _when(setting: Setting, stage: str) -> str:
+    """At the start of a sentence."""
+    said = when(setting, stage)
+    return said[0].upper() + said[1:]
 
 
 def _equal(setting: Setting, stage: str) -> str:
     tested = [c for c in setting.configurations if stage in c.differences]
     if not tested:
-        return f"{TUNED[stage]} nothing can be said against 16 bit: no 16-bit run has the same windows and seed."
+        return (
+            f"{_when(setting, stage)} nothing can be said against 16 bit: no 16-bit run has the same windows and seed."
+        )
     same = [c for c in tested if not c.differences[stage].distinguishable]
     better = [c for c in tested if c.differences[stage].distinguishable and c.differences[stage].delta < 0]
-    reference = "16-bit LoRA" if stage == "tuned" else "16 bit"
+    reference = f"{setting.method} on 16 bit" if stage == "tuned" else "16 bit"
     listed = ", ".join(c.title for c in sorted(same, key=lambda c: c.mean("bits", "per_parameter"))[:MOST])
     more = f" and {len(same) - MOST} more" if len(same) > MOST else ""
-    sentence = f"{TUNED[stage]} {len(same)} of {len(tested)} quantized are not distinguishable from {reference}"
+    sentence = (
+        f"{_when(setting, stage)} {len(same)} of {len(tested)} quantized are not distinguishable from {reference}"
+    )
     sentence += f": {listed}{more}" if same else ""
     if better:
         sentence += f"; distinguishably better: {', '.join(c.title for c in better[:MOST])}"
@@ -112,7 +124,7 @@ def _effect(setting: Setting, key: str, name: str) -> list[str]:
         mean = float(np.mean([d.delta for *_, d in found]))
         what = f"saves {saved:.3f} bits a weight on average; " if not sentences else ""
         sentences.append(
-            f"{what}{THEN[stage]} the perplexity is {counts} of {count(len(found), 'pair')}"
+            f"{what}{when(setting, stage)} the perplexity is {counts} of {count(len(found), 'pair')}"
             f" ({'+' if mean >= 0 else '−'}{100 * abs(math.expm1(mean)):.2f}% on average)"
         )
     return [f"{name} {'; '.join(sentences)}."] if sentences else []

@@ -13,15 +13,36 @@ def title(config: dict) -> str:
     return f"{config['format']['name']}{' + dq' if config['dq'] else ''}, block {config['block']}"
 
 
-def _change(against: dict) -> str:
-    """A difference of log-likelihoods as the per cent of the baseline's perplexity that it is."""
+METHODS = {
+    "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "ia3": "(IA)³", "prefix": "prefix tuning", "p_tuning": "P-tuning",
+    "full": "full fine-tuning",
+}  # fmt: skip
+
+
+#: what became of the adapters, as a row is called
+MERGED = {"adapters": "A, B packed", "16bit": "merged", "requantized": "requantized"}
+
+
+def method(tune: dict) -> str:
+    """What a fine-tune is called: `LoRA`."""
+    return METHODS.get(tune["method"], tune["method"])
+
+
+def _sized(tune: dict) -> str:
+    """With what there is to choose: `LoRA, rank 16`."""
+    size = {"full": "", "ia3": ""} | dict.fromkeys(("prefix", "p_tuning"), f", {tune['virtual_tokens']} virtual tokens")
+    return method(tune) + size.get(tune["method"], f", rank {tune['rank']}")
+
+
+def _change(against: dict, other: str = "the baseline's") -> str:
+    """A difference of log-likelihoods as the per cent of the other perplexity that it is."""
     delta, stderr = against["delta_nll"], against["stderr"]
     percent = f"{100 * abs(math.expm1(delta)):.2f}%"
     if stderr is not None:
         percent += f" ± {100 * math.exp(delta) * stderr:.2f}%"
     if against["p"] is None or against["p"] > SIGNIFICANT:
-        return f"not distinguishable from the baseline's ({'+' if delta > 0 else '−'}{percent})"
-    return f"{'above' if delta > 0 else 'below'} the baseline's by {percent}"
+        return f"not distinguishable from {other} ({'+' if delta > 0 else '−'}{percent})"
+    return f"{'above' if delta > 0 else 'below'} {other} by {percent}"
 
 
 def answer(result: dict) -> list[str]:
@@ -43,8 +64,32 @@ def answer(result: dict) -> list[str]:
     if "tuned" in quality:
         tune = config["tune"]
         sentences.append(
-            f"After {tune['steps']} steps of LoRA, rank {tune['rank']}, the perplexity is"
+            f"After {tune['steps']} steps of {_sized(tune)}, the perplexity is"
             f" {quality['tuned']['perplexity']:.2f}, {_change(quality['tuned']['against_baseline'])}."
+        )
+    return [*sentences, *_around_the_fine_tune(metrics, config)]
+
+
+def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
+    """Where LoRA began, if not at nothing, and what became of its matrices."""
+    sentences, tune = [], config["tune"]
+    if "init" in metrics:
+        alone, start = (metrics["init"][key]["sqnr_db"] for key in ("quantized", "initial"))
+        name = {"loftq": "LoftQ", "pissa": "PiSSA"}[tune["init"]]
+        sentences.append(
+            f"{name} starts from {start:.2f} dB, the quantized weights alone have {alone:.2f}; before the first step the"
+            f" perplexity is {metrics['quality']['initial']['perplexity']:.2f}."
+        )
+    told = {
+        "adapters": f"With A and B in {tune.get('adapter_format')}",
+        "16bit": "Merged into 16 bits",
+        "requantized": f"Merged and in {config['format']['name']} again",
+    }
+    for name, found in metrics.get("merged", {}).items():
+        change = _change(found["against_unmerged"], "that of the adapters kept apart")
+        sentences.append(
+            f"{told[name]}, at {found['bits']['model']:.3f} bits a parameter of the whole model, the perplexity is"
+            f" {found['perplexity']:.2f}, {change}."
         )
     return sentences
 
@@ -66,34 +111,38 @@ def _rate(rates: dict | None) -> str:
 
 
 def table(result: dict) -> Table:
-    """Baseline, quantized and tuned, a row each."""
+    """Baseline, quantized, tuned, and what else was scored between and after, a row each."""
     metrics = result["metrics"]
     bits, memory, rates, quality = (metrics[k] for k in ("bits", "memory", "throughput", "quality"))
     columns = ["", "perplexity", "Δ nll", "KL", "top-1", "bits/w", "MB", "prefill", "decode"]
-    sizes = {
-        "baseline": (bits["baseline"], memory["baseline_bytes"]),
-        "quantized": (bits["per_parameter"], memory["model_bytes"]),
-        "tuned": (bits["per_parameter"], memory.get("tuned_bytes", 0)),
-    }
-    speeds = {"baseline": rates.get("baseline"), "quantized": rates, "tuned": rates.get("tuned")}
-    rows = []
-    for name, scores in quality.items():
-        against = scores.get("against_baseline")
-        per_weight, held = sizes[name]
-        rows.append(
-            [
-                name,
-                plus_minus(scores["perplexity"], scores["perplexity"] * (scores["stderr"] or 0), ".2f"),
-                plus_minus(against["delta_nll"], against["stderr"], "+.4f") if against else "",
-                f"{against['kl_mean']:.4f}" if against else "",
-                f"{100 * against['top1_agreement']:.1f}%" if against else "",
-                f"{per_weight:.3f}",
-                f"{held / 1e6:.1f}",
-                _rate(speeds[name]["prefill_tokens_s"]),
-                _rate(speeds[name]["decode_tokens_s"]),
-            ]
+    tuned = memory.get("tuned_bytes")
+    rows = [
+        _row(name, scores, *found)
+        for name, *found in (
+            ("baseline", bits["baseline"], memory["baseline_bytes"], rates.get("baseline")),
+            ("quantized", bits["per_parameter"], memory["model_bytes"], rates),
+            ("initial", bits["per_parameter"], tuned, None),
+            ("tuned", bits["per_parameter"], tuned, rates.get("tuned")),
         )
+        if (scores := quality.get(name))
+    ]
+    rows += [_row(MERGED[name], found, None, found["bytes"], None) for name, found in metrics.get("merged", {}).items()]
     return Table(columns, rows)
+
+
+def _row(name: str, scores: dict, per_weight: float | None, held: int | None, speeds: dict | None) -> list[str]:
+    against, speeds = scores.get("against_baseline"), speeds or {}
+    return [
+        name,
+        plus_minus(scores["perplexity"], scores["perplexity"] * (scores["stderr"] or 0), ".2f"),
+        plus_minus(against["delta_nll"], against["stderr"], "+.4f") if against else "",
+        f"{against['kl_mean']:.4f}" if against else "",
+        f"{100 * against['top1_agreement']:.1f}%" if against else "",
+        f"{per_weight:.3f}" if per_weight else "",
+        f"{held / 1e6:.1f}" if held else "",
+        _rate(speeds.get("prefill_tokens_s")),
+        _rate(speeds.get("decode_tokens_s")),
+    ]
 
 
 def speed(result: dict) -> str:

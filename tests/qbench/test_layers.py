@@ -26,7 +26,7 @@ def test_forward_and_backward_against_float64(name, dq, dtype):
     g = torch.randn(3, 5, 48, dtype=dtype)
     y = layer(x)
     y.backward(g)
-    w = layer.weight.dequantize(torch.float32).double()
+    w = layer.packed.dequantize(torch.float32).double()
     expected = x.detach().double() @ w.t() + layer.bias.double()
     expected_dx = g.double() @ w
     assert y.dtype == dtype and x.grad.dtype == dtype
@@ -42,7 +42,7 @@ def test_few_and_many_rows_against_float64(name, dq, dtype, rows, in_features):
     _, layer = make(name, dq, in_features=in_features, dtype=dtype)
     x = torch.randn(1, rows, in_features, dtype=dtype, requires_grad=True)
     y = layer(x)
-    w = layer.weight.dequantize(torch.float32).double()
+    w = layer.packed.dequantize(torch.float32).double()
     expected = x.detach().double() @ w.t() + layer.bias.double()
     assert y.dtype == dtype and y.shape == (1, rows, 48)
     assert (y.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
@@ -60,7 +60,7 @@ def test_a_large_weight_on_any_number_of_threads(name):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append((formats.get(name).quantize(w).codes, layer.weight.dequantize(), layer(x)))
+            found.append((formats.get(name).quantize(w).codes, layer.packed.dequantize(), layer(x)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -97,15 +97,15 @@ def test_the_baseline_is_the_layer_itself():
     linear, layer = make("none", dtype=torch.bfloat16)
     x = torch.randn(4, 80, dtype=torch.bfloat16)
     assert (layer(x) - linear(x)).norm() <= 0.01 * linear(x).norm()
-    assert torch.equal(layer.weight.dequantize(), linear.weight)
+    assert torch.equal(layer.packed.dequantize(), linear.weight)
 
 
 @pytest.mark.parametrize("name", formats.names())
 def test_another_dtype_leaves_the_packed_weight_alone(name):
     _, layer = make(name, dq=True, dtype=torch.bfloat16)
-    before = layer.weight.dequantize(torch.float32)
+    before = layer.packed.dequantize(torch.float32)
     layer.to(torch.float16)
-    assert torch.equal(layer.weight.dequantize(torch.float32), before)
+    assert torch.equal(layer.packed.dequantize(torch.float32), before)
     assert layer.bias.dtype == torch.float16
 
 
@@ -136,7 +136,7 @@ def test_compiles_without_a_graph_break(dq):
 @pytest.mark.parametrize("name", ["nf4", "int4_asym"])
 def test_ops_keep_torch_librarys_promises(name):
     _, layer = make(name, dq=True)
-    q = layer.weight
+    q = layer.packed
     w = (q.codes, q.levels, list(q.scale), list(q.shift), q.bits, q.block)
     x = torch.randn(3, 80, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -15,7 +15,7 @@ from qbench.errors import InputError, byte_count
 from qbench.ops import cuda
 from qbench.optim import PagedAdamW, adamw, lanes, states
 from qbench.optim.paging import Pager, Paging
-from qbench.tune import TuneSettings
+from qbench.settings import TuneSettings
 
 PAGE = 4096
 FIVE_BUDGETS = [PAGE, 2 * PAGE, 5 * PAGE + 17, 12 * PAGE, None]

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import formats
-from qbench import models
+from qbench import adapters, merge, models, starts
 from qbench.errors import InputError
-from qbench.tune import LoraQuantLinear, TuneSettings, add_lora, load_lora, train
+from qbench.functions import logits_of
+from qbench.layers import QuantLinear
+from qbench.settings import METHODS, TuneSettings
+from qbench.tune import train
 
 CPU = torch.device("cpu")
 SETTINGS = TuneSettings(steps=12, batch=4, rank=8, lr=2e-2, warmup=1)
@@ -30,9 +33,9 @@ def test_learns_and_reloads(any_model, name, tmp_path):
     base, targets = quantized(any_model, name)
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     untouched = base(input_ids=windows()).logits
-    model = add_lora(base, targets, SETTINGS, seed=0)
+    model = adapters.add(base, targets, SETTINGS, seed=0)
     assert torch.equal(model(input_ids=windows()).logits, untouched), "B starts at zero"
-    adapted = [m for m in model.modules() if isinstance(m, LoraQuantLinear)]
+    adapted = [m for m in model.modules() if isinstance(m, adapters.LoraQuantLinear)]
     assert len(adapted) == len(targets)
     log = train(model, windows(), SETTINGS, seed=0)
     assert log.loss[-1] < log.loss[0] - 0.1 and len(log.tokens_s) == 12
@@ -43,8 +46,116 @@ def test_learns_and_reloads(any_model, name, tmp_path):
     fresh, _ = quantized(any_model, name)
     after = fresh.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    again = load_lora(fresh, tmp_path).eval()
+    again = adapters.load(fresh, tmp_path).eval()
     assert torch.equal(again(input_ids=windows()).logits, logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(any_model, method, tmp_path):
+    """On the packed weights, which stay as they are; and what it saved comes back with the same logits."""
+    base, targets = quantized(any_model, "none" if method == "full" else "nf4")
+    settings = TuneSettings(method=method, steps=12, batch=4, rank=8, virtual_tokens=4, lr=2e-2, warmup=1)
+    kept = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    model = adapters.add(base, targets, settings, seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    log = train(model, windows(), settings, seed=0)
+    assert log.loss[-1] < log.loss[0] and log.trainable == sum(p.numel() for p in trained)
+    logits = logits_of(model, windows())
+    assert logits.shape[:2] == windows().shape
+    if method == "full":
+        assert not any(isinstance(layer, QuantLinear) for layer in model.modules())
+        return
+    model.save_pretrained(tmp_path)
+    fresh, _ = quantized(any_model)
+    after = fresh.state_dict()
+    assert all(torch.equal(kept[key], after[key]) for key in kept)
+    assert torch.allclose(logits_of(adapters.load(fresh, tmp_path).eval(), windows()), logits, atol=1e-5)
+
+
+def test_checkpointing_changes_memory_alone(tiny_llama):
+    logs = []
+    for checkpointing in (False, True):
+        model, targets = quantized(tiny_llama)
+        settings = TuneSettings(steps=4, batch=4, rank=4, checkpointing=checkpointing)
+        logs.append(train(adapters.add(model, targets, settings, 0), windows(), settings, seed=0).loss)
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+def test_a_start_is_nearer_than_the_format_alone(name, init):
+    w = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    w += 3 * torch.outer(w[:, 0], w[0]) / 10  # PiSSA is for weights that have something to them
+    fmt = formats.get(name, block=32)
+    start = starts.find(w.bfloat16(), fmt, rank=8, init=init, rounds=3)
+    assert start.packed.dtype == torch.bfloat16 and start.a.shape == (8, 128) and start.b.shape == (96, 8)
+    alone = (w.bfloat16().float() - fmt.quantize(w.bfloat16()).dequantize(torch.float32)).norm()
+    left = (w.bfloat16().float() - start.dequantize()).norm()
+    assert left < alone or (name == "none" and left < 2**-8 * w.norm()), "16 bit has no error to make up for"
+
+
+def test_loftq_is_its_algorithm():
+    w = torch.randn(40, 64, dtype=torch.float64)
+    fmt, a, b = formats.get("nf4", block=32), 0, 0
+    errors = []
+    for _ in range(4):
+        q = fmt.quantize((w - (b @ a if torch.is_tensor(b) else 0)).float()).dequantize(torch.float32).double()
+        u, s, vh = torch.linalg.svd(w - q, full_matrices=False)
+        b, a = u[:, :6] * s[:6].sqrt(), s[:6].sqrt()[:, None] * vh[:6]
+        errors.append((w - q - b @ a).norm())
+    start = starts.find(w.float(), fmt, rank=6, init="loftq", rounds=4)
+    assert float((w - start.dequantize()).norm()) == pytest.approx(float(min(errors)), rel=1e-4)
+
+
+def test_low_rank_of_a_large_matrix():
+    m = torch.randn(1100, 12) @ torch.randn(12, 1200) + 0.01 * torch.randn(1100, 1200)
+    b, a = starts.low_rank(m, 8)
+    s = torch.linalg.svdvals(m)
+    assert float((m - b @ a).norm()) == pytest.approx(float(s[8:].norm()), rel=1e-3)
+    assert all(torch.equal(x, y) for x, y in zip((b, a), starts.low_rank(m, 8), strict=True))
+
+
+def test_a_model_starts_where_its_layers_do(tiny_llama):
+    """Q + B·A through PEFT is the product with the matrix, whatever the scaling."""
+    model = models.load(str(tiny_llama), torch.float32, CPU).model
+    layers = models.linear_layers(model)
+    fmt = formats.get("int4")
+    found = {n: starts.find(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
+    models.replace(model, models.quantize(layers, fmt))
+    settings = TuneSettings(rank=8, alpha=24, init="loftq", dropout=0.5)
+    adapted = adapters.add(model, list(found), settings, 0, found).eval()
+    name = "model.layers.1.mlp.up_proj"
+    layer = adapted.base_model.model.get_submodule(name)
+    x = torch.randn(5, layer.in_features)
+    assert torch.allclose(layer(x), x @ found[name].dequantize().t(), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_merged_is_the_sum(any_model, method):
+    base, targets = quantized(any_model)
+    settings = TuneSettings(method=method, steps=4, batch=4, rank=8, lr=1e-2, warmup=0)
+    model = adapters.add(base, targets, settings, seed=0)
+    train(model, windows(), settings, seed=0)
+    apart = logits_of(model, windows())
+    with merge.quantized_adapters(model, formats.get("int8")) as held:
+        assert 0 < held < sum(p.nbytes for n, p in model.named_parameters() if "lora_" in n) / 3
+        near = logits_of(model, windows())
+        assert 0 < (near - apart).abs().max() < 0.1
+    assert torch.equal(logits_of(model, windows()), apart)
+    merged = merge.merged(model)
+    assert not any(isinstance(m, QuantLinear | adapters.LoraQuantLinear) for m in merged.modules())
+    assert torch.allclose(logits_of(merged, windows()), apart, atol=1e-3)
+    again = merge.requantized(merged, targets, formats.get("nf4", dq=True))
+    assert sum(isinstance(m, QuantLinear) for m in again.modules()) == len(targets)
+    assert (logits_of(again, windows()) - apart).abs().max() > 1e-3, "what passes through 4 bits loses something"
+
+
+def test_a_rank_that_a_layer_does_not_have(tiny_llama):
+    layers = models.linear_layers(models.load(str(tiny_llama), torch.float32, CPU).model)
+    adapters.check_rank(layers, TuneSettings(rank=64))
+    with pytest.raises(InputError, match=r"tune.rank: 65 is more than .* accepted: up to 64"):
+        adapters.check_rank(layers, TuneSettings(rank=65))
 
 
 def test_accumulation_is_one_batch_in_parts(tiny_llama):
@@ -52,7 +163,7 @@ def test_accumulation_is_one_batch_in_parts(tiny_llama):
     for parts in (1, 2):
         model, targets = quantized(tiny_llama)
         settings = TuneSettings(steps=4, batch=4, rank=4, accumulate=parts)
-        logs.append(train(add_lora(model, targets, settings, 0), windows(), settings, seed=0).loss)
+        logs.append(train(adapters.add(model, targets, settings, 0), windows(), settings, seed=0).loss)
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
@@ -60,7 +171,7 @@ def test_accumulation_is_one_batch_in_parts(tiny_llama):
 def test_schedules(tiny_llama, schedule):
     model, targets = quantized(tiny_llama)
     settings = TuneSettings(steps=10, batch=2, rank=2, schedule=schedule, warmup=2, lr=1e-3)
-    lr = train(add_lora(model, targets, settings, 0), windows(), settings, seed=0).lr
+    lr = train(adapters.add(model, targets, settings, 0), windows(), settings, seed=0).lr
     assert lr[0] == 0 and lr[2] == pytest.approx(1e-3)
     assert lr[-1] == pytest.approx(1e-3) if schedule == "constant" else lr[-1] < 3e-4
 
@@ -68,7 +179,7 @@ def test_schedules(tiny_llama, schedule):
 def test_the_gradient_is_clipped(tiny_llama):
     model, targets = quantized(tiny_llama)
     settings = TuneSettings(steps=2, batch=2, rank=2, clip=1e-9, optimizer="sgd", lr=1.0, warmup=0)
-    model = add_lora(model, targets, settings, 0)
+    model = adapters.add(model, targets, settings, 0)
     before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
     train(model, windows(), settings, seed=0)
     moved = (
@@ -86,7 +197,7 @@ def test_a_paged_optimizer_trains_the_same_and_tells_what_moved(tiny_llama):
     }.items():
         model, targets = quantized(tiny_llama)
         settings = TuneSettings(steps=4, batch=2, rank=64, optimizer=name, weight_decay=0.01, **more)
-        logs[name] = train(add_lora(model, targets, settings, 0), windows(), settings, seed=0)
+        logs[name] = train(adapters.add(model, targets, settings, 0), windows(), settings, seed=0)
     exact, paged, rounded = logs.values()
     assert paged.loss == exact.loss and paged.grad_norm == exact.grad_norm
     assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)
@@ -100,10 +211,13 @@ def test_a_paged_optimizer_trains_the_same_and_tells_what_moved(tiny_llama):
 def test_a_packed_weight_refuses_to_merge(tiny_llama):
     model, targets = quantized(tiny_llama)
     with pytest.raises(TypeError, match="packed"):
-        add_lora(model, targets, SETTINGS, 0).merge_and_unload()
+        adapters.add(model, targets, SETTINGS, 0).merge_and_unload()
 
 
-@pytest.mark.parametrize(("key", "value"), [("steps", 0), ("rank", 2.5), ("schedule", "linear"), ("accumulate", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", 0), ("rank", 2.5), ("schedule", "linear"), ("accumulate", 3), ("method", "loha"), ("init", "zero")],
+)
 def test_bad_settings(key, value):
     with pytest.raises(InputError, match=f"tune.{key}"):
         TuneSettings(**{key: value})
