@@ -18,6 +18,7 @@ from rich.console import Console
 import formats
 from qbench import record
 from qbench.errors import InputError, RunTimeout
+from qbench.files import Busy
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -84,7 +85,7 @@ def job(config: DictConfig) -> None:
         sweep = Path(hydra.sweep.dir)
     with stderr.status("starting"):  # transformers and PEFT take seconds to import
         from qbench import fresh, models
-        from qbench.run import Busy, run  # noqa: F401  so that a child has them
+        from qbench.run import run  # noqa: F401  so that a child has it
     attempt = partial(_attempt, config, folder, sweep, started)
     if not fresh.possible():
         codes.append(attempt())
@@ -106,7 +107,7 @@ def job(config: DictConfig) -> None:
 def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:
     """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
     from qbench.report import terminal
-    from qbench.run import Busy, run
+    from qbench.run import run
 
     try:
         with record.kept(folder, record.blank(config)) if sweep else nullcontext():

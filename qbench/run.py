@@ -1,14 +1,11 @@
 """One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from transformers import set_seed
 
-from . import baseline, data, models, record
+from . import baseline, data, files, models, record
 from .measure import distribution, error, quality, throughput
 from .phases import Phases
 from .report import run_page, words
@@ -16,10 +13,6 @@ from .settings import Settings
 from .tune import add_lora, train
 
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
-
-
-class Busy(Exception):
-    """Another process is at this run."""
 
 
 def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict:
@@ -33,7 +26,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
     """
     result = record.blank(settings.plain())
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with files.locked(folder):
         with record.kept(folder, result):
             experiment = Experiment(settings, result)
         finished = record.finished(folder, result["run"]["id"])
@@ -53,20 +46,6 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
             result["status"] = "done"
         record.write(folder, result)
     return result
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The system lets go of the lock however the process ends."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise Busy(f"{folder} is in the hands of another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Experiment:

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 # what each part may import of the house: itself and what is listed before it
 ORDER = [
     "errors",
+    "files",
+    "record",
     "ops",
     "layers",
     "measure",
@@ -26,7 +28,6 @@ ORDER = [
     "functions",
     "tune",
     "settings",
-    "record",
     "baseline",
     "report",
     "phases",
