@@ -52,6 +52,7 @@ class Experiment:
     """The steps of a run, and what they hand on: each writes what it found into `metrics`."""
 
     def __init__(self, settings: Settings, result: dict):
+        models.refuse_packed(settings.model.path)
         self.settings = settings
         self.device = models.pick_device(settings.device)
         self.dtype = models.pick_dtype(settings.model.dtype, self.device)
