@@ -2,7 +2,7 @@
 
 To write a format, subclass `Format` in a file of its own, give it a name, a number of bits and its levels, and register
 it; `nf4.py` is the shortest example. Where the scale is not the absmax of the block, override `scale_and_shift`; where
-the levels depend on the tensor, override `codebook`.
+the levels depend on the tensor, override `codebook`; where something else is stored, `quantize` and `empty`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .blockwise import block_count, load_kernels
 from .packing import packed_bytes
-from .scales import Stored, count_encoded, encode_scales
+from .scales import Stored, empty_scales, encode_scales
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,30 @@ class Format:
             own_levels=self.own_levels,
         )
 
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "meta") -> QuantizedTensor:
+        """What `quantize` makes of a tensor of this shape and dtype, but for what is stored, which is to be filled in."""
+        n, device = shape.numel(), torch.device(device)
+        if self.own_levels:
+            levels = torch.empty(2**self.bits, dtype=torch.float32, device=device)
+        else:
+            levels = _shared(tuple(self.levels), device).levels
+        scale = empty_scales(block_count(n, self.block), self.dq, device)
+        return QuantizedTensor(
+            format=self.name,
+            bits=self.bits,
+            block=self.block,
+            shape=shape,
+            dtype=dtype,
+            codes=torch.empty(packed_bytes(n, self.bits), dtype=torch.uint8, device=device),
+            levels=levels,
+            scale=scale,
+            shift=tuple(torch.empty_like(tensor) for tensor in scale) if self.shifted else (),
+            own_levels=self.own_levels,
+        )
+
     def count_bytes(self, n: int) -> int:
-        """The bytes that a tensor of `n` weights takes in this format, by arithmetic: `QuantizedTensor.nbytes`."""
-        scales = count_encoded(block_count(n, self.block), self.dq)
-        return packed_bytes(n, self.bits) + scales * (2 if self.shifted else 1) + self.own_levels * 4 * 2**self.bits
+        """The bytes that a tensor of `n` weights takes in this format: `QuantizedTensor.nbytes`, without one."""
+        return self.empty(torch.Size([n]), torch.bfloat16).nbytes
 
 
 def _describe(w: Tensor) -> str:

@@ -20,10 +20,15 @@ class Unquantized(Format):
     def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
         if not w.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
-        codes = w.detach().to(w.dtype if w.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16)
+        codes = w.detach().to(_kept_as(w.dtype))
         if not codes.isfinite().all():
             raise ValueError(f"{name}: holds NaN or Inf")
         return QuantizedTensor(self.name, self.bits, self.block, w.shape, w.dtype, codes.contiguous(), levels=None)
 
-    def count_bytes(self, n: int) -> int:
-        return 2 * n
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "meta") -> QuantizedTensor:
+        codes = torch.empty(shape, dtype=_kept_as(dtype), device=device)
+        return QuantizedTensor(self.name, self.bits, self.block, shape, dtype, codes, levels=None)
+
+
+def _kept_as(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16

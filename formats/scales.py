@@ -44,9 +44,15 @@ def decode_scales(stored: Stored) -> Tensor:
     return (blocks * absmax[:, None]).view(-1)[: len(levels)] + offset
 
 
-def count_encoded(n: int, dq: bool) -> int:
-    """Bytes that `n` scales take once stored."""
-    return n + 4 * -(n // -NESTED_BLOCK) + 4 if dq and n else 4 * n
+def empty_scales(n: int, dq: bool, device: torch.device) -> Stored:
+    """What `encode_scales` stores of `n` values, to be filled in."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    if not dq or not n:
+        return (empty(n),)
+    return empty(n, dtype=torch.uint8), empty(-(n // -NESTED_BLOCK)), empty()
 
 
 def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from rich.console import Console
 import formats
 from qbench import record
 from qbench.errors import InputError, RunTimeout
+from qbench.files import Busy
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -49,15 +50,20 @@ def config_hash(*, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
 
-def settings_of(config: dict):
-    """The typed settings of a resolved config. Raises InputError."""
+def format_of(config: dict) -> formats.Format:
+    """The format of a resolved config. Raises InputError."""
     recipe = config.get("format")
     if not isinstance(recipe, dict):
         raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
     try:
-        fmt = formats.get(**recipe)
+        return formats.get(**recipe)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"format: {error.args[0]}") from error
+
+
+def settings_of(config: dict):
+    """The typed settings of a resolved config. Raises InputError."""
+    fmt = format_of(config)
     from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
 
     tune = config["tune"]
@@ -83,7 +89,7 @@ def job(config: DictConfig) -> None:
         sweep = Path(hydra.sweep.dir)
     with stderr.status("starting"):  # transformers and PEFT take seconds to import
         from qbench import fresh, models
-        from qbench.run import Busy, run  # noqa: F401  so that a child has them
+        from qbench.run import run  # noqa: F401  so that a child has it
     attempt = partial(_attempt, config, folder, sweep, started)
     if not fresh.possible():
         codes.append(attempt())
@@ -105,7 +111,7 @@ def job(config: DictConfig) -> None:
 def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:
     """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
     from qbench.report import terminal
-    from qbench.run import Busy, run
+    from qbench.run import run
 
     try:
         with record.kept(folder, record.blank(config)) if sweep else nullcontext():

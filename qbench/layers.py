@@ -1,12 +1,14 @@
-"""QuantLinear: the layer that holds a packed weight."""
+"""QuantLinear, the layer that holds a packed weight, and the layers of a model in whose place it goes."""
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from formats import QuantizedTensor
 
 from . import ops  # noqa: F401  registers qbench::linear
+from .errors import InputError
 
 
 def replaceable(layer: nn.Module) -> bool:
@@ -14,9 +16,30 @@ def replaceable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, QuantLinear)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """W [out_features, in_features] of a replaceable layer; transformers' `Conv1D` keeps it transposed."""
-    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """W [out_features, in_features] of a replaceable layer; transformers' `Conv1D` keeps it transposed.
+
+    weight: one to take for the layer's own, as that is kept.
+    """
+    weight = layer.weight if weight is None else weight
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers to quantize, by name: every linear one but the output head. Raises InputError if there is none."""
+    head = model.get_output_embeddings()
+    found = {name: m for name, m in model.named_modules() if replaceable(m) and m is not head}
+    if not found:
+        raise InputError(f"model.path: {type(model).__name__} has no linear layer to quantize besides its head")
+    return found
+
+
+def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
+    """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go."""
+    for name, weight in packed.items():
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, QuantLinear(weight, getattr(owner, child).bias))
 
 
 class QuantLinear(nn.Linear):
@@ -51,6 +74,11 @@ class QuantLinear(nn.Linear):
             if tensor is not None and self._buffers[name].dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(self._buffers[name].device)
         return self
+
+    @property
+    def dq(self) -> bool:
+        """Whether the scales are double quantized."""
+        return len(self._scale) == 3
 
     def _stored(self, names: list[str]) -> list[Tensor]:
         return [self._buffers[name] for name in names]
@@ -93,4 +121,4 @@ class QuantLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format}, block={self.block}, dq={len(self._scale) == 3}"
+        return f"{self.in_features}, {self.out_features}, {self.format}, block={self.block}, dq={self.dq}"

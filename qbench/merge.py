@@ -13,7 +13,7 @@ from torch import nn
 from formats import Format
 
 from . import adapters, models
-from .layers import QuantLinear
+from .layers import QuantLinear, replace
 
 
 @contextmanager
@@ -42,5 +42,5 @@ def merged(model: PeftModel) -> nn.Module:
 
 def requantized(model: nn.Module, names: list[str], fmt: Format) -> nn.Module:
     """The merged model with the named layers in the format, in place."""
-    models.replace(model, models.quantize({name: model.get_submodule(name) for name in names}, fmt))
+    replace(model, models.quantize({name: model.get_submodule(name) for name in names}, fmt))
     return model

@@ -3,31 +3,24 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from formats import Format, QuantizedTensor
 
+from . import checkpoint, recipe
+from .checkpoint import LoadedModel, reading
 from .errors import InputError
-from .layers import QuantLinear, replaceable, weight_of
+from .layers import weight_of
 
 BUNDLED = Path(__file__).parent / "assets" / "model"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass
-class LoadedModel:
-    """model: in eval mode, frozen, on the device."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,13 +73,20 @@ def locate(path: str | None) -> Path | str:
     return path
 
 
+def refuse_packed(path: str | None) -> None:
+    """Raises InputError where a path is a checkpoint that is packed already."""
+    source = locate(path)
+    if isinstance(source, Path) and (found := recipe.find(source)):
+        raise InputError(f"model.path: {path!r} is packed already, as {found.format!r}; accepted: a 16-bit checkpoint")
+
+
 def digest(path: str | None, revision: str | None = None) -> str | None:
     """What tells a model's files from others: SHA-256 over a folder, of a hub id the commit. Raises InputError."""
     source = locate(path)
     if isinstance(source, Path):
         files = [file for file in sorted(source.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
-    with _named(path):
+    with reading(f"model.path: {path!r}"):
         return AutoConfig.from_pretrained(source, revision=revision or "main")._commit_hash
 
 
@@ -107,18 +107,6 @@ def remember_digests(path: str | None) -> None:
     with suppress(InputError):
         if isinstance(locate(path), Path):
             digest(path)
-
-
-@contextmanager
-def _named(path: str | None) -> Iterator[None]:
-    """Whatever goes wrong in reading a model, but memory, as an InputError that names it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.path: {path!r} could not be loaded: {first_line}") from error
 
 
 _kept: dict[tuple, LoadedModel] = {}
@@ -151,19 +139,24 @@ def _one_thread() -> Iterator[None]:
 def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
-    path: a folder as `save_pretrained` writes it, or a hub id (the one case in which the network is used); None is the
-    bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)` takes; code that a
-    checkpoint brings along is not run. Raises InputError if it cannot be loaded.
+    path: a folder as `save_pretrained` or `qbench.quantize` writes it, or a hub id (the one case in which the network is
+    used); None is the bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)`
+    takes; code that a checkpoint brings along is not run. A packed checkpoint is loaded as it is, see `checkpoint`. Raises
+    InputError if it cannot be loaded.
     """
     if _kept and (kept := _kept.pop((path, dtype, revision, digest(path, revision)), None)):
         kept.model.to(device)
         return kept
     source = locate(path)
+    if isinstance(source, Path) and recipe.find(source):
+        return checkpoint.load(source, device, dtype)
     options = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision or "main"}
     transformers_logging.disable_progress_bar()
-    with _named(path):
+    with reading(f"model.path: {path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+    if recipe.is_one(getattr(model.config, recipe.KEY, None)):
+        raise InputError(f"model.path: {path!r} is packed; accepted: a folder that it was downloaded to")
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")
@@ -183,15 +176,6 @@ def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
     return seq
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers to quantize, by name: every linear one but the output head. Raises InputError if there is none."""
-    head = model.get_output_embeddings()
-    found = {name: m for name, m in model.named_modules() if replaceable(m) and m is not head}
-    if not found:
-        raise InputError(f"model.path: {type(model).__name__} has no linear layer to quantize besides its head")
-    return found
-
-
 def quantize(
     layers: dict[str, nn.Module], fmt: Format, advance: Callable[[int], None] = lambda n: None
 ) -> dict[str, QuantizedTensor]:
@@ -204,14 +188,6 @@ def quantize(
             raise InputError(str(error)) from error
         advance(packed[name].numel)
     return packed
-
-
-def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
-    """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go."""
-    for name, weight in packed.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, QuantLinear(weight, getattr(owner, child).bias))
 
 
 def held_bytes(model: nn.Module) -> int:

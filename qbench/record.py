@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import files
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -90,16 +91,8 @@ def write_json(path: Path, content: dict | list) -> Path:
     """Write a JSON file, and its folder: the old file or the whole new one, never a part. NaN and Inf become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with files.replaced(path) as file:
+        file.write(text.encode())
     return path
 
 

@@ -1,19 +1,16 @@
 """One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from torch import nn
 from transformers import set_seed
 
 import formats
 from formats import QuantizedTensor
 
-from . import adapters, baseline, data, merge, models, record, starts
-from .layers import weight_of
+from . import adapters, baseline, data, files, merge, models, record, starts
+from .layers import linear_layers, replace, weight_of
 from .measure import distribution, error, quality, throughput
 from .measure.statistics import paired
 from .phases import Phases
@@ -22,10 +19,6 @@ from .settings import FULL, PROMPTS, Settings
 from .tune import train
 
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
-
-
-class Busy(Exception):
-    """Another process is at this run."""
 
 
 def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict:
@@ -39,7 +32,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
     """
     result = record.blank(settings.plain())
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with files.locked(folder):
         with record.kept(folder, result):
             experiment = Experiment(settings, result)
         finished = record.finished(folder, result["run"]["id"])
@@ -63,24 +56,11 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
     return result
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The system lets go of the lock however the process ends."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise Busy(f"{folder} is in the hands of another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class Experiment:
     """The steps of a run, and what they hand on: each writes what it found into `metrics`."""
 
     def __init__(self, settings: Settings, result: dict):
+        models.refuse_packed(settings.model.path)
         self.settings = settings
         self.device = models.pick_device(settings.device)
         self.dtype = models.pick_dtype(settings.model.dtype, self.device)
@@ -103,7 +83,7 @@ class Experiment:
         with self.phases("load", "load the model"):
             loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
             self.model = loaded.model
-            self.layers = models.linear_layers(self.model)
+            self.layers = linear_layers(self.model)
             seq = models.pick_seq(settings.data.seq, self.model)
             scored = -(settings.eval.tokens // -(seq - 1))
             told = loaded.tokenizer, self.model.config.get_text_config().vocab_size, seq
@@ -165,7 +145,7 @@ class Experiment:
         with self.phases("time_format", "time the format"):
             metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, self.dtype)
         self.starts = self._start(layers, packed) if settings.tune and settings.tune.init != "default" else None
-        models.replace(self.model, packed)
+        replace(self.model, packed)
         stored = sum(q.nbytes for q in packed.values())
         metrics["memory"]["weights_bytes"] = stored
         metrics["bits"] = {

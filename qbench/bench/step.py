@@ -24,6 +24,7 @@ import formats
 
 from .. import adapters, models, optim
 from ..errors import InputError
+from ..layers import linear_layers, replace
 from ..measure.memory import PeakMemory
 from ..record import environment
 from ..settings import SCHEDULES, TuneSettings
@@ -130,15 +131,15 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
 
 
 def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
-    packed = models.quantize(models.linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
-    models.replace(model, packed)
+    packed = models.quantize(linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
+    replace(model, packed)
     return adapters.add(model, list(packed), settings, SEED)
 
 
 def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    layers = models.linear_layers(model)
+    layers = linear_layers(model)
     for name, layer in layers.items():
         packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=DTYPE, device="meta")
         packed.weight = Params4bit(

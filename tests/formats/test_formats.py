@@ -25,6 +25,7 @@ def test_contract(name, w, block, dq):
     assert back.shape == w.shape and back.dtype == w.dtype
     assert q.dequantize(torch.float32).isfinite().all()
     assert q.nbytes == f.count_bytes(w.numel()) == sum(t.nbytes for t in q.stored)
+    assert [(t.dtype, t.shape) for t in q.stored] == [(t.dtype, t.shape) for t in f.empty(w.shape, w.dtype).stored]
     assert q.bits_per_parameter == 8 * q.nbytes / w.numel()
     again = f.quantize(w.clone())
     assert all(torch.equal(a, b) for a, b in zip(q.stored, again.stored, strict=True)), "deterministic"

@@ -10,6 +10,7 @@ from scipy import stats
 
 import formats
 from qbench import models
+from qbench.layers import linear_layers, replace
 from qbench.measure import distribution, error, quality, statistics, throughput
 from qbench.measure.memory import PeakMemory
 
@@ -34,8 +35,8 @@ def test_quality_against_float64(llama, tmp_path):
     logits = logits_in(tmp_path)
     baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
     before = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
-    layers = models.linear_layers(llama)
-    models.replace(llama, models.quantize(layers, formats.get("fp4_e3m0")))
+    layers = linear_layers(llama)
+    replace(llama, models.quantize(layers, formats.get("fp4_e3m0")))
     scores = quality.evaluate(llama, tokens, logits)
     after = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
 
@@ -76,7 +77,7 @@ def test_the_standard_error_covers_the_truth():
 
 
 def test_error_against_float64(llama):
-    layers = models.linear_layers(llama)
+    layers = linear_layers(llama)
     fmt = formats.get("nf4", block=32)
     packed = models.quantize(layers, fmt)
     tokens = windows(2)
@@ -101,7 +102,7 @@ def test_error_against_float64(llama):
 
 @pytest.mark.parametrize("name", formats.names())
 def test_normalized_weights_are_a_density_within_the_levels(llama, name):
-    layers = models.linear_layers(llama)
+    layers = linear_layers(llama)
     found = distribution.normalized_weights(layers, models.quantize(layers, formats.get(name)))
     width = np.diff(found["edges"])
     assert (np.array(found["density"]) * width).sum() == pytest.approx(1)

@@ -9,7 +9,7 @@ import formats
 from qbench import adapters, merge, models, starts
 from qbench.errors import InputError
 from qbench.functions import logits_of
-from qbench.layers import QuantLinear
+from qbench.layers import QuantLinear, linear_layers, replace
 from qbench.settings import METHODS, TuneSettings
 from qbench.tune import train
 
@@ -19,8 +19,8 @@ SETTINGS = TuneSettings(steps=12, batch=4, rank=8, lr=2e-2, warmup=1)
 
 def quantized(folder, name="nf4", dtype=torch.float32):
     model = models.load(str(folder), dtype, CPU).model
-    packed = models.quantize(models.linear_layers(model), formats.get(name, dq=True))
-    models.replace(model, packed)
+    packed = models.quantize(linear_layers(model), formats.get(name, dq=True))
+    replace(model, packed)
     return model, list(packed)
 
 
@@ -119,10 +119,10 @@ def test_low_rank_of_a_large_matrix():
 def test_a_model_starts_where_its_layers_do(tiny_llama):
     """Q + B·A through PEFT is the product with the matrix, whatever the scaling."""
     model = models.load(str(tiny_llama), torch.float32, CPU).model
-    layers = models.linear_layers(model)
+    layers = linear_layers(model)
     fmt = formats.get("int4")
     found = {n: starts.find(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
-    models.replace(model, models.quantize(layers, fmt))
+    replace(model, models.quantize(layers, fmt))
     settings = TuneSettings(rank=8, alpha=24, init="loftq", dropout=0.5)
     adapted = adapters.add(model, list(found), settings, 0, found).eval()
     name = "model.layers.1.mlp.up_proj"
@@ -152,7 +152,7 @@ def test_merged_is_the_sum(any_model, method):
 
 
 def test_a_rank_that_a_layer_does_not_have(tiny_llama):
-    layers = models.linear_layers(models.load(str(tiny_llama), torch.float32, CPU).model)
+    layers = linear_layers(models.load(str(tiny_llama), torch.float32, CPU).model)
     adapters.check_rank(layers, TuneSettings(rank=64))
     with pytest.raises(InputError, match=r"tune.rank: 65 is more than .* accepted: up to 64"):
         adapters.check_rank(layers, TuneSettings(rank=65))

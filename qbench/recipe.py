@@ -1,0 +1,106 @@
+"""How a packed checkpoint is packed, as its config.json tells: the format, and the dtypes that the weights had."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import formats
+from formats import Format
+
+from . import record, shards
+from .errors import InputError
+
+METHOD, VERSION = "qbench", 1
+CONFIG, KEY = "config.json", "quantization_config"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """arguments: what `formats.get` takes: name, block, dq, and options of the format. dtype: of the weights as they
+    were; others: of the layers where it was another."""
+
+    arguments: dict
+    dtype: torch.dtype
+    others: dict[str, torch.dtype]
+
+    @classmethod
+    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype]) -> "Recipe":
+        """dtypes: of the weight of each layer, by its name."""
+        usual = Counter(dtypes.values()).most_common(1)[0][0]
+        return cls(arguments, usual, {layer: dtype for layer, dtype in dtypes.items() if dtype != usual})
+
+    @cached_property
+    def format(self) -> Format:
+        return formats.get(**self.arguments)
+
+    def dtype_of(self, layer: str) -> torch.dtype:
+        return self.others.get(layer, self.dtype)
+
+    def plain(self) -> dict:
+        """As config.json holds it."""
+        options = {key: value for key, value in self.arguments.items() if key not in ("name", "block", "dq")}
+        return {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "format": self.arguments["name"],
+            "block": self.arguments["block"],
+            "dq": self.arguments["dq"],
+            "options": options,
+            "dtype": word(self.dtype),
+            "dtypes": {layer: word(dtype) for layer, dtype in self.others.items()},
+        }
+
+    @classmethod
+    def read(cls, plain: dict) -> "Recipe":
+        """Raises InputError."""
+        if plain.get("version") != VERSION:
+            raise InputError(f"version {plain.get('version')!r} is unknown; accepted: {VERSION}")
+        for key, kind in (("format", str), ("block", int), ("dq", bool), ("options", dict), ("dtypes", dict)):
+            if not isinstance(plain.get(key), kind):
+                raise InputError(f"{key}: {plain.get(key)!r} is not accepted; {kind.__name__} is")
+        words = {word(dtype): dtype for dtype in shards.CODES if dtype.is_floating_point}
+        for name in (plain.get("dtype"), *plain["dtypes"].values()):
+            if name not in words:
+                raise InputError(f"dtype: {name!r} is unknown; accepted: {', '.join(words)}")
+        arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
+        others = {layer: words[name] for layer, name in plain["dtypes"].items()}
+        found = cls(arguments, words[plain["dtype"]], others)
+        try:
+            found.format  # noqa: B018  raises where there is none of that recipe
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(str(error.args[0])) from error
+        return found
+
+
+def word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plain_config(folder: Path) -> dict:
+    """The config.json of a folder. Raises InputError where there is none."""
+    try:
+        config = record.read_json(folder / CONFIG)
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no {CONFIG}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG} is no configuration of a model")
+    return config
+
+
+def is_one(plain: object) -> bool:
+    """Whether the quantization_config of a model is a recipe, of whatever version."""
+    return isinstance(plain, dict) and plain.get("quant_method") == METHOD
+
+
+def find(folder: Path) -> Recipe | None:
+    """How the checkpoint in a folder is packed, None if it is not. Raises InputError for a recipe that is none."""
+    plain = plain_config(folder).get(KEY)
+    if not is_one(plain):
+        return None
+    try:
+        return Recipe.read(plain)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {KEY}: {error}") from error
