@@ -49,21 +49,25 @@ def config_hash(*, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
 
-def settings_of(config: dict):
-    """The typed settings of a resolved config. Raises InputError."""
+def format_of(config: dict) -> formats.Format:
+    """The format of a resolved config. Raises InputError."""
     recipe = config.get("format")
     if not isinstance(recipe, dict):
         raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
     try:
-        fmt = formats.get(**recipe)
+        return formats.get(**recipe)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"format: {error.args[0]}") from error
+
+
+def settings_of(config: dict):
+    """The typed settings of a resolved config. Raises InputError."""
     from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings
     from qbench.tune import TuneSettings
 
     tune = config["tune"]
     return Settings(
-        format=fmt,
+        format=format_of(config),
         model=ModelSettings(**config["model"]),
         data=DataSettings(**config["data"]),
         tune=None if tune["method"] == "none" else TuneSettings(**tune),
