@@ -63,12 +63,11 @@ def format_of(config: dict) -> formats.Format:
 
 def settings_of(config: dict):
     """The typed settings of a resolved config. Raises InputError."""
-    fmt = format_of(config)
     from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
 
     tune = config["tune"]
     return Settings(
-        format=fmt,
+        format=format_of(config),
         model=ModelSettings(**config["model"]),
         data=DataSettings(**config["data"]),
         tune=None if tune["method"] == "none" else TuneSettings(**tune),

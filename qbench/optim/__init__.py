@@ -10,17 +10,12 @@ from torch import nn
 from .adamw import PagedAdamW
 from .paging import PAGE, checked
 
-__all__ = ["OPTIMIZERS", "PAGE", "PAGED", "PagedAdamW", "build", "checked", "footprint"]
+__all__ = ["OPTIMIZERS", "PAGE", "PAGED", "PYTORCH", "PagedAdamW", "build", "checked", "footprint"]
 
+PYTORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 #: those that take a budget
 PAGED = {"paged_adamw": PagedAdamW, "paged_adamw_8bit": partial(PagedAdamW, bits=8)}
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-    "adamw_8bit": partial(PagedAdamW, bits=8),
-    **PAGED,
-}
+OPTIMIZERS = {**PYTORCH, "adamw_8bit": partial(PagedAdamW, bits=8), **PAGED}
 
 
 def build(

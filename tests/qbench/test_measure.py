@@ -12,6 +12,7 @@ import formats
 from qbench import models
 from qbench.layers import linear_layers, replace
 from qbench.measure import distribution, error, quality, statistics, throughput
+from qbench.measure.live import DECODED, LiveBytes
 from qbench.measure.memory import PeakMemory
 
 CPU = torch.device("cpu")
@@ -125,3 +126,55 @@ def test_rates_keep_their_samples(llama):
     by_rows = rates.pop("by_rows")
     assert [rate["rows"] for rate in by_rows] == [1, 4, 16, 24]
     assert all(sample > 0 for rate in [*rates.values(), *by_rows] for sample in rate["samples"])
+
+
+def test_live_bytes_count_a_storage_until_it_is_gone():
+    outside = torch.ones(100)
+    with LiveBytes() as live:
+        live.kind = live.label = "first"
+        x = torch.zeros(1000, requires_grad=True)
+        y = (x * outside.sum()).exp()  # the product is gone, the result is there, and so is the sum that is saved
+        assert live.live["first"] == 4000 + 4000 + 4
+        z, y, view = y.sum(), None, x[10:]
+        assert live.live["first"] == 4000 + 4000 + 4 + 4, "autograd has kept y, and a view costs nothing"
+        live.kind = live.label = "second"
+        z.backward()
+        assert live.live["first"] == 4000 + 4 and live.live["second"] == 4000, "the gradient is there, y gone"
+        live.tag(x.grad, "gradient", 8000)
+        assert live.live["gradient"] == 8000 and not live.live["second"]
+        del x, view
+    assert live.peaks["first"] == {"first": 12004} and live.peak == 3 * 4000 + 3 * 4, "x, y, their product"
+
+
+def test_live_bytes_count_what_the_allocator_gives(llama):
+    """PyTorch's own record of its allocator: the same step, the same peak."""
+    tokens = windows(4, 32)
+    optimizer = torch.optim.AdamW(llama.parameters())
+    llama.requires_grad_(True)
+
+    def step():
+        llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    optimizer.state.clear()
+    with LiveBytes() as live:
+        step()
+    changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
+    assert live.peak == pytest.approx(max(np.cumsum(changes)), rel=0.01)
+
+
+def test_live_bytes_see_the_layer_that_a_product_decodes(llama):
+    replace(llama, models.quantize(linear_layers(llama), formats.get("nf4")))
+    with LiveBytes() as live, torch.no_grad():
+        llama(input_ids=windows(4, 32))
+    assert not live.live[DECODED] and live.peak > 0
+    seen = LiveBytes()
+    seen.label = "product"
+    layer = llama.model.layers[0].mlp.up_proj
+    with seen, torch.no_grad():
+        layer(torch.randn(32, 64))
+    assert seen.peaks["product"][DECODED] == 4 * 64 * 96

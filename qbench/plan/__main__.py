@@ -1,0 +1,139 @@
+"""python -m qbench.plan model=llama-65b +format=nf4 dq=true gpu=48GB: will it fit, and what would make it?"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from qbench.__main__ import one_line
+from qbench.errors import InputError
+from qbench.jobs import CONF, choices, format_of, plain, stderr
+
+
+def main() -> int:
+    """Print the plan that the command line asks for. 0: done, whether it fits or not; 2: bad input; 130: interrupted."""
+    sys.modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        stderr.print("qbench: --multirun: a plan is one at a time; accepted: sweep=true, which compares formats")
+        return 2
+    codes.clear()
+    try:
+        with _formats_alone():
+            hydra.main(version_base="1.3", config_path=str(CONF / "plan"), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        stderr.print(f"qbench: {one_line(error)}")
+        return 2
+    except KeyboardInterrupt:
+        stderr.print("qbench: interrupted")
+        return 130
+    return max(codes, default=0)
+
+
+@contextmanager
+def _formats_alone() -> Iterator[None]:
+    """Hydra finds the group `format` of conf/, and no other: the group `model` would take `model=` for its own."""
+    repo = ConfigStore.instance().repo
+    for name in choices():
+        ConfigStore.instance().store(group="format", name=name, node=OmegaConf.load(CONF / "format" / f"{name}.yaml"))
+    try:
+        yield
+    finally:
+        del repo["format"]  # for other commands in this process Hydra would take them for schemas
+
+
+codes: list[int] = []  #: what came of the job: 0 done, 2 bad input
+
+
+def job(config: DictConfig) -> None:
+    """What Hydra runs; bad input is told here, for Hydra would add lines of its own."""
+    try:
+        answer(plain(config))
+        codes.append(0)
+    except InputError as error:
+        stderr.print(f"qbench: {error}")
+        codes.append(2)
+
+
+def answer(asked: dict) -> None:
+    """Count, print, and write what is asked for. Raises InputError."""
+    with stderr.status("counting"):  # transformers and PEFT take seconds to import
+        from qbench.plan import advice, check, paper, words
+        from qbench.plan.count import count
+        from qbench.plan.shapes import find
+        from qbench.record import write_json
+
+        for key in ("sweep", "paper", "check"):
+            if not isinstance(asked[key], bool):
+                raise InputError(f"{key}: {asked[key]!r} is not accepted; true or false is")
+        if asked["paper"]:
+            found = paper.compare()
+            plans, content = [one.plan for one in found], paper.plain(found)
+        elif asked["sweep"]:
+            settings, blocks = settings_of(asked), _blocks(asked["blocks"])
+            plans = advice.sweep(find(asked["model"]), settings, blocks)
+            content = [words.plain(plan) for plan in plans]
+        else:
+            settings = settings_of(asked, format_of(asked))
+            shape, measured = find(asked["model"]), None
+            plans = [count(shape, settings)]
+            if asked["check"]:
+                expected = check.comparable(shape, settings).needed
+                measured = {"expected": expected, "measured": check.measure(shape, settings)}
+            remedies = advice.changes(plans[0]) if (plans[0].margin or 0) < 0 else []
+            content = words.plain(plans[0]) | {"check": measured}
+    console = Console(highlight=False, markup=False)
+    if asked["paper"]:
+        paper.show(found, console)
+    elif asked["sweep"]:
+        words.show_sweep(plans, console)
+    else:
+        words.show(plans[0], remedies, console)
+        if measured:
+            console.print(f"\n{words.checked(settings, **measured)}")
+    if asked["json"]:
+        try:
+            write_json(Path(asked["json"]), content)
+        except OSError as error:
+            raise InputError(f"json: {asked['json']!r} cannot be written: {error}") from error
+    if asked["figure"]:
+        from qbench.plan import figures
+
+        figures.draw(plans, Path(asked["figure"]))
+    written = [str(asked[key]) for key in ("json", "figure") if asked[key]]
+    if written:
+        console.print(f"\nWritten: {', '.join(written)}")
+
+
+def settings_of(asked: dict, fmt=None):
+    """The typed settings of a resolved config. Raises InputError."""
+    from qbench.plan.settings import Dtypes, PlanSettings, size
+
+    names = set(PlanSettings.__dataclass_fields__) - {"format", "dtype", "gpu", "context", "targets"}
+    targets = asked["targets"]
+    return PlanSettings(
+        format=fmt,
+        dtype=Dtypes(**asked["dtype"]),
+        gpu=None if asked["gpu"] is None else size("gpu", asked["gpu"]),
+        context=None if asked["context"] is None else size("context", asked["context"]),
+        targets=tuple(map(str, targets)) if isinstance(targets, list) else str(targets),
+        **{name: asked[name] for name in names},
+    )
+
+
+def _blocks(asked: object) -> tuple[int, ...]:
+    if not isinstance(asked, list) or not asked:
+        raise InputError(f"blocks: {asked!r} is not accepted; a list of positive integers, such as [32,64], is")
+    return tuple(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
