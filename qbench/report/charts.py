@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .compare import Configuration, Setting, corrected, difference, featured, frontier
 from .figures import CYCLE, GREY, MARKERS, STYLE
-from .findings import effects, when
+from .findings import count, effects, when
 
 SIZES = {
     "bits a weight": (("bits", "per_parameter"), 1.0),
@@ -175,7 +175,7 @@ def throughput(setting: Setting) -> Chart | None:
     axes.xaxis.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
     device = next(iter(some[0].runs.values()))[1].get("environment") or {}
-    where = f" on {device.get('device')}, {device.get('threads')} threads" if device else ""
+    where = f" on {device.get('device')}, {count(device.get('threads') or 0, 'thread')}" if device else ""
     return Chart(
         "throughput", f"Forward throughput of the whole model over the number of tokens read at once{where}.", figure
     )

@@ -133,5 +133,7 @@ def _environments(found: Found) -> list[str]:
         if environment:
             versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
             commit = f"; commit {environment['commit'][:12]}" if environment.get("commit") else ""
-            lines[f"{environment['device']}, {environment['threads']} threads; {versions}{commit}"] += 1
+            lines[
+                f"{environment['device']}, {findings.count(environment['threads'], 'thread')}; {versions}{commit}"
+            ] += 1
     return [f"{findings.count(number, 'run')}: {line}" for line, number in lines.most_common()]
