@@ -101,8 +101,10 @@ def job(config: DictConfig) -> None:
             gc.unfreeze()
         if codes[-1] < 0:
             codes[-1] = _killed(-codes[-1], config, folder)
-        elif codes[-1] == 0 and sweep and (done := record.read(folder))["run"]["started"] >= started:
-            models.keep(**done["config"]["model"])
+        elif codes[-1] == 0 and sweep:
+            with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
+                if (done := record.read(folder))["run"]["started"] >= started:
+                    models.keep(**done["config"]["model"])
     if codes[-1] == INTERRUPTED:
         raise KeyboardInterrupt
 
