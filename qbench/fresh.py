@@ -64,7 +64,8 @@ def _child(function: Callable[[], int]) -> None:
     code = 1
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
-        signal.signal(signal.SIGINT, interrupt)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for what a shell runs in the background
+            signal.signal(signal.SIGINT, interrupt)
         code = function()
     except KeyboardInterrupt:
         code = 130

@@ -45,6 +45,7 @@ def test_an_interrupt_reaches_the_child_once_and_then_the_parent():
                 print("tidied up")
                 raise
         os.setpgrp()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may run where it is ignored
         try:
             fresh.call(work)
         except KeyboardInterrupt:
