@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
+import formats
 from formats import Format
 
 from . import optim, starts
@@ -96,6 +97,11 @@ class TuneSettings:
             raise InputError(f"tune.init: {self.init} is for {', '.join(LOW_RANK)}; {self.method} takes default")
         if (self.merge or self.adapter_format) and self.method not in LOW_RANK:
             raise InputError(f"tune.merge: {self.method} has no low-rank matrices; accepted with {', '.join(LOW_RANK)}")
+        if self.adapter_format is not None:  # to be known before hours of training, not after
+            try:
+                formats.get(self.adapter_format, block=self.adapter_block)
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"tune.adapter_format: {error.args[0]}") from error
         if self.batch % self.accumulate:
             raise InputError(f"tune.accumulate: {self.accumulate} does not divide tune.batch={self.batch}")
         optim.checked(self.optimizer_budget, self.optimizer_page)
