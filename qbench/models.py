@@ -1,4 +1,4 @@
-"""Models: load a Hugging Face causal LM from disk or hub, find its linear layers, put packed ones in their place."""
+"""Models: load a Hugging Face causal LM from disk or hub, and quantize its layers."""
 
 import hashlib
 from collections.abc import Callable, Iterator

@@ -191,7 +191,7 @@ def code_digest() -> str:
     total = hashlib.sha256()
     for package in ("formats", "qbench"):
         for file in sorted((_ROOT / package).rglob("*.py")):
-            if {"report", "bench"} & set(file.relative_to(_ROOT).parts):
+            if {"report", "bench", "plan"} & set(file.relative_to(_ROOT).parts):
                 continue
             total.update(str(file.relative_to(_ROOT)).encode() + file.read_bytes())
     return total.hexdigest()
