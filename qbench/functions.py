@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+NOTHING = -100  #: in the place of a token where none follows: cross_entropy's mark for that
 LOGITS = {"cpu": 2**20, "cuda": 2**24}  #: in fp32 at once: a share of the cache, enough for a GPU to fill itself
 
 
@@ -24,10 +25,15 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :]
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy, nats, in fp32, of logits [n, seq, vocabulary] and the tokens [n, seq] that follow them."""
-    following = F.pad(tokens[:, 1:], (0, 1), value=-100)  # nothing follows the last: cross_entropy's mark for that
-    return _CrossEntropy.apply(logits.flatten(0, 1), following.flatten()) / tokens[:, 1:].numel()
+def next_token_loss(logits: Tensor, tokens: Tensor, targets: int | None = None) -> Tensor:
+    """Mean cross-entropy, nats, in fp32, of logits [n, seq, vocabulary] and the tokens [n, seq] that follow them.
+
+    Of a part of a batch it is that part's share of the mean: `targets` are those of the whole. NOTHING among the tokens
+    is no target.
+    """
+    following = F.pad(tokens[:, 1:], (0, 1), value=NOTHING)
+    targets = tokens[:, 1:].numel() if targets is None else targets
+    return _CrossEntropy.apply(logits.flatten(0, 1), following.flatten()) / targets
 
 
 class _AddLowRank(torch.autograd.Function):

@@ -91,7 +91,10 @@ class Experiment:
             if settings.tune:
                 adapters.check_rank(self.layers, settings.tune)
                 wanted = settings.tune.steps * settings.tune.batch
-                self.training = data.windows(text.train, *told, wanted, settings.seed)
+                if settings.tune.group_by_length:
+                    self.training = data.examples(text.documents(), *told, wanted, settings.seed)
+                else:
+                    self.training = data.windows(text.train, *told, wanted, settings.seed)
         self.result["config"] = settings.plain(**self.found, seq=seq)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

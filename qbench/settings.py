@@ -26,7 +26,8 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """path: a text file, or the name of a bundled text. seq: tokens a window; `auto` is 256, or what the model can."""
+    """path: a text or .jsonl file, or the name of a bundled text. seq: tokens a window; `auto` is 256, or what the model
+    can."""
 
     path: str = "kjv"
     seq: int | str = "auto"
@@ -48,7 +49,10 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """method: one of METHODS. steps: optimizer steps, each of `batch` windows, taken `accumulate` at a time.
+    """method: one of METHODS. steps: optimizer steps, each of `batch` examples, taken in `accumulate` parts.
+
+    group_by_length: an example is a document, or `data.seq` tokens of it, and a batch is of those of alike length; else
+    it is a window, filled with text.
 
     rank, alpha, dropout: LoRA's. init, init_rounds: where it begins (`starts`). virtual_tokens: of prefix tuning and
     P-tuning. checkpointing: recompute the activations of a block in the backward pass rather than keep them. merge,
@@ -63,6 +67,7 @@ class TuneSettings:
     steps: int = 40
     batch: int = 4
     accumulate: int = 1
+    group_by_length: bool = False
     checkpointing: bool = False
     rank: int = 16
     alpha: float = 32
@@ -85,6 +90,9 @@ class TuneSettings:
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "rank", "virtual_tokens", "init_rounds", "adapter_block"):
             integer(f"tune.{name}", getattr(self, name))
+        for name in ("group_by_length", "checkpointing", "merge"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"tune.{name}: {value!r} is not accepted; true or false is")
         for name, names in (
             ("method", METHODS),
             ("init", starts.INITS),

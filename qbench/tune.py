@@ -2,16 +2,17 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from . import optim
-from .functions import logits_of, next_token_loss
+from .functions import NOTHING, logits_of, next_token_loss
 from .settings import FULL, SCHEDULES, TuneSettings
 
 
@@ -19,7 +20,8 @@ from .settings import FULL, SCHEDULES, TuneSettings
 class TuneLog:
     """What the training left: a loss (nats a token), gradient norm, lr and tokens/s a step.
 
-    optimizer: bytes of its states, and the pages that moved (`optim.footprint`).
+    padding: the share of what went through the model that was no text. optimizer: bytes of its states, and the pages that
+    moved (`optim.footprint`).
     """
 
     loss: list[float] = field(default_factory=list)
@@ -27,19 +29,21 @@ class TuneLog:
     lr: list[float] = field(default_factory=list)
     tokens_s: list[float] = field(default_factory=list)
     trainable: int = 0
+    padding: float = 0.0
     optimizer: dict[str, int] = field(default_factory=dict)
 
 
 def train(
     model: nn.Module,
-    windows: Tensor,
+    examples: Sequence[Tensor],
     settings: TuneSettings,
     seed: int,
     advance: Callable[[float, float], None] = lambda loss, tokens_s: None,
 ) -> TuneLog:
-    """Train what requires a gradient on windows [n, seq] of tokens, in an order that `seed` shuffles.
+    """Train what requires a gradient on examples, int64 [length] each, in an order that `seed` shuffles.
 
-    `advance` is told the loss and the tokens/s of each step. Raises FloatingPointError where the loss is not finite.
+    The gradient is that of the mean over all targets of a batch, whatever the parts it is taken in. `advance` is told the
+    loss and the tokens/s of each step. Raises FloatingPointError where the loss is not finite.
     """
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -55,21 +59,25 @@ def train(
         SCHEDULES[settings.schedule], optimizer, min(settings.warmup, settings.steps - 1), settings.steps
     )
     log = TuneLog(trainable=sum(p.numel() for p in parameters))
-    generator = torch.Generator().manual_seed(seed)
+    order = _order([len(example) for example in examples], settings, seed)
     torch.manual_seed(seed)  # dropout
-    epochs = settings.steps * settings.batch // len(windows) + 1
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    tokens = passed = 0
     full = settings.method == FULL  # whose weights are fp32: the products are in 16 bit all the same
     with _training_mode(model, settings.checkpointing):
         for step in range(settings.steps):
             started = time.perf_counter()
-            batch = windows[order[step * settings.batch : (step + 1) * settings.batch]].to(device)
+            batch = [examples[i] for i in order[step * settings.batch : (step + 1) * settings.batch]]
+            length = sum(map(len, batch))
             total = 0.0
             with torch.autocast(device.type, torch.bfloat16) if full else nullcontext():
-                for part in batch.chunk(settings.accumulate):
-                    loss = next_token_loss(logits_of(model, part), part) / settings.accumulate
+                for start in range(0, settings.batch, settings.batch // settings.accumulate):
+                    rows = batch[start : start + settings.batch // settings.accumulate]
+                    # padded at the end, which the text of a causal model does not see: no mask is needed
+                    part = pad_sequence(rows, batch_first=True, padding_value=NOTHING).to(device)
+                    loss = next_token_loss(logits_of(model, part.clamp(min=0)), part, length - len(batch))
                     loss.backward()
                     total += loss.item()
+                    passed += part.numel()
             if not total < float("inf"):
                 raise FloatingPointError(
                     f"the loss of step {step + 1} is {total}; a lower tune.lr={settings.lr} may help"
@@ -81,10 +89,28 @@ def train(
             optimizer.zero_grad()
             log.loss.append(total)
             log.grad_norm.append(norm.item())
-            log.tokens_s.append(batch.numel() / (time.perf_counter() - started))
+            tokens += length
+            log.tokens_s.append(length / (time.perf_counter() - started))
             advance(total, log.tokens_s[-1])
+    log.padding = 1 - tokens / passed
     log.optimizer = optim.footprint(optimizer)
     return log
+
+
+def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
+    """Which example comes when: shuffled anew each epoch, or with `group_by_length` so that a batch is of alike length."""
+    generator = torch.Generator().manual_seed(seed)
+    needed, order = settings.steps * settings.batch, []
+    if settings.group_by_length:
+        from transformers.trainer_pt_utils import LengthGroupedSampler  # seconds to import
+
+        epoch = LengthGroupedSampler(settings.batch, lengths=lengths, generator=generator)
+    while len(order) < needed:
+        some = list(epoch) if settings.group_by_length else torch.randperm(len(lengths), generator=generator).tolist()
+        # a batch of the end of one epoch and the start of the next would be of two lengths
+        whole = len(some) // settings.batch * settings.batch if settings.group_by_length else 0
+        order += some[: whole or None]
+    return order
 
 
 @contextmanager

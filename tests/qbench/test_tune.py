@@ -8,10 +8,10 @@ import torch
 import formats
 from qbench import adapters, merge, models, starts
 from qbench.errors import InputError
-from qbench.functions import logits_of
+from qbench.functions import logits_of, next_token_loss
 from qbench.layers import QuantLinear, linear_layers, replace
 from qbench.settings import METHODS, TuneSettings
-from qbench.tune import train
+from qbench.tune import _order, train
 
 CPU = torch.device("cpu")
 SETTINGS = TuneSettings(steps=12, batch=4, rank=8, lr=2e-2, warmup=1)
@@ -71,6 +71,59 @@ def test_every_method_learns(any_model, method, tmp_path):
     after = fresh.state_dict()
     assert all(torch.equal(kept[key], after[key]) for key in kept)
     assert torch.allclose(logits_of(adapters.load(fresh, tmp_path).eval(), windows()), logits, atol=1e-5)
+
+
+def ragged(lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 64, (n,), generator=generator) for n in lengths]
+
+
+def gradients(model, examples, **settings):
+    """Of one step, before any clipping, from the change that plain gradient descent makes."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model, examples, TuneSettings(steps=1, lr=1.0, optimizer="sgd", clip=1e9, warmup=0, **settings), seed=0)
+    return {name: before[name] - p for name, p in model.named_parameters() if name in before}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_batch_of_documents_is_the_mean_over_its_targets(tiny_llama, accumulate):
+    """However it is padded and in however many parts it is taken: as each document by itself, in fp32."""
+    examples = ragged([5, 32, 9, 17])
+    model, targets = quantized(tiny_llama)
+    model = adapters.add(model, targets, SETTINGS, seed=0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(0))
+    total = sum(next_token_loss(logits_of(model, e[None]), e[None]) * (len(e) - 1) for e in examples) / sum(
+        len(e) - 1 for e in examples
+    )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+    found = gradients(model, examples, batch=4, accumulate=accumulate, group_by_length=True)
+    for name in parameters:
+        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_batches_are_of_alike_length(tiny_llama):
+    """So less is padded, each example still comes once an epoch, and a seed decides the order."""
+    lengths = [4 + 7 * i % 29 for i in range(101)]
+    settings = TuneSettings(steps=25, batch=4, group_by_length=True)
+    order = _order(lengths, settings, seed=0)
+    assert order == _order(lengths, settings, seed=0) != _order(lengths, settings, seed=1)
+    assert len(set(order)) == 100
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in order[k : k + 4]] for k in range(0, 100, 4))]
+    assert sorted(spread)[12] <= 4
+    model, targets = quantized(tiny_llama)
+    model = adapters.add(model, targets, SETTINGS, seed=0)
+    grouped, shuffled = (
+        train(model, ragged(lengths), TuneSettings(steps=25, batch=4, group_by_length=grouped), 0).padding
+        for grouped in (True, False)
+    )
+    assert 0 < grouped < 0.5 * shuffled
+
+
+def test_fewer_examples_than_a_batch(tiny_llama):
+    assert len(_order([3, 4], TuneSettings(steps=5, batch=4, group_by_length=True), 0)) >= 20
 
 
 def test_checkpointing_changes_memory_alone(tiny_llama):
@@ -216,7 +269,16 @@ def test_a_packed_weight_refuses_to_merge(tiny_llama):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", 0), ("rank", 2.5), ("schedule", "linear"), ("accumulate", 3), ("method", "loha"), ("init", "zero")],
+    [
+        ("steps", 0),
+        ("rank", 2.5),
+        ("schedule", "linear"),
+        ("accumulate", 3),
+        ("method", "loha"),
+        ("init", "zero"),
+        ("group_by_length", "yes"),
+        ("merge", 1),
+    ],
 )
 def test_bad_settings(key, value):
     with pytest.raises(InputError, match=f"tune.{key}"):
