@@ -18,6 +18,7 @@ from .shapes import Shape, Sizes
 
 NESTED = 256  # weights under one scale of an 8-bit state, as in bitsandbytes
 
+HELD = ("weights", "scales", "embeddings", "head", "norms", "others")  #: lines of the model itself
 #: what each line is, in the order of a table
 LINES = {
     "weights": "weights of linear layers",
@@ -25,6 +26,7 @@ LINES = {
     "embeddings": "embeddings",
     "head": "output head",
     "norms": "norms and biases",
+    "others": "weights in no linear layer",
     "adapters": "adapters",
     "gradients": "gradients",
     "states": "optimizer states",
@@ -89,6 +91,7 @@ def count(shape: Shape, settings: PlanSettings) -> Plan:
         "embeddings": sum(sizes.embeddings) * dtype.of("embeddings").itemsize,
         "head": sum(sizes.head) * dtype.of("head").itemsize,
         "norms": sum(sizes.norms) * dtype.of("norms").itemsize + sizes.buffers,
+        "others": sum(sizes.others) * dtype.of("compute").itemsize,
         "adapters": sum(trained) * dtype.of("adapters").itemsize if settings.method == "lora" else 0,
     }
     states = {n: _state_bytes(n, settings) for n in set(trained)}
@@ -138,6 +141,8 @@ def _trained(sizes: Sizes, settings: PlanSettings) -> list[int]:
     for name in step.targets(list(sizes.layers), settings.targets):
         out_features, in_features = sizes.layers[name]
         most = min(out_features, in_features)
+        if most == 1:  # a gate, which no adapter goes on
+            continue
         if settings.rank > most:
             raise InputError(
                 f"rank: {settings.rank} is larger than {name}, {out_features} × {in_features}; accepted: 1 to {most}"

@@ -12,7 +12,7 @@ from .words import format_names, format_title, groups, method_title
 PARTS = (
     ("weights of linear layers", BLUE, "", ("weights",)),
     ("their scales and tables", SKY, "", ("scales",)),
-    ("embeddings, head, norms", GREY, "", ("embeddings", "head", "norms")),
+    ("kept in 16 bits", GREY, "", ("embeddings", "head", "norms", "others")),
     ("adapters", PURPLE, "", ("adapters",)),
     ("gradients", ORANGE, "", ("gradients",)),
     ("optimizer", RED, "", ("states", "copies")),

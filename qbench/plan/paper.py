@@ -15,7 +15,7 @@ from rich.table import Table
 
 import formats
 
-from .count import Plan, count
+from .count import HELD, Plan, count
 from .settings import Dtypes, PlanSettings
 from .shapes import find
 
@@ -36,7 +36,6 @@ SETTINGS = PlanSettings(
     optimizer="paged_adamw",
     dtype=Dtypes(adapters="bfloat16"),
 )
-FROZEN = ("weights", "scales", "embeddings", "head", "norms")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def compare() -> list[Comparison]:
         plan = count(find(name), SETTINGS)
         other = count(plan.shape, SETTINGS.but(format=formats.get("nf4")))
         lines, plainer = plan.moments[plan.peak], other.moments[other.peak]
-        model = sum(lines[key] for key in FROZEN)
+        model = sum(lines[key] for key in HELD)
         ours = {
             "model": model / MIB,
             "adapters": lines["adapters"] / MIB,

@@ -27,14 +27,16 @@ def built_in() -> dict[str, dict]:
 @dataclass(frozen=True)
 class Sizes:
     """What a model is made of. layers: [out_features, in_features] of each linear layer that a run quantizes. embeddings,
-    head, norms (and biases), all: elements of each parameter; one that embeddings and head share is an embedding.
-    buffers: bytes. depth: decoder blocks. alike: whether these are all the same.
+    head, norms (and biases), others (weights in no linear layer, such as the experts of a mixture), all: elements of each
+    parameter; one that embeddings and head share is an embedding. buffers: bytes. depth: decoder blocks. alike: whether
+    these are all the same.
     """
 
     layers: dict[str, torch.Size]
     embeddings: list[int]
     head: list[int]
     norms: list[int]
+    others: list[int]
     all: list[int]
     buffers: int
     depth: int
@@ -81,11 +83,13 @@ class Shape:
         head = model.get_output_embeddings()
         at_head = {id(p): p for p in (head.parameters() if head is not None else ()) if id(p) not in embedded}
         known = {*embedded, *at_head, *(id(layer.weight) for layer in layers.values())}
+        rest = [p for p in model.parameters() if id(p) not in known]
         return Sizes(
             layers={name: weight_of(layer).shape for name, layer in layers.items()},
             embeddings=[p.numel() for p in embedded.values()],
             head=[p.numel() for p in at_head.values()],
-            norms=[p.numel() for p in model.parameters() if id(p) not in known],
+            norms=[p.numel() for p in rest if p.dim() < 2],
+            others=[p.numel() for p in rest if p.dim() >= 2],
             all=[p.numel() for p in model.parameters()],
             buffers=sum(b.nbytes for b in model.buffers()),
             depth=len(blocks(model)),

@@ -6,7 +6,7 @@ from rich.table import Table
 from ..report import words
 from . import step
 from .advice import Change
-from .count import LINES, Plan
+from .count import HELD, LINES, Plan
 from .settings import PlanSettings
 
 METHODS = {
@@ -75,7 +75,7 @@ def remedies(plan: Plan, found: list[Change]) -> list[str]:
     """What would change that it does not fit."""
     if not found:
         lines = plan.moments[plan.peak]
-        frozen = amount(sum(lines[name] for name in ("weights", "scales", "embeddings", "head", "norms")), plan.needed)
+        frozen = amount(sum(lines[name] for name in HELD), plan.needed)
         return [f"No change of the keys below makes it fit: the weights alone take {frozen}."]
     alone = "on its own" if len(found) > 1 or " " not in found[0].words.replace(" dq=true", "") else "together"
     lines = [f"What would change that, {alone}:"]
@@ -106,6 +106,11 @@ def show(plan: Plan, found: list[Change], console: Console) -> None:
     share = f"; {100 * plan.trainable / plan.parameters:.2f}% as many parameters are trained" if plan.trainable else ""
     share = "; all are trained" if settings.method == "full" else share
     console.print(f"{plan.bits:.3f} bits for each of {linear} weights in linear layers, scales included{share}.")
+    if others := plan.moments[plan.peak]["others"]:
+        console.print(
+            f"Weights in no linear layer, such as the experts of a mixture, are in no format and carry no adapters:"
+            f" {amount(others, plan.needed)}."
+        )
     if settings.trains:
         console.print(checkpointing(plan))
     console.print()

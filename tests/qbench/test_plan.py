@@ -1,15 +1,18 @@
 """The plan against the paper, against arithmetic, and against steps that are taken."""
 
+import io
+
 import pytest
 import torch
-from transformers import AutoConfig
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
 
 import formats
 from qbench import models
 from qbench.adapters import add as add_adapters
 from qbench.errors import InputError
 from qbench.layers import linear_layers, replace
-from qbench.plan import advice, check, paper, step
+from qbench.plan import advice, check, paper, step, words
 from qbench.plan.count import count
 from qbench.plan.settings import Dtypes, PlanSettings, size
 from qbench.plan.shapes import Shape, blocks, built_in, find
@@ -229,3 +232,20 @@ def test_sizes():
 def test_settings_are_checked_without_a_command(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         PlanSettings(format=NF4, **bad)
+
+
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen2MoeConfig])
+def test_what_is_in_no_linear_layer_stays_in_16_bits(kind, tmp_path):
+    """The experts of a mixture are one tensor each kind, and the gate that gives one number carries no adapter."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    config = kind(**sizes, num_key_value_heads=2)
+    config.save_pretrained(tmp_path)
+    plan = count(find(str(tmp_path)), PlanSettings(format=formats.get("nf4"), gpu=10**9))
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() > 2) // 2  # in bf16
+    line = plan.moments["forward"]
+    assert experts <= line["others"] <= 1.2 * experts
+    assert line["norms"] < 0.01 * experts
+    printed = Console(width=200, record=True, file=io.StringIO())
+    words.show(plan, [], printed)
+    assert "in no format and carry no adapters" in printed.export_text()

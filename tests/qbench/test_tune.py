@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 
 import formats
 from qbench import adapters, merge, models, starts
 from qbench.errors import InputError
 from qbench.functions import logits_of, next_token_loss
-from qbench.layers import QuantLinear, linear_layers, replace
+from qbench.layers import QuantLinear, linear_layers, replace, weight_of
 from qbench.settings import METHODS, TuneSettings
 from qbench.tune import _order, train
 
@@ -71,6 +72,22 @@ def test_every_method_learns(any_model, method, tmp_path):
     after = fresh.state_dict()
     assert all(torch.equal(kept[key], after[key]) for key in kept)
     assert torch.allclose(logits_of(adapters.load(fresh, tmp_path).eval(), windows()), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora", "ia3"])
+def test_what_it_saves_is_plain_peft(any_model, method, tmp_path):
+    """Without qbench: PEFT on an unquantized model that has the dequantized weights gives the same logits, to 1e-5."""
+    base, targets = quantized(any_model)
+    weights = {name: base.get_submodule(name).weight for name in targets}
+    model = adapters.add(base, targets, TuneSettings(method=method, rank=8), seed=0)
+    train(model, windows(), TuneSettings(method=method, steps=12, batch=4, rank=8, lr=2e-2, warmup=1), seed=0)
+    model.save_pretrained(tmp_path)
+    logits = logits_of(model, windows())
+    plain = models.load(str(any_model), torch.float32, CPU).model
+    for name in targets:
+        weight_of(plain.get_submodule(name)).data.copy_(weights[name])
+    plain = PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert torch.allclose(logits_of(plain, windows()), logits, rtol=0, atol=1e-5)
 
 
 def ragged(lengths):
