@@ -52,7 +52,9 @@ def sweep_folder(arguments: list[str]) -> Path | None:
     for argument in arguments:
         if argument.startswith("hydra.sweep.dir="):
             return Path(argument.removeprefix("hydra.sweep.dir="))
-    decisive = sorted(a for a in arguments if "=" in a and not a.lstrip("+").startswith(("hydra", "timeout=")))
+    decisive = sorted(
+        a for a in arguments if "=" in a and not a.lstrip("+").startswith(("hydra", "timeout=", "track="))
+    )
     return Path("sweeps") / f"{'-'.join(named) or 'sweep'}-{hashlib.sha256(repr(decisive).encode()).hexdigest()[:8]}"
 
 

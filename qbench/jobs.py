@@ -43,7 +43,7 @@ def config_hash(*, _root_: DictConfig) -> str:
 
     Block and dq count as the format takes them: 16 bit knows neither.
     """
-    decisive = {key: value for key, value in plain(_root_).items() if key not in ("timeout", "block", "dq")}
+    decisive = {key: value for key, value in plain(_root_).items() if key not in ("timeout", "track", "block", "dq")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -111,14 +111,15 @@ def job(config: DictConfig) -> None:
 
 def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:
     """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
+    from qbench import track
     from qbench.report import terminal
     from qbench.run import run
 
     try:
         with record.kept(folder, record.blank(config)) if sweep else nullcontext():
-            settings = settings_of(config)
+            settings, trackers = settings_of(config), track.checked(config["track"])
         with time_limit(config["timeout"]):
-            result = run(settings, folder, sweep and sweep / BASELINES)
+            result = run(settings, folder, sweep and sweep / BASELINES, trackers)
     except InputError as error:
         stderr.print(f"qbench: {error}")
         return 2

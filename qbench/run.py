@@ -1,5 +1,6 @@
 """One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from transformers import set_seed
 import formats
 from formats import QuantizedTensor
 
-from . import adapters, baseline, data, files, merge, models, record, starts
+from . import adapters, baseline, data, files, merge, models, record, starts, track
 from .layers import linear_layers, replace, weight_of
 from .measure import distribution, error, quality, throughput
 from .measure.statistics import paired
@@ -21,10 +22,11 @@ from .tune import train
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
 
 
-def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict:
+def run(settings: Settings, folder: Path, baselines: Path | None = None, trackers: Sequence[str] = ()) -> dict:
     """Run one experiment; result.json, report.md, its figures and the adapters are left in `folder`.
 
-    baselines: a folder in which runs leave the measurements of the 16-bit model for each other.
+    baselines: a folder in which runs leave the measurements of the 16-bit model for each other. trackers: of
+    `track.NAMES`, which are told of the run as well.
 
     Returns the result; where the folder holds it finished already, from the same configuration, code, weights and text,
     that one. Whatever happens, result.json tells: an exception leaves its status, its traceback and what had been measured
@@ -38,7 +40,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
         finished = record.finished(folder, result["run"]["id"])
         if finished:
             return finished
-        with record.kept(folder, result):
+        with record.kept(folder, result), track.tracks(trackers, folder, result["config"]) as experiment.tracks:
             experiment.load()
             experiment.measure_baseline(baselines, folder)
             experiment.quantize()
@@ -51,6 +53,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None) -> dict
             record.write(folder, result)
             with experiment.phases("report", "write the report"):
                 run_page.write(folder, record.read(folder))
+            experiment.tracks.result(result["metrics"], settings.tune.steps if settings.tune else 0)
             result["status"] = "done"
         record.write(folder, result)
     return result
@@ -195,13 +198,12 @@ class Experiment:
     def tune(self, folder: Path) -> None:
         settings = self.settings.tune
         with self.phases("tune", f"fine-tune {settings.method}", settings.steps) as advance:
-            log = train(
-                self.model,
-                self.training,
-                settings,
-                self.settings.seed,
-                advance=lambda loss, rate: advance(1, f"loss {loss:.3f}, {rate:,.0f} tokens/s"),
-            )
+
+            def told(step: int, loss: float, rate: float) -> None:
+                advance(1, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+                self.tracks.step(step, loss=loss, tokens_s=rate)
+
+            log = train(self.model, self.training, settings, self.settings.seed, told)
         if settings.method == FULL:
             self.model.to(self.dtype).requires_grad_(False)
         self.metrics["tune"] = asdict(log)

@@ -38,12 +38,12 @@ def train(
     examples: Sequence[Tensor],
     settings: TuneSettings,
     seed: int,
-    advance: Callable[[float, float], None] = lambda loss, tokens_s: None,
+    advance: Callable[[int, float, float], None] = lambda step, loss, tokens_s: None,
 ) -> TuneLog:
     """Train what requires a gradient on examples, int64 [length] each, in an order that `seed` shuffles.
 
-    The gradient is that of the mean over all targets of a batch, whatever the parts it is taken in. `advance` is told the
-    loss and the tokens/s of each step. Raises FloatingPointError where the loss is not finite.
+    The gradient is that of the mean over all targets of a batch, whatever the parts it is taken in. `advance` is told
+    each step from 1 on, its loss and its tokens/s. Raises FloatingPointError where the loss is not finite.
     """
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -91,7 +91,7 @@ def train(
             log.grad_norm.append(norm.item())
             tokens += length
             log.tokens_s.append(length / (time.perf_counter() - started))
-            advance(total, log.tokens_s[-1])
+            advance(step + 1, total, log.tokens_s[-1])
     log.padding = 1 - tokens / passed
     log.optimizer = optim.footprint(optimizer)
     return log

@@ -37,6 +37,7 @@ ORDER = [
     "baseline",
     "report",
     "phases",
+    "track",
     "fresh",
     "run",
     "quantize",
