@@ -27,9 +27,9 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     jobs.codes.clear()
     sweep = sweep_folder(sys.argv[1:])
-    if sweep:
-        first = next((i for i, argument in enumerate(sys.argv) if i and "=" in argument), len(sys.argv))  # side by side
-        sys.argv[first:first] = [f"hydra.sweep.dir={sweep}", f"hydra.searchpath=[file://{EXPERIMENTS.parent}]"]
+    first = next((i for i, argument in enumerate(sys.argv) if i and "=" in argument), len(sys.argv))  # side by side
+    ours = [f"hydra.searchpath=[file://{EXPERIMENTS.parent}]", *([f"hydra.sweep.dir={sweep}"] if sweep else [])]
+    sys.argv[first:first] = ours
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
     except (HydraException, OmegaConfBaseException) as error:

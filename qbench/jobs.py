@@ -100,13 +100,20 @@ def job(config: DictConfig) -> None:
         finally:
             gc.unfreeze()
         if codes[-1] < 0:
-            codes[-1] = _killed(-codes[-1], config, folder)
-        elif codes[-1] == 0 and sweep:
+            codes[-1] = 0 if _done(folder, started) else _killed(-codes[-1], config, folder)
+        elif codes[-1] == 0 and sweep and (done := _done(folder, started)):
             with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
-                if (done := record.read(folder))["run"]["started"] >= started:
-                    models.keep(**done["config"]["model"])
+                models.keep(**done["config"]["model"])
     if codes[-1] == INTERRUPTED:
         raise KeyboardInterrupt
+
+
+def _done(folder: Path, started: str) -> dict | None:
+    """The result in a folder if it was finished since."""
+    with suppress(InputError, OSError):
+        result = record.read(folder)
+        return result if result["status"] == "done" and result["run"]["started"] >= started else None
+    return None
 
 
 def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from qbench import record
+from qbench import jobs, record
 from qbench.errors import InputError
 
 
@@ -89,3 +89,14 @@ def test_many_results_are_one_frame(tmp_path):
     assert frame["metrics.windows"][0].tolist() == [1.0, 2.0]
     assert frame["metrics.layers.mse"][1].tolist() == [1.0, 2.0] and frame["metrics.layers.name"][1] == ("a", "b")
     assert len(record.frame(tmp_path / "nf4", tmp_path / "nf4" / "result.json")) == 1
+
+
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_a_run_that_was_finished_before_its_process_ended_counts(tmp_path, status):
+    started = record.now()
+    assert jobs._done(tmp_path, started) is None
+    result = record.blank({}) | {"status": status}
+    result["run"]["started"] = record.now()
+    record.write(tmp_path, result)
+    assert bool(jobs._done(tmp_path, started)) == (status == "done")
+    assert jobs._done(tmp_path, "9999-01-01T00:00:00+00:00") is None, "that was another time"
