@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU has to show, in one go: the kernels against float64 and the paged optimizer against PyTorch's on the device,
-# the choices tuned for it, the products and a training step beside their peers, and a sweep with its report. Leaves JSON, tables and figures in the folder named, reports/gpu by default.
+# the memory plan against a step, the choices tuned for it, the products and a training step beside their peers, and a sweep
+# with its report. Leaves JSON, tables and figures in the folder named, reports/gpu by default.
 # On a machine without a network: install the checkout with --no-deps, or put it on PYTHONPATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,7 +9,11 @@ out=${1:-reports/gpu}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv | tee "$out/device.csv"
-$python -m pytest tests/qbench/ops tests/formats/test_bitsandbytes.py tests/qbench/test_optim.py tests/qbench/test_fresh.py --hypothesis-seed=0 2>&1 | tee "$out/tests.txt"
+$python -m pytest tests/qbench/ops tests/formats/test_bitsandbytes.py tests/qbench/optim tests/qbench/test_fresh.py --hypothesis-seed=0 2>&1 | tee "$out/tests.txt"
+for checkpointing in false true; do
+  $python -m qbench.plan model=smollm-135m +format=nf4 dq=true checkpointing=$checkpointing check=true \
+    "json=$out/plan-$checkpointing.json" 2>&1 | tee "$out/plan-$checkpointing.txt"
+done
 $python -m qbench.bench products --models 7B --rows 1 16 128 1024 --formats nf4 --out "$out/untuned"
 $python -m qbench.bench tune --out "$out/choices.json"
 export QBENCH_TUNED=$out/choices.json
