@@ -53,7 +53,7 @@ def add(
     """Adapters in fp32 on the named layers, or with `tune.method=full` all of the model, ready to train.
 
     LoRA starts with B at zero, so that the model's output is what it was, or from `starts`, which bring their own packed
-    weights along.
+    weights along. A start of zeros, where there was no error to begin from, is none: A and B both at zero never move.
     """
     torch.manual_seed(seed)
     if settings.method == FULL:
@@ -67,7 +67,7 @@ def add(
         if p.requires_grad:  # not all of PEFT's methods see to that; in 16 bits small steps are lost
             p.data = p.data.float()
     for name, start in (starts or {}).items():
-        if name not in targets:
+        if name not in targets or not start.a.any():
             continue
         layer = adapted.base_model.model.get_submodule(name)
         root = layer.scaling["default"] ** 0.5

@@ -19,6 +19,8 @@ METHODS = {
 }  # fmt: skip
 
 
+INITS = {"default": "B = 0", "loftq": "LoftQ", "pissa": "PiSSA"}
+
 #: what became of the adapters, as a row is called
 MERGED = {"adapters": "A, B packed", "16bit": "merged", "requantized": "requantized"}
 
@@ -74,10 +76,9 @@ def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
     """Where LoRA began, if not at nothing, and what became of its matrices."""
     sentences, tune = [], config["tune"]
     if "init" in metrics:
-        alone, start = (metrics["init"][key]["sqnr_db"] for key in ("quantized", "initial"))
-        name = {"loftq": "LoftQ", "pissa": "PiSSA"}[tune["init"]]
+        alone, start = (_noise(metrics["init"][key]) for key in ("quantized", "initial"))
         sentences.append(
-            f"{name} starts from {start:.2f} dB, the quantized weights alone have {alone:.2f}; before the first step the"
+            f"{INITS[tune['init']]} starts from {start}, the quantized weights alone have {alone}; before the first step the"
             f" perplexity is {metrics['quality']['initial']['perplexity']:.2f}."
         )
     told = {
@@ -92,6 +93,10 @@ def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
             f" {found['perplexity']:.2f}, {change}."
         )
     return sentences
+
+
+def _noise(error: dict) -> str:
+    return "no error" if error["sqnr_db"] is None else f"{error['sqnr_db']:.2f} dB"
 
 
 @dataclass

@@ -48,6 +48,16 @@ def test_the_baseline_is_compared_with_nothing():
     ]
 
 
+def test_a_start_on_16_bit_has_no_error_to_tell():
+    found = result(0.0, 0.0, 1.0, name="none")
+    found["config"]["tune"] = {"method": "lora", "init": "pissa", "rank": 8, "steps": 4, "virtual_tokens": 16}
+    quality = found["metrics"]["quality"]
+    quality |= {"initial": quality["quantized"], "tuned": quality["quantized"]}
+    found["metrics"]["init"] = {"quantized": {"sqnr_db": None}, "initial": {"sqnr_db": 56.44}}
+    said = words.answer(found)[-1]
+    assert said.startswith("PiSSA starts from 56.44 dB, the quantized weights alone have no error;")
+
+
 def test_the_terminal_fits_80_columns(tmp_path):
     out = io.StringIO()
     terminal.show(result(-0.0123, 0.0045, 0.01), tmp_path, Console(file=out, width=80))

@@ -131,6 +131,18 @@ def test_a_model_starts_where_its_layers_do(tiny_llama):
     assert torch.allclose(layer(x), x @ found[name].dequantize().t(), atol=1e-4)
 
 
+def test_where_there_is_no_error_to_begin_from_lora_learns_all_the_same(tiny_llama):
+    """On 16 bit LoftQ finds nothing; with A and B both at zero no gradient would ever reach them."""
+    model = models.load(str(tiny_llama), torch.float32, CPU).model
+    layers = linear_layers(model)
+    fmt = formats.get("none")
+    found = {n: starts.find(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
+    assert not any(start.a.any() or start.b.any() for start in found.values())
+    replace(model, models.quantize(layers, fmt))
+    log = train(adapters.add(model, list(found), SETTINGS, 0, found), windows(), SETTINGS, seed=0)
+    assert log.loss[-1] < log.loss[0] - 0.1
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
 def test_merged_is_the_sum(any_model, method):
     base, targets = quantized(any_model)
