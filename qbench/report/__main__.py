@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import findings, page, table
+from . import findings, page, table, words
 
 TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -51,23 +51,23 @@ def main() -> int:
         show(found)
         sys.stdout.flush()
     if found.failed:
-        stderr.print(f"qbench: not finished: {findings.count(len(found.failed), 'run')}; the page says why")
+        stderr.print(f"qbench: not finished: {words.count(len(found.failed), 'run')}; the page says why")
     stderr.print(f"\n{os.path.relpath(written)} is the page; report.md, results.parquet and results.csv are beside it")
     return 0
 
 
-def show(found: page.Found) -> None:
+def show(results: page.Found) -> None:
     """Print the answers, and the most telling columns as Markdown."""
-    for setting in found.settings:
+    for setting in results.settings:
         print(f"## {setting.title}\n\n{findings.compared(setting)}\n")
         print("\n".join(f"- {sentence}" for sentence in findings.answer(setting)), end="\n\n")
-        columns, rows = table.shown(setting, TERMINAL)
-        print("| " + " | ".join(column.head for column in columns) + " |")
-        print("|---" * len(columns) + "|")
-        for cells in rows:
-            print("| " + " | ".join(cell.text for cell in cells) + " |")
+        found = table.shown(setting, TERMINAL)
+        print("| " + " | ".join(column.head for column in found.columns) + " |")
+        print("|---" * len(found.columns) + "|")
+        for row in found.rows:
+            print("| " + " | ".join(cell.text for cell in row.cells) + " |")
         print()
-    print(findings.note(found.settings))
+    print(findings.note(results.settings))
 
 
 if __name__ == "__main__":

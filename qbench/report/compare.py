@@ -1,40 +1,24 @@
 """Many runs as comparisons: runs that differ in their seed alone are one configuration, and differences are paired.
 
-Two configurations meet on the same windows of the same text, and after a fine-tune with the same seed. The variance of a
-difference is that over windows, of the mean over seeds, and that over seeds. The p values of one family of differences,
-such as all formats against 16 bit at one stage, are corrected for their number (Benjamini & Hochberg 1995, "Controlling
-the false discovery rate").
+Two configurations meet on the same windows of the same text, and after a fine-tune with the same seed. Before it, the
+fine-tune to come has no part in a score: there one configuration stands for all of a format, block and dq.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import false_discovery_control, t
+from scipy.stats import t
 
-from ..measure.statistics import clustered_mean
-from .words import SIGNIFICANT, method, plus_minus, title
+from .differences import Difference, Windows, corrected, paired
+from .words import INITS, UNTUNED, method, title
 
 STAGES = ("quantized", "tuned")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of the mean nll, nats a token. stderr: None of a single window. p: corrected, that there is none."""
-
-    delta: float
-    stderr: float | None
-    p: float
-
-    @property
-    def distinguishable(self) -> bool:
-        return self.p < SIGNIFICANT
-
-    def __str__(self) -> str:
-        return f"{'' if self.distinguishable else '≈ '}{plus_minus(self.delta, self.stderr, '+.4f')}"
+AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: what is measured of adapters once they are trained
 
 
 @dataclass(eq=False)
@@ -57,6 +41,17 @@ class Configuration:
     def is_16_bit(self) -> bool:
         return self.format == "none"
 
+    @property
+    def recipe(self) -> str:
+        """Format, block and dq, of which 16 bit has only the first."""
+        return text(self.config, "format", *(() if self.is_16_bit else ("block", "dq")))
+
+    def fine_tune(self, *without: str) -> str:
+        """All that decides the fine-tune, but for the keys named."""
+        return json.dumps(
+            {key: v for key, v in self.config["tune"].items() if key not in (*AFTERWARDS, *without)}, sort_keys=True
+        )
+
     def values(self, *keys: str) -> list[float]:
         """A number in the metrics of each run that has it."""
         found = (_at(result["metrics"], keys) for _, result in self.runs.values())
@@ -77,26 +72,51 @@ class Configuration:
     def nll(self, stage: str) -> float | None:
         return self.mean("quality", stage, "nll")
 
+    def windows(self, *keys: str) -> Windows:
+        """The mean nll of each window, of the runs that have scores at that place in the metrics."""
+        found = {seed: _at(result["metrics"], (*keys, "windows")) for seed, (_, result) in self.runs.items()}
+        return {seed: np.asarray(values, np.float64) for seed, values in found.items() if values is not None}
+
 
 @dataclass(eq=False)
 class Setting:
-    """What was measured on one model and one text: the configurations, the best perplexity before a fine-tune first."""
+    """What was measured on one model and one text: the configurations, the best perplexity before a fine-tune first.
+
+    varied: the keys of the fine-tunes that are not the same in all.
+    """
 
     title: str
     configurations: list[Configuration]
+    varied: Sequence[str] = ()
 
     @property
     def has_tuned(self) -> bool:
-        return any(c.nll("tuned") is not None for c in self.configurations)
+        return bool(self.at("tuned"))
+
+    @property
+    def methods(self) -> set[str]:
+        """What the fine-tunes are called."""
+        return {method(c.config["tune"]) for c in self.at("tuned")}
 
     @property
     def method(self) -> str:
-        """What the fine-tunes are called: `LoRA`, or where there are several methods `the fine-tune`."""
-        names = {method(c.config["tune"]) for c in self.configurations if c.nll("tuned") is not None}
-        return names.pop() if len(names) == 1 else "the fine-tune"
+        """`LoRA`, or where there are several methods `the fine-tune`."""
+        return next(iter(self.methods)) if len(self.methods) == 1 else "the fine-tune"
 
     def stages(self) -> tuple[str, ...]:
         return STAGES if self.has_tuned else STAGES[:1]
+
+    @cached_property
+    def _before(self) -> list[Configuration]:
+        return _without_fine_tunes(self.configurations)
+
+    def at(self, stage: str) -> list[Configuration]:
+        """Those that a stage tells apart and has a score of."""
+        return self._before if stage == "quantized" else [c for c in self.configurations if c.nll(stage) is not None]
+
+    def base(self, stage: str) -> Configuration | None:
+        """The best of 16 bit."""
+        return min((c for c in self.at(stage) if c.is_16_bit), key=lambda c: c.nll(stage), default=None)
 
 
 def _at(found, keys: Sequence[str]):
@@ -121,26 +141,41 @@ def compare(results: dict[Path, dict]) -> list[Setting]:
         if result["status"] == "done":  # of the same run, the last
             config = result["config"]
             scales = () if config["format"]["name"] == "none" else ("block", "dq")  # 16 bit has none
-            what = _text(config, "format", *scales, "tune")
-            groups[_text(config, "model", "data", "eval", "device")][what][config["seed"]] = file, result
+            what = text(config, "format", *scales, "tune")
+            groups[text(config, "model", "data", "eval", "device")][what][config["seed"]] = file, result
     together = [[next(iter(runs.values()))[1]["config"] for runs in group.values()] for group in groups.values()]
     varied = _varied([configs[0] for configs in together], ("model", "data", "eval", "device"))
     settings = []
     for group, configs in zip(groups.values(), together, strict=True):
         keys = _varied(configs, ("tune",))
         found = [
-            Configuration(", ".join([title(config), *_told(config, keys)]), runs)
+            Configuration(", ".join([title(config), *told(config, keys)]), runs)
             for config, runs in zip(configs, group.values(), strict=True)
         ]
         if not any(c.is_16_bit for c in found):
             found.append(_baseline_of(found[0]))
         _against_16_bit(found)
-        found.sort(key=lambda c: c.nll("quantized"))
-        settings.append(Setting(_name(configs[0], varied), found))
+        found.sort(key=lambda c: (c.nll("quantized"), c.nll("tuned") is None, c.nll("tuned")))
+        settings.append(Setting(_name(configs[0], varied), found, keys))
     return sorted(settings, key=lambda s: -len(s.configurations))
 
 
-def _text(config: dict, *keys: str) -> str:
+def _without_fine_tunes(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """One a format, block and dq, with the runs of all."""
+    groups: dict[str, list[Configuration]] = defaultdict(list)
+    for c in configurations:
+        groups[c.recipe].append(c)
+    return [members[0] if len(members) == 1 else _one(members) for members in groups.values()]
+
+
+def _one(members: Sequence[Configuration]) -> Configuration:
+    runs = {seed: run for c in reversed(members) for seed, run in c.runs.items()}
+    known = {stage: d for stage, d in members[0].differences.items() if stage == "quantized"}
+    return Configuration(title(members[0].config), runs, known)
+
+
+def text(config: dict, *keys: str) -> str:
+    """Those parts of a config, to be compared."""
     return json.dumps([config.get(key) for key in keys], sort_keys=True)
 
 
@@ -153,65 +188,52 @@ def _flat(config: dict, parts: Iterable[str]) -> dict[str, object]:
 
 
 def _varied(configs: Sequence[dict], parts: Iterable[str]) -> list[str]:
-    """The keys in those parts of the configs that are not the same in all."""
-    values: dict[str, set[str]] = defaultdict(set)
+    """The keys in those parts of the configs that are not the same in all; a method of fine-tuning first."""
     flats = [_flat(config, parts) for config in configs]
+    tuned = [flat for flat in flats if flat.get("tune.method") != UNTUNED]  # which has no other keys
+    found = []
     for key in {key for flat in flats for key in flat}:
-        values[key] = {json.dumps(flat.get(key)) for flat in flats}
-    return sorted(key for key, found in values.items() if len(found) > 1)
+        values = {json.dumps(flat.get(key)) for flat in (flats if key == "tune.method" else tuned)}
+        found += [key] if len(values) > 1 else []
+    return sorted(found, key=lambda key: (key != "tune.method", key))
 
 
-def _told(config: dict, keys: Iterable[str]) -> list[str]:
+def told(config: dict, keys: Iterable[str]) -> list[str]:
+    """What a config has for those keys, in words."""
     flat = _flat(config, ("model", "data", "eval", "device", "tune"))
     values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
-    told = {"tune.method": method(config["tune"])}
-    return [told.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items()]
+    packed = flat.get("tune.adapter_format")
+    names = {
+        "tune.method": method(config["tune"]),
+        "tune.init": INITS.get(flat.get("tune.init")),
+        "tune.merge": "merged" if flat.get("tune.merge") else "",
+        "tune.adapter_format": f"adapters in {packed}" if packed else "",
+    }
+    return list(filter(None, (names.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items())))
 
 
 def _name(config: dict, varied: Iterable[str]) -> str:
     """A setting's: the model and the text, and what else tells it from the others."""
     names = f"{Path(config['model'].get('path') or 'the bundled model').name} on {Path(config['data']['path']).name}"
-    return ", ".join([names, *_told(config, [key for key in varied if not key.endswith(".path")])])
+    return ", ".join([names, *told(config, [key for key in varied if not key.endswith(".path")])])
 
 
 def difference(ours: Configuration, theirs: Configuration, stage: str) -> Difference | None:
     """ours − theirs at one stage, p uncorrected; None where there are not the same windows, or, tuned, no common seed."""
-    rows = []
-    for seed, (_, result) in ours.runs.items():
-        other = theirs.runs.get(seed) or (None if stage == "tuned" else next(iter(theirs.runs.values())))
-        ends = (r and _at(r[1]["metrics"], ("quality", stage, "windows")) for r in ((_, result), other))
-        a, b = (None if end is None else np.asarray(end, np.float64) for end in ends)
-        if a is not None and b is not None and len(a) == len(b) > 0:
-            rows.append(a - b)
-    if not rows:
-        return None
-    delta, over_windows = clustered_mean(np.mean(rows, 0)[:, None])
-    over_seeds = np.var(np.mean(rows, 1), ddof=1) / len(rows) if len(rows) > 1 else 0.0
-    if not np.isfinite(over_windows):
-        return Difference(delta, None, 1.0)
-    stderr = float(np.hypot(over_windows, over_seeds**0.5))
-    p = 2 * t.sf(abs(delta) / stderr, len(rows[0]) - 1) if stderr else 1.0 - bool(delta)
-    return Difference(delta, stderr, float(p))
-
-
-def corrected(family: Sequence[Difference | None]) -> list[Difference | None]:
-    """The differences with p values corrected for their number."""
-    found = [d for d in family if d is not None]
-    p = iter(false_discovery_control([d.p for d in found]) if found else ())
-    return [d and replace(d, p=float(next(p))) for d in family]
+    return paired(ours.windows("quality", stage), theirs.windows("quality", stage), seeded=stage == "tuned")
 
 
 def _against_16_bit(configurations: list[Configuration]) -> None:
-    bases = [c for c in configurations if c.is_16_bit]
-    alike = {_text(c.config, "tune"): c for c in bases}
-    for stage in STAGES:
-        pairs = [(c, alike.get(_text(c.config, "tune"))) for c in configurations if not c.is_16_bit]
-        if stage == "quantized":  # which no fine-tune has a part in
-            pairs = [(c, base or bases[0]) for c, base in pairs]
-        family = corrected([base and difference(c, base, stage) for c, base in pairs])
-        for (c, _), found in zip(pairs, family, strict=True):
-            if found:
-                c.differences[stage] = found
+    bases = {c.fine_tune(): c for c in configurations if c.is_16_bit}
+    formats = [c for c in configurations if not c.is_16_bit]
+    distinct = {c.recipe: c for c in _without_fine_tunes(formats)}
+    untuned = _without_fine_tunes(list(bases.values()))[0]
+    family = corrected([difference(c, untuned, "quantized") for c in distinct.values()])
+    before = dict(zip(distinct, family, strict=True))
+    tuned = [base and difference(c, base, "tuned") for c in formats for base in [bases.get(c.fine_tune())]]
+    for c, after in zip(formats, corrected(tuned), strict=True):
+        found = {"quantized": before[c.recipe], "tuned": after}
+        c.differences |= {stage: d for stage, d in found.items() if d}
 
 
 def _baseline_of(c: Configuration) -> Configuration:
@@ -227,52 +249,5 @@ def _baseline_of(c: Configuration) -> Configuration:
         "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": same}},
         "throughput": _at(metrics, ("throughput", "baseline")) or {},
     }
-    config = {**result["config"], "format": {"name": "none"}, "tune": {"method": "none"}}
+    config = {**result["config"], "format": {"name": "none"}, "tune": {"method": UNTUNED}}
     return Configuration("16 bit, untuned", {seed: (file, {**result, "config": config, "metrics": derived})})
-
-
-def frontier(
-    configurations: Iterable[Configuration], stage: str, size=("bits", "per_parameter")
-) -> list[Configuration]:
-    """Those that nothing beats, by size ascending: none smaller is as good, and none as small distinguishably better."""
-    left = [(c.mean(*size), c.nll(stage), c) for c in configurations if c.nll(stage) is not None]
-    kept: list[Configuration] = []
-    best: Configuration | None = None  # of all that are smaller
-    for bits in sorted({bits for bits, _, _ in left}):
-        alike = sorted((nll, i) for i, (b, nll, _) in enumerate(left) if b == bits)
-        first = left[alike[0][1]][2]
-        for nll, i in alike:
-            c = left[i][2]
-            against = None if c is first else difference(c, first, stage)
-            if (best is None or nll < best.nll(stage)) and not (against and against.distinguishable):
-                kept.append(c)
-        if best is None or first.nll(stage) < best.nll(stage):
-            best = first
-    return kept
-
-
-def featured(setting: Setting, most: int) -> Setting:
-    """The setting, or where it has more than `most` configurations: 16 bit, the frontiers, and the best of the rest."""
-    if len(setting.configurations) <= most:
-        return setting
-    last = setting.stages()[-1]
-    ranked = sorted(setting.configurations, key=lambda c: (c.nll(last) is None, c.nll(last)))
-    base = next(c for c in ranked if c.is_16_bit)
-    formats = [c for c in ranked if not c.is_16_bit]
-    best = [c for stage in setting.stages() for c in frontier(formats, stage)]
-    kept = list(dict.fromkeys([base, *best, *formats]))[:most]
-    return Setting(setting.title, sorted(kept, key=lambda c: c.nll("quantized")))
-
-
-def pairs_by(configurations: Iterable[Configuration], key: str) -> list[tuple[Configuration, Configuration]]:
-    """Those that differ in `block` or `dq` alone, each with the next smaller block, or the one without dq."""
-    alike: dict[str, list[Configuration]] = defaultdict(list)
-    others = [k for k in ("format", "block", "dq", "tune") if k != key]
-    for c in configurations:
-        if not c.is_16_bit:
-            alike[_text(c.config, *others)].append(c)
-    pairs = []
-    for members in alike.values():
-        members.sort(key=lambda c: c.config[key])
-        pairs += list(zip(members[1:], members, strict=False))
-    return pairs

@@ -11,8 +11,9 @@ import jinja2
 import numpy as np
 
 from .. import record
-from . import charts, findings, table
+from . import charts, findings, table, tables
 from .compare import Setting, compare, usable
+from .words import count
 from .words import title as titled
 
 PAGE, TWIN = "report.html", "report.md"
@@ -63,9 +64,9 @@ def _content(found: Found, folder: Path) -> dict:
     """What the templates show."""
     finished = len(found.results) - len(found.failed)
     names = {c.format for s in found.settings for c in s.configurations if not c.is_16_bit}
-    parts = [findings.count(finished, "finished run"), findings.count(len(names), "format")]
+    parts = [count(finished, "finished run")] + ([count(len(names), "format")] if names else [])
     parts += [f"{len(found.failed)} not finished"] if found.failed else []
-    parts += [f"{findings.count(len(found.unreadable), 'file')} skipped"] if found.unreadable else []
+    parts += [f"{count(len(found.unreadable), 'file')} skipped"] if found.unreadable else []
     return {
         "title": "Weight quantization formats compared",
         "counted": ", ".join(parts) + ".",
@@ -83,20 +84,24 @@ def _setting(setting: Setting, number: int, folder: Path) -> dict:
         answer.append(f"The table has the best {ROWS} of {len(setting.configurations):,}; results.csv has all.")
     rows = setting.configurations[:ROWS]
     rows += [c for c in setting.configurations[ROWS:] if c.is_16_bit]
-    columns, cells = table.shown(Setting(setting.title, rows))
     with charts.drawn(setting) as made:
         pictures = [_picture(chart, number, folder) for chart in made]
     return {
         "title": setting.title,
         "compared": findings.compared(setting),
         "answer": answer,
-        "columns": columns,
-        "rows": [
-            {"cells": found, "base": c.is_16_bit, "sources": table.sources(c, folder)}
-            for c, found in zip(rows, cells, strict=True)
-        ],
+        "table": _table(table.shown(Setting(setting.title, rows, setting.varied)), folder),
+        "tables": [_table(found, folder) for found in tables.all_of(setting)],
         "charts": pictures,
     }
+
+
+def _table(found: table.Table, folder: Path) -> dict:
+    rows = [
+        {"cells": r.cells, "base": r.configuration.is_16_bit, "sources": table.sources(r.configuration, folder)}
+        for r in found.rows
+    ]
+    return {"title": found.title, "about": found.about, "columns": found.columns, "rows": rows}
 
 
 def _picture(chart: charts.Chart, number: int, folder: Path) -> dict:
@@ -133,7 +138,5 @@ def _environments(found: Found) -> list[str]:
         if environment:
             versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
             commit = f"; commit {environment['commit'][:12]}" if environment.get("commit") else ""
-            lines[
-                f"{environment['device']}, {findings.count(environment['threads'], 'thread')}; {versions}{commit}"
-            ] += 1
-    return [f"{findings.count(number, 'run')}: {line}" for line, number in lines.most_common()]
+            lines[f"{environment['device']}, {count(environment['threads'], 'thread')}; {versions}{commit}"] += 1
+    return [f"{count(number, 'run')}: {line}" for line, number in lines.most_common()]

@@ -1,10 +1,11 @@
 """The comparison as one table, for the page, its Markdown twin and the terminal alike."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .compare import Configuration, Setting
+from .differences import Difference
 from .words import plus_minus
 
 
@@ -23,6 +24,24 @@ class Cell:
 
     text: str = ""
     value: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The configuration that it is about, and a cell for each column."""
+
+    configuration: Configuration
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """about: how it is to be read."""
+
+    title: str
+    columns: list[Column]
+    rows: list[Row]
+    about: str = ""
 
 
 COLUMNS = [
@@ -49,15 +68,12 @@ def row(c: Configuration) -> list[Cell]:
     """The cells of a configuration, one for each of COLUMNS."""
 
     def number(form: str, *keys: str, scale: float = 1.0) -> Cell:
-        value = c.mean(*keys)
-        return Cell() if value is None else Cell(f"{value * scale:{form}}".replace("-", "−"), value)
+        return numeral(c.mean(*keys), form, scale)
 
     def delta(stage: str) -> Cell:
         found = c.differences.get(stage)
-        return Cell(str(found), found.delta) if found else Cell("0" if c.is_16_bit and c.nll(stage) else "", 0.0)
+        return difference(found) if found else Cell("0" if c.is_16_bit and c.nll(stage) else "", 0.0)
 
-    tuned = c.mean("quality", "tuned", "perplexity")
-    interval = c.interval("quality", "tuned", "perplexity")
     seeds = f" ({len(c.runs)} seeds)" if len(c.runs) > 1 else ""
     peak = peak_bytes(c)
     return [
@@ -67,7 +83,7 @@ def row(c: Configuration) -> list[Cell]:
         number(".2f", *QUALITY, "perplexity"),
         delta("quantized"),
         number(".4f", *QUALITY, "against_baseline", "kl_mean"),
-        Cell(plus_minus(tuned, interval, ".2f"), tuned) if tuned else Cell(),
+        tuned(c),
         delta("tuned"),
         number(".1%", *QUALITY, "against_baseline", "top1_agreement"),
         number(".2f", "error", "sqnr_db"),
@@ -86,15 +102,36 @@ def peak_bytes(c: Configuration) -> float | None:
     return max(peaks, default=None)
 
 
-def shown(setting: Setting, columns: list[str] | None = None) -> tuple[list[Column], list[list[Cell]]]:
-    """The columns, those named or all, that have a cell in some row, and the rows."""
-    rows = [row(c) for c in setting.configurations]
+def numeral(value: float | None, form: str, scale: float = 1.0) -> Cell:
+    return Cell() if value is None else Cell(f"{value * scale:{form}}".replace("-", "−"), value)
+
+
+def difference(found: Difference | None) -> Cell:
+    return Cell(str(found), found.delta) if found else Cell()
+
+
+def tuned(c: Configuration) -> Cell:
+    """The perplexity after the fine-tune, with half its interval."""
+    keys = ("quality", "tuned", "perplexity")
+    value = c.mean(*keys)
+    return Cell(plus_minus(value, c.interval(*keys), ".2f"), value) if value else Cell()
+
+
+def shown(setting: Setting, columns: list[str] | None = None) -> Table:
+    """Every configuration a row; the columns, those named or all, that have a cell in some row."""
+    rows = [Row(c, row(c)) for c in setting.configurations]
+    return filled(Table(setting.title, COLUMNS, rows), columns)
+
+
+def filled(table: Table, columns: list[str] | None = None) -> Table:
+    """With the columns, those named or all, that have something to say."""
     kept = [
         i
-        for i, column in enumerate(COLUMNS)
-        if (columns is None or column.head in columns) and any(cells[i].text not in ("", "0") for cells in rows)
+        for i, column in enumerate(table.columns)
+        if (columns is None or column.head in columns) and any(r.cells[i].text not in ("", "0") for r in table.rows)
     ]
-    return [COLUMNS[i] for i in kept], [[cells[i] for i in kept] for cells in rows]
+    rows = [Row(r.configuration, [r.cells[i] for i in kept]) for r in table.rows]
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
 
 
 def sources(c: Configuration, folder: Path) -> list[tuple[int, str]]:

@@ -1,9 +1,11 @@
 """The answer of a run in sentences and as the rows of one table, for the terminal and the page alike."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
+MOST = 6  #: names in a list before it is cut
 
 
 def title(config: dict) -> str:
@@ -13,11 +15,11 @@ def title(config: dict) -> str:
     return f"{config['format']['name']}{' + dq' if config['dq'] else ''}, block {config['block']}"
 
 
+UNTUNED = "none"  #: the method where there is no fine-tune
 METHODS = {
-    "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "ia3": "(IA)³", "prefix": "prefix tuning", "p_tuning": "P-tuning",
-    "full": "full fine-tuning",
+    UNTUNED: "untuned", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "ia3": "(IA)³", "prefix": "prefix tuning",
+    "p_tuning": "P-tuning", "full": "full fine-tuning",
 }  # fmt: skip
-
 
 INITS = {"default": "B = 0", "loftq": "LoftQ", "pissa": "PiSSA"}
 
@@ -78,8 +80,8 @@ def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
     if "init" in metrics:
         alone, start = (_noise(metrics["init"][key]) for key in ("quantized", "initial"))
         sentences.append(
-            f"{INITS[tune['init']]} starts from {start}, the quantized weights alone have {alone}; before the first step the"
-            f" perplexity is {metrics['quality']['initial']['perplexity']:.2f}."
+            f"{INITS[tune['init']]} starts from {start}, the quantized weights alone have {alone}; before the first step"
+            f" the perplexity is {metrics['quality']['initial']['perplexity']:.2f}."
         )
     told = {
         "adapters": f"With A and B in {tune.get('adapter_format')}",
@@ -167,3 +169,14 @@ def plus_minus(value: float, stderr: float | None, form: str) -> str:
     if stderr:
         text += f"±{stderr:{form.lstrip('+')}}"
     return text.replace("-", "−")
+
+
+def listed(names: Sequence[str], between: str = ", ") -> str:
+    """The first of the names, and how many more there are: `a, b and 3 more`."""
+    more = f"{between.strip(', ')} and {len(names) - MOST} more" if len(names) > MOST else ""
+    return between.join(names[:MOST]) + more
+
+
+def count(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

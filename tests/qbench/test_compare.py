@@ -1,9 +1,6 @@
 """Many runs as one comparison: grouped by seed, paired, corrected, and shown as they are."""
 
-import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,60 +10,10 @@ import pytest
 from qbench import record
 from qbench.report import findings, page
 from qbench.report.__main__ import main
-from qbench.report.compare import compare, frontier, pairs_by
+from qbench.report.chosen import frontier, pairs_by
+from qbench.report.compare import compare
 
-RATE = {"median": 100.0, "samples": [100.0, 101.0]}
-BITS = {"none": 16.0, "int8": 8.0}
-
-
-def finished(name="nf4", seed=0, quantized=(3.0, 3.1), tuned=None, block=64, dq=False, **more) -> dict:
-    """A finished result with scores by window."""
-    base = score([3.0] * len(quantized))
-    quality = {"baseline": base, "quantized": score(quantized) | {"against_baseline": against(quantized)}}
-    if tuned is not None:
-        quality["tuned"] = score(tuned) | {"against_baseline": against(tuned)}
-    per_weight = BITS.get(name, 4.0) + (0 if name == "none" else (8 if dq else 32) / block)
-    layers = [
-        {"name": f"layers.{i}.{kind}", "shape": [8, 8], "sqnr_db": 20.0, "output_relative": 0.1 + 0.01 * i}
-        for i in range(3)
-        for kind in ("q_proj", "up_proj")
-    ]
-    rates = {key: RATE for key in ("prefill_tokens_s", "decode_tokens_s")}
-    rates |= {"by_rows": [{"rows": rows, **RATE} for rows in (1, 4, 16)]}
-    tune = {"method": "lora", "rank": 16, "lr": 1e-3} if tuned is not None else {"method": "none"}
-    config = {
-        "format": {"name": name}, "block": block, "dq": dq, "seed": seed, "device": "cpu", "model": {"path": None},
-        "data": {"path": "kjv"}, "eval": {"tokens": 512}, "tune": tune,
-    }  # fmt: skip
-    return record.blank(config | more) | {
-        "status": "done",
-        "environment": {"device": "a CPU", "threads": 2, "versions": {"torch": "2"}, "commit": None},
-        "metrics": {
-            "bits": {"per_parameter": per_weight, "baseline": 16.0, "compression": 16 / per_weight, "model": 5.0},
-            "error": {"sqnr_db": None if name == "none" else 20.7, "output_relative": 0.1, "layers": layers},
-            "quality": quality,
-            "memory": {"baseline_bytes": 16e6, "model_bytes": per_weight * 1e6, "peak_bytes": {"tune": {"rss": 2e9}}},
-            "throughput": {**rates, "tune_tokens_s": RATE, "baseline": rates},
-        },
-    }
-
-
-def score(windows) -> dict:
-    nll = float(np.mean(windows))
-    return {"nll": nll, "perplexity": math.exp(nll), "stderr": 0.01, "tokens": 512, "windows": list(windows)}
-
-
-def against(windows) -> dict:
-    return {"delta_nll": float(np.mean(windows)) - 3, "stderr": 0.01, "p": 0.5, "kl_mean": 0.01, "top1_agreement": 0.9}
-
-
-def by_file(runs) -> dict[Path, dict]:
-    return {Path(f"{i}/result.json"): record._compact(run) for i, run in enumerate(runs)}
-
-
-def only(runs):
-    (setting,) = compare(by_file(runs))
-    return setting
+from .results import browsed, by_file, finished, only
 
 
 def test_seeds_are_one_row_and_differences_are_paired():
@@ -132,10 +79,10 @@ def test_on_the_frontier_is_what_nothing_beats():
 
 def test_pairs_differ_in_one_thing():
     runs = [finished(n, 0, block=b, dq=dq) for n in ("nf4", "int4") for b in (32, 64, 128) for dq in (False, True)]
-    some = only([*runs, finished("none")]).configurations
-    blocks = [(a.title, b.title) for a, b in pairs_by(some, "block")]
+    some = only([*runs, finished("none")])
+    blocks = [(a.title, b.title) for a, b in pairs_by(some, "block", "quantized")]
     assert ("nf4, block 128", "nf4, block 64") in blocks and len(blocks) == 8
-    double = [(a.title, b.title) for a, b in pairs_by(some, "dq")]
+    double = [(a.title, b.title) for a, b in pairs_by(some, "dq", "quantized")]
     assert ("int4 + dq, block 32", "int4, block 32") in double and len(double) == 6
 
 
@@ -207,29 +154,8 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
 
 def test_the_page_sorts_and_asks_for_nothing(sweep, monkeypatch):
     """In a browser, where there is one: a click on each head, up and down."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium on this machine")
-    written = page.write(page.find(sweep), sweep / "report")
-    script = """<script>
-      const heads = [...document.querySelectorAll("th button")], body = document.querySelector("section tbody");
-      const column = i => [...body.rows].map(row => row.cells[i].dataset.value ?? row.cells[i].textContent);
-      const sorted = values => values.every((v, i) => i == 0 || v === "" || Number(values[i - 1]) <= Number(v));
-      let wrong = [];
-      heads.forEach((head, i) => {
-        if (i == 0) return;
-        head.click(); if (!sorted(column(i))) wrong.push(head.textContent);
-        head.click(); if (!sorted(column(i).filter(v => v !== "").reverse())) wrong.push(head.textContent);
-      });
-      document.body.dataset.wrong = wrong.join();
-      document.body.dataset.asked = performance.getEntriesByType("resource").length;
-      document.body.dataset.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-    </script></body>"""
-    test = written.with_name("test.html")
-    test.write_text(written.read_text().replace("</body>", script))
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
-    dom = subprocess.run([browser, *flags, test.as_uri()], capture_output=True, text=True, timeout=120).stdout
-    assert re.search(r'data-wrong=""', dom) and 'data-asked="0"' in dom and 'data-wide="0"' in dom, dom[-300:]
+    done = browsed(page.write(page.find(sweep), sweep / "report"))
+    assert done == {"wrong": "", "asked": "0", "wide": "0"}
 
 
 def test_a_report_that_cannot_be_written_is_one_line(sweep, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,69 @@
+"""What the figures of a comparison have in common: a look for each format and each method, and rows of differences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from ..compare import Configuration, Setting
+from ..differences import Difference
+from ..figures import CYCLE, GREY, MARKERS
+
+SIXTEEN = {"color": "black", "ls": "--", "lw": 1}  #: a line at 16 bit
+MOST = 40  #: configurations in the figures that give each a row or a line
+
+
+@dataclass(frozen=True)
+class Chart:
+    name: str
+    caption: str
+    figure: Figure | None = None
+
+
+class Look:
+    """A colour and a marker for each name: of a format the same in every figure; hollow is with double quantization."""
+
+    def __init__(self, names: Sequence[str], colours: Sequence[str] = CYCLE[:6]):
+        self.names = names
+        self._colour = {name: colours[i % len(colours)] for i, name in enumerate(names)}
+        self._marker = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)}
+
+    @classmethod
+    def of(cls, setting: Setting) -> "Look":
+        return cls(sorted({c.format for c in setting.configurations if not c.is_16_bit}))
+
+    def line(self, name: str) -> dict:
+        return {"color": self._colour.get(name, "black"), "marker": self._marker.get(name, "x"), "ms": 5, "lw": 1.2}
+
+    def point(self, c: Configuration) -> dict:
+        line = self.line(c.format)
+        hollow = c.config["dq"] and not c.is_16_bit
+        return {**line, "ls": "none", "mfc": "white" if hollow else line["color"], "mew": 1.1}
+
+    def legend(self, figure: Figure, dq: bool = True, **more) -> None:
+        handles = [plt.Line2D([], [], **self.line(name) | {"lw": 0}, label=name) for name in self.names]
+        if dq:
+            handles.append(plt.Line2D([], [], color=GREY, marker="o", mfc="white", lw=0, ms=5, label="with dq"))
+        handles += [plt.Line2D([], [], **style, label=label) for label, style in more.items()]
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+
+
+def forest(look: Look, panels: Mapping[str, Sequence[tuple[str, str, Difference]]], label: str) -> Figure:
+    """Differences with their 95% intervals, hollow where not distinguishable from none. panels: by title, of each
+    difference the name of its row, its format, and itself."""
+    rows = sorted({name for panel in panels.values() for name, *_ in panel})
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(9.4, 0.9 + 0.24 * len(rows)), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (title, panel) in zip(grid[0], panels.items(), strict=True):
+        for name, kind, d in panel:
+            style = look.line(kind) | {"ls": "none", "mfc": None if d.distinguishable else "white"}
+            axes.errorbar(d.delta, rows.index(name), xerr=d.half, elinewidth=0.8, **style)
+        axes.axvline(0, **SIXTEEN)
+        axes.set(xlabel=label)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_title(title)
+    grid[0][0].set_yticks(range(len(rows)), rows)
+    grid[0][0].invert_yaxis()
+    return figure
