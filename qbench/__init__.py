@@ -1,0 +1,22 @@
+"""qbench: which weight quantization format should go under a LoRA fine-tune?
+
+Once this is imported, transformers loads and saves packed models, and PEFT puts adapters on them. It takes no time: what
+knows of them is imported after they are.
+"""
+
+from importlib import import_module
+
+from .imports import after
+
+__all__ = ["QBenchConfig"]
+
+_LATER = {"QBenchConfig": "qbench.pretrained"}  # imported once it is asked for, with all that it needs
+
+after("transformers.quantizers.auto", "qbench.pretrained")
+after("peft", "qbench.lora")
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

@@ -5,50 +5,35 @@
                                        `QuantLinear`: codes; scale, with dq scale_absmax and scale_offset; where blocks are
                                        shifted the same of shift; levels where each weight has a table of its own; the
                                        bias. All else is as it was
-    model.safetensors.index.json       which tensor is in which file; written last: where it is, the checkpoint is whole
+    model.safetensors.index.json       which tensor is in which file
     and the files of the tokenizer and of generation
 
-`load` puts the packed tensors straight in their places, so that none of these weights is ever in 16 bit.
+This is what `save_pretrained` of transformers writes of such a model (without an index model.safetensors, if one file is
+enough) and `from_pretrained` reads, both through `pretrained`, and what `qbench.quantize` writes without the model. Before
+a tensor is read, the headers of the files are held against the model: here, for all of them.
 """
 
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from . import files, shards
 from .errors import InputError
 from .layers import QuantLinear, linear_layers, replace, weight_of
-from .recipe import CONFIG, KEY, Recipe, find, is_one, word
+from .recipe import CONFIG, KEY, Recipe, word
 from .shards import Contents, Spec
 
-GENERATION = "generation_config.json"
-SHARD = 4 * 10**9  #: bytes that a file of a model saved from memory has, if no single tensor has more
 _OF_OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # in older checkpoints; models compute them now
-
-
-@dataclass
-class LoadedModel:
-    """model: in eval mode, frozen, on the device."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -64,36 +49,57 @@ def reading(what: object) -> Iterator[None]:
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM of a config without its weights: parameters are on the meta device, buffers real, as computed."""
+    """The causal LM of a config without its weights: parameters are on the meta device, buffers real."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
-    for module in model.modules():
-        module._is_hf_initialized = False
-    model.initialize_weights()  # the buffers once more: some are computed in the default dtype, here not `dtype`
-    return model
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
 
 
-def pack(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """Put an empty QuantLinear in the place of each linear layer: `state_dict` then tells what a checkpoint holds."""
-    shapes = {name: weight_of(layer).shape for name, layer in linear_layers(model).items()}
-    replace(model, {name: recipe.format.empty(shape, recipe.dtype_of(name)) for name, shape in shapes.items()})
-    return model
+def named(model: PreTrainedModel, contents: Contents) -> tuple[dict[str, str], dict[str, Spec]]:
+    """What the model calls each tensor of a checkpoint, and what a header tells of it, by that name. Raises InputError."""
+    rename = _renaming(model)
+    names: dict[str, str] = {}
+    found: dict[str, Spec] = {}
+    for file, specs in contents.items():
+        for tensor, spec in specs.items():
+            names[tensor] = rename(tensor, file)
+            if names[tensor] in found:
+                raise InputError(f"{file}: {tensor} is there a second time, under another name; accepted: one of them")
+            found[names[tensor]] = spec
+    return names, found
 
 
-def packed_names(model: nn.Module) -> set[str]:
-    """The names of the tensors that the packed weights of a model are."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    return {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
+def _renaming(model: PreTrainedModel) -> Callable[[str, Path], str]:
+    """What `from_pretrained` makes of names: the model's own renamings, and the prefix of the base model on or off.
+
+    Some architectures also merge, split or turn tensors as they load; such a tensor is refused.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+
+    def rename(tensor: str, file: Path) -> str:
+        name, converted = rename_source_key(tensor, renamings, converters, prefix, state)
+        if name not in state and tensor in state:
+            return tensor
+        if converted is not None:
+            raise InputError(
+                f"{file}: {tensor} is no tensor of the {type(model).__name__}, which makes {name} of such; accepted: "
+                "checkpoints whose tensors are the model's, one by one"
+            )
+        return name
+
+    return rename
 
 
-def match(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> set[str]:
+def match(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> None:
     """Hold the tensors of a checkpoint against those of a model, by name and shape, the packed ones by dtype as well.
 
-    Returns what is not there because the model ties it to what is. Raises InputError that names the first tensor that is
-    missing, misshapen, or has no place; one that the model is known to leave aside may be there.
+    Raises InputError that names the first tensor that is missing, misshapen, or has no place. What the model ties to
+    another may be missing; what it is known to leave aside may be there.
     """
     expected = {name: Spec.of(tensor) for name, tensor in model.state_dict().items()}
-    packed = packed_names(model)
+    packed = _packed_names(model)
     aside = [*_OF_OLD, *(model._keys_to_ignore_on_load_unexpected or ())]
     for name, spec in found.items():
         if name not in expected:
@@ -108,51 +114,37 @@ def match(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> set[st
     for name in expected:
         if name not in present:
             raise InputError(f"{where}: {name} is missing")
-    return expected.keys() - found.keys()
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """The names of the tensors that the packed weights of a model are."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
 
 
 def _told(spec: Spec) -> str:
     return f"{word(spec.dtype)} {list(spec.shape)}"
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Load a packed checkpoint and its tokenizer; what is not packed is cast to `dtype`.
-
-    Raises InputError, naming file and tensor, for a checkpoint that is not what its config says.
-    """
-    recipe = find(folder)
-    if recipe is None:
-        raise InputError(f"{folder} is not packed; accepted: what qbench.quantize wrote")
-    with reading(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = pack(skeleton(AutoConfig.from_pretrained(folder, local_files_only=True), dtype), recipe)
-        if (folder / GENERATION).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    contents = shards.contents(folder)
-    missing = match(model, shards.merged(contents), folder)
-    _fill(model, contents, device, dtype)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    levels = recipe.format.empty(torch.Size([0]), dtype, device).levels
-    for module in model.modules():
-        if isinstance(module, QuantLinear) and not module.own_levels:
-            module.levels = levels
-    model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer)
+def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> dict[str, nn.Module]:
+    """The layers of a model to quantize, by name. Raises InputError for one whose weight is tied, or not of floats."""
+    layers = linear_layers(model)
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    for weight in (f"{name}.weight" for name in layers):
+        if weight in tied:
+            raise InputError(f"{where}: {weight} is tied to another tensor; accepted: linear layers of their own")
+        if not found[weight].dtype.is_floating_point:
+            raise InputError(f"{where}: {weight} is {word(found[weight].dtype)}; accepted: floating point")
+    return layers
 
 
-def _fill(model: PreTrainedModel, contents: Contents, device: torch.device, dtype: torch.dtype) -> None:
-    expected = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    for pattern, kept in model._get_dtype_plan(dtype).items():  # what a model computes in fp32, whatever the rest
-        expected |= {name: kept for name in expected.keys() - packed_names(model) if re.search(pattern, name)}
-    for file, specs in contents.items():
-        for name in [name for name in specs if name in expected]:
-            tensor = shards.read(file, name)
-            if not finite(tensor):
-                raise InputError(f"{file}: {name} holds NaN or Inf; finite values are accepted")
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            tensor = tensor.to(device, expected[name], copy=True)  # else it would stay mapped from the file
-            setattr(owner, leaf, nn.Parameter(tensor, False) if leaf in owner._parameters else tensor)
+def pack(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Put an empty QuantLinear in the place of each linear layer: `state_dict` then tells what a checkpoint holds."""
+    shapes = {name: weight_of(layer).shape for name, layer in linear_layers(model).items()}
+    replace(model, {name: recipe.format.empty(shape, recipe.dtype_of(name)) for name, shape in shapes.items()})
+    for layer in map(model.get_submodule, shapes):
+        if layer.levels is not None:  # one that many share, transformers would move to the device of the first alone
+            layer.levels = torch.empty_like(layer.levels)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -162,57 +154,8 @@ def finite(tensor: Tensor) -> bool:
     )
 
 
-def save(
-    model: PreTrainedModel,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    arguments: dict | None = None,
-    shard: int = SHARD,
-) -> None:
-    """Write a model whose linear layers are all QuantLinears, of one format.
-
-    folder: a new or empty one. arguments: what `formats.get` takes for that format; without them what the model was loaded
-    with, or the name of the format, block and dq. Raises InputError where `load` could not read it back.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    if not layers:
-        raise InputError(f"{type(model).__name__} has no packed layer; accepted: a model that is quantized")
-    recipe = Recipe.of(arguments or _arguments(model, layers), {name: layer.dtype for name, layer in layers.items()})
-    tensors = model.state_dict(keep_vars=True)
-    for tied, source in model.all_tied_weights_keys.items():
-        if tied in tensors and tensors[tied] is tensors.get(source):
-            del tensors[tied]
-    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
-    match(pack(skeleton(model.config, model.dtype), recipe), specs, folder)
-    for name, layer in layers.items():
-        levels = recipe.format.empty(torch.Size([0]), layer.dtype, layer.codes.device).levels
-        if not layer.own_levels and layer.levels is not None and not torch.equal(layer.levels, levels):
-            raise InputError(f"{name} has other levels than {recipe.format!r}; accepted: the arguments of its format")
-    folder.mkdir(parents=True, exist_ok=True)
-    if held := sorted(file.name for file in folder.iterdir()):
-        raise InputError(f"{folder} holds {', '.join(held[:3])}; accepted: a new or empty folder")
-    if tokenizer:
-        tokenizer.save_pretrained(folder)
-    if model.generation_config:
-        model.generation_config.save_pretrained(folder)
-    groups = shards.split(specs, shard)
-    contents = {folder / shards.name(i, len(groups)): group for i, group in enumerate(groups, 1)}
-    for file, group in contents.items():
-        shards.write(file, group, ((name, tensors[name]) for name in group))
-    config = json.loads(model.config.to_json_string())
-    finish(folder, config | {"architectures": [type(model).__name__], "dtype": word(model.dtype)}, recipe, contents)
-
-
-def _arguments(model: PreTrainedModel, layers: dict[str, QuantLinear]) -> dict:
-    plain = getattr(model.config, KEY, None)
-    if is_one(plain):
-        return Recipe.read(plain).arguments
-    layer = next(iter(layers.values()))
-    return {"name": layer.format, "block": layer.block, "dq": layer.dq}
-
-
 def finish(folder: Path, config: dict, recipe: Recipe, contents: Contents) -> None:
-    """Write what makes the files of tensors a checkpoint."""
+    """Write what makes the files of tensors a checkpoint; the index last: where it is, the checkpoint is whole."""
     for name, content in ((CONFIG, config | {KEY: recipe.plain()}), (shards.INDEX, shards.index(contents))):
         with files.replaced(folder / name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")

@@ -30,16 +30,51 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     head = model.get_output_embeddings()
     found = {name: m for name, m in model.named_modules() if replaceable(m) and m is not head}
     if not found:
-        raise InputError(f"model.path: {type(model).__name__} has no linear layer to quantize besides its head")
+        raise InputError(f"{type(model).__name__} has no linear layer to quantize besides its head")
     return found
 
 
 def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
     """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go."""
     for name, weight in packed.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, QuantLinear(weight, getattr(owner, child).bias))
+        layer = model.get_submodule(name)
+        conv1d = layer.conv1d if isinstance(layer, QuantLinear) else isinstance(layer, Conv1D)
+        model.set_submodule(name, QuantLinear(weight, layer.bias, conv1d))
+
+
+def unpack(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+    """Put a Linear with the dequantized weight in the place of the QuantLinear `name`."""
+    layer = model.get_submodule(name)
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(layer.packed.dequantize(dtype), requires_grad=False)
+    plain.bias = layer.bias
+    model.set_submodule(name, plain)
+
+
+def to_conv1d(model: nn.Module, name: str) -> None:
+    """Put transformers' `Conv1D` in the place of the Linear `name`."""
+    layer = model.get_submodule(name)
+    with torch.device("meta"):
+        conv = Conv1D(layer.out_features, layer.in_features)
+    conv.weight = nn.Parameter(layer.weight.t().contiguous(), layer.weight.requires_grad)
+    conv.bias = layer.bias
+    model.set_submodule(name, conv)
+
+
+class Dequantized(Tensor):
+    """What is computed from a packed weight: read like any tensor, but `data` cannot be set, as that would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what comes of it is a tensor like any other
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TypeError(
+            "a packed weight cannot take up a change; qbench.merge.merged unpacks a model and merges adapters"
+        )
 
 
 class QuantLinear(nn.Linear):
@@ -50,11 +85,14 @@ class QuantLinear(nn.Linear):
     leaves the packed weight as it is.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None):
+    _is_hf_initialized = True  # to transformers, which would draw random numbers for a weight that is not kept
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, conv1d: bool = False):
+        """conv1d: whether it stands for a `Conv1D`, which a model that is unpacked is to have again."""
         nn.Module.__init__(self)  # that of Linear would make a weight
         self.out_features, self.in_features = weight.shape
         self.format, self.bits, self.block = weight.format, weight.bits, weight.block
-        self.dtype, self.own_levels = weight.dtype, weight.own_levels
+        self.dtype, self.own_levels, self.conv1d = weight.dtype, weight.own_levels, conv1d
         self.register_buffer("codes", weight.codes)
         self.register_buffer("levels", weight.levels, persistent=weight.own_levels)
         self._scale = self._register("scale", weight.scale)
@@ -84,9 +122,9 @@ class QuantLinear(nn.Linear):
         return [self._buffers[name] for name in names]
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Dequantized:
         """W [out_features, in_features], dequantized anew each time."""
-        return self.packed.dequantize()
+        return self.packed.dequantize().as_subclass(Dequantized)
 
     @property
     def packed(self) -> QuantizedTensor:

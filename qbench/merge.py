@@ -12,8 +12,8 @@ from torch import nn
 
 from formats import Format
 
-from . import adapters, models
-from .layers import QuantLinear, replace
+from . import models
+from .layers import QuantLinear, replace, to_conv1d, unpack
 
 
 @contextmanager
@@ -33,11 +33,17 @@ def quantized_adapters(model: PeftModel, fmt: Format) -> Iterator[int]:
 
 def merged(model: PeftModel) -> nn.Module:
     """The model without its adapters, their product added to the weights, in the dtype that these had before they were
-    quantized. `model` is used up."""
+    quantized; it can be saved as any other. `model` is used up."""
     inner = model.base_model.model
-    for name in [n for n, layer in inner.named_modules() if isinstance(layer, QuantLinear)]:
-        adapters.unpack(inner, name)
-    return model.merge_and_unload()
+    packed = {name: layer.conv1d for name, layer in inner.named_modules() if isinstance(layer, QuantLinear)}
+    for name in packed:
+        unpack(inner, name)
+    whole = model.merge_and_unload()
+    for name in (name.removesuffix(".base_layer") for name, conv1d in packed.items() if conv1d):
+        to_conv1d(whole, name)
+    if quantizer := getattr(whole, "hf_quantizer", None):
+        quantizer.remove_quantization_config(whole)
+    return whole
 
 
 def requantized(model: nn.Module, names: list[str], fmt: Format) -> nn.Module:

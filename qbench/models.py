@@ -3,24 +3,33 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from formats import Format, QuantizedTensor
 
-from . import checkpoint, recipe
-from .checkpoint import LoadedModel, reading
+from . import recipe
+from .checkpoint import reading
 from .errors import InputError
 from .layers import weight_of
 
 BUNDLED = Path(__file__).parent / "assets" / "model"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class LoadedModel:
+    """model: in eval mode, frozen, on the device."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 def pick_device(name: str) -> torch.device:
@@ -141,22 +150,18 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
 
     path: a folder as `save_pretrained` or `qbench.quantize` writes it, or a hub id (the one case in which the network is
     used); None is the bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)`
-    takes; code that a checkpoint brings along is not run. A packed checkpoint is loaded as it is, see `checkpoint`. Raises
+    takes; code that a checkpoint brings along is not run. A packed checkpoint is loaded as it is, see `pretrained`. Raises
     InputError if it cannot be loaded.
     """
     if _kept and (kept := _kept.pop((path, dtype, revision, digest(path, revision)), None)):
         kept.model.to(device)
         return kept
     source = locate(path)
-    if isinstance(source, Path) and recipe.find(source):
-        return checkpoint.load(source, device, dtype)
     options = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision or "main"}
     transformers_logging.disable_progress_bar()
     with reading(f"model.path: {path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
-    if recipe.is_one(getattr(model.config, recipe.KEY, None)):
-        raise InputError(f"model.path: {path!r} is packed; accepted: a folder that it was downloaded to")
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")

@@ -20,16 +20,23 @@ CONFIG, KEY = "config.json", "quantization_config"
 @dataclass(frozen=True)
 class Recipe:
     """arguments: what `formats.get` takes: name, block, dq, and options of the format. dtype: of the weights as they
-    were; others: of the layers where it was another."""
+    were, None before they have been seen; others: of the layers where it was another. Raises InputError for arguments
+    of which there is no format."""
 
     arguments: dict
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     others: dict[str, torch.dtype]
+
+    def __post_init__(self):
+        try:
+            self.format  # noqa: B018  raises where there is none of these arguments
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{KEY}: {error.args[0]}") from error
 
     @classmethod
     def of(cls, arguments: dict, dtypes: dict[str, torch.dtype]) -> "Recipe":
-        """dtypes: of the weight of each layer, by its name."""
-        usual = Counter(dtypes.values()).most_common(1)[0][0]
+        """dtypes: of the weight of each layer, by its name; empty before they have been seen."""
+        usual = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else None
         return cls(arguments, usual, {layer: dtype for layer, dtype in dtypes.items() if dtype != usual})
 
     @cached_property
@@ -49,7 +56,7 @@ class Recipe:
             "block": self.arguments["block"],
             "dq": self.arguments["dq"],
             "options": options,
-            "dtype": word(self.dtype),
+            "dtype": None if self.dtype is None else word(self.dtype),
             "dtypes": {layer: word(dtype) for layer, dtype in self.others.items()},
         }
 
@@ -57,22 +64,17 @@ class Recipe:
     def read(cls, plain: dict) -> "Recipe":
         """Raises InputError."""
         if plain.get("version") != VERSION:
-            raise InputError(f"version {plain.get('version')!r} is unknown; accepted: {VERSION}")
+            raise InputError(f"{KEY}: version {plain.get('version')!r} is unknown; accepted: {VERSION}")
         for key, kind in (("format", str), ("block", int), ("dq", bool), ("options", dict), ("dtypes", dict)):
             if not isinstance(plain.get(key), kind):
-                raise InputError(f"{key}: {plain.get(key)!r} is not accepted; {kind.__name__} is")
+                raise InputError(f"{KEY}: {key}: {plain.get(key)!r} is not accepted; {kind.__name__} is")
         words = {word(dtype): dtype for dtype in shards.CODES if dtype.is_floating_point}
         for name in (plain.get("dtype"), *plain["dtypes"].values()):
             if name not in words:
-                raise InputError(f"dtype: {name!r} is unknown; accepted: {', '.join(words)}")
+                raise InputError(f"{KEY}: dtype: {name!r} is unknown; accepted: {', '.join(words)}")
         arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
         others = {layer: words[name] for layer, name in plain["dtypes"].items()}
-        found = cls(arguments, words[plain["dtype"]], others)
-        try:
-            found.format  # noqa: B018  raises where there is none of that recipe
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(str(error.args[0])) from error
-        return found
+        return cls(arguments, words[plain["dtype"]], others)
 
 
 def word(dtype: torch.dtype) -> str:
@@ -103,4 +105,4 @@ def find(folder: Path) -> Recipe | None:
     try:
         return Recipe.read(plain)
     except InputError as error:
-        raise InputError(f"{folder / CONFIG}: {KEY}: {error}") from error
+        raise InputError(f"{folder / CONFIG}: {error}") from error

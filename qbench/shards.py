@@ -70,38 +70,32 @@ def contents(folder: Path) -> Contents:
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         where = {}
-        found = {folder / SINGLE: header(folder / SINGLE)}
+        found = headers([folder / SINGLE])
     elif index.is_file():
         where = _weight_map(index)
-        found = {folder / file: header(folder / file) for file in sorted(set(where.values()))}
+        found = headers([folder / file for file in sorted(set(where.values()))])
     else:
         raise InputError(f"{folder} holds no weights; accepted: {SINGLE}, or {INDEX} and the files it names")
-    places: dict[str, Path] = {}
-    for file, specs in found.items():
-        for tensor in specs:
-            if tensor in places:
-                raise InputError(f"{tensor} is both in {places[tensor]} and in {file}; accepted: one of them")
-            places[tensor] = file
     for tensor, file in where.items():
         if tensor not in found[folder / file]:
             raise InputError(f"{folder / file} lacks {tensor}, which {INDEX} places there")
     return found
 
 
+def headers(files: list[Path]) -> Contents:
+    """The tensors of these files. Raises InputError for one that is missing or cut short, or has what another has."""
+    found = {file: header(file) for file in files}
+    places: dict[str, Path] = {}
+    for file, specs in found.items():
+        for tensor in specs:
+            if tensor in places:
+                raise InputError(f"{tensor} is both in {places[tensor]} and in {file}; accepted: one of them")
+            places[tensor] = file
+    return found
+
+
 def merged(contents: Contents) -> dict[str, Spec]:
     return {tensor: spec for specs in contents.values() for tensor, spec in specs.items()}
-
-
-def split(specs: dict[str, Spec], limit: int) -> list[dict[str, Spec]]:
-    """Tensors in groups of at most `limit` bytes, or of one tensor, in order."""
-    groups, size = [{}], 0
-    for tensor, spec in specs.items():
-        if groups[-1] and size + spec.nbytes > limit:
-            groups.append({})
-            size = 0
-        groups[-1][tensor] = spec
-        size += spec.nbytes
-    return groups
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -34,16 +34,22 @@ def checked(product):
             raise ValueError(f"{name}: {list(x.shape)} ends in another size than the {features} features of the weight")
         if not x.is_floating_point():
             raise TypeError(f"{name}: {x.dtype} is not accepted; a floating-point tensor is")
+        if codes.dtype != torch.uint8:
+            raise TypeError(f"{name}: codes are uint8, not {codes.dtype}")
         if codes.numel() != packed_bytes(out_features * in_features, bits):
             raise ValueError(
                 f"{name}: {codes.numel()} bytes do not hold {out_features} × {in_features} codes of {bits} bits"
             )
-        for tensor in (codes, levels, *scale, *shift):
-            if tensor.device != x.device:
-                raise ValueError(f"{name}: a tensor on {x.device} meets a weight on {tensor.device}")
+        _same_device(name, x, codes, levels, *scale, *shift)
         return product(x, codes, levels, scale, shift, bits, block, out_features, in_features)
 
     return call
+
+
+def _same_device(name: str, x: Tensor, *weight: Tensor) -> None:
+    for tensor in weight:
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: a tensor on {x.device} meets a weight on {tensor.device}")
 
 
 def _decode(x, codes, levels, scale, shift, bits, block, out_features, in_features):
@@ -67,11 +73,13 @@ library.impl("linear_dx", checked(linear_dx), "CompositeExplicitAutograd")
 
 @torch.library.register_fake("qbench::linear", lib=library)
 def _(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+    _same_device("linear", x, codes, levels, *scale, *shift)  # of tensors that are partly on meta, this is what runs
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("qbench::linear_dx", lib=library)
 def _(g, codes, levels, scale, shift, bits, block, out_features, in_features):
+    _same_device("linear_dx", g, codes, levels, *scale, *shift)
     return g.new_empty(*g.shape[:-1], in_features)
 
 

@@ -26,7 +26,7 @@ BAD_SOURCES = {
     "an index that leaves": (lambda f: edit_index(f, lambda i: i.update(a="../x")), r"names '../x'; files of the same"),
     "an index of more": (lambda f: edit_index(f, lambda i: i.update(a=shards.name(1, 5))), r"00001-of-00005.* lacks a,"),
     "NaN in a weight": (changed(UP, lambda w: w.view(-1).index_fill(0, torch.tensor(5), torch.nan).view_as(w)),
-                        rf"safetensors: {UP}: holds 1 NaN"),
+                        rf"{UP}: holds 1 NaN"),
     "Inf in what is copied": (changed("model.norm.weight", lambda w: w / 0), r"model.norm.weight holds NaN or Inf"),
     "another shape": (changed(UP, lambda w: w[1:]), rf"{UP} is bfloat16 \[95, 64\]; accepted: bfloat16 \[96, 64\]"),
     "integers": (changed(UP, lambda w: w.int()), rf"{UP} is int32; accepted: floating point"),

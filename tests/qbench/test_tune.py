@@ -11,6 +11,7 @@ from qbench import adapters, merge, models, starts
 from qbench.errors import InputError
 from qbench.functions import logits_of, next_token_loss
 from qbench.layers import QuantLinear, linear_layers, replace, weight_of
+from qbench.lora import LoraQuantLinear
 from qbench.settings import METHODS, TuneSettings
 from qbench.tune import _order, train
 
@@ -36,7 +37,7 @@ def test_learns_and_reloads(any_model, name, tmp_path):
     untouched = base(input_ids=windows()).logits
     model = adapters.add(base, targets, SETTINGS, seed=0)
     assert torch.equal(model(input_ids=windows()).logits, untouched), "B starts at zero"
-    adapted = [m for m in model.modules() if isinstance(m, adapters.LoraQuantLinear)]
+    adapted = [m for m in model.modules() if isinstance(m, LoraQuantLinear)]
     assert len(adapted) == len(targets)
     log = train(model, windows(), SETTINGS, seed=0)
     assert log.loss[-1] < log.loss[0] - 0.1 and len(log.tokens_s) == 12
@@ -226,7 +227,7 @@ def test_merged_is_the_sum(any_model, method):
         assert 0 < (near - apart).abs().max() < 0.1
     assert torch.equal(logits_of(model, windows()), apart)
     merged = merge.merged(model)
-    assert not any(isinstance(m, QuantLinear | adapters.LoraQuantLinear) for m in merged.modules())
+    assert not any(isinstance(m, QuantLinear | LoraQuantLinear) for m in merged.modules())
     assert torch.allclose(logits_of(merged, windows()), apart, atol=1e-3)
     again = merge.requantized(merged, targets, formats.get("nf4", dq=True))
     assert sum(isinstance(m, QuantLinear) for m in again.modules()) == len(targets)

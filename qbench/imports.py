@@ -1,0 +1,42 @@
+"""What follows the import of another library's module, so that a library which takes seconds to import need not be."""
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class _Follow(MetaPathFinder):
+    """Finds what others find, and once that has been imported, imports what is to follow it."""
+
+    def __init__(self):
+        self.followers: dict[str, str] = {}
+
+    def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
+        if name not in self.followers:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if follower := self.followers.pop(module.__name__, None):
+                    import_module(follower)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+_follow = _Follow()
+sys.meta_path.insert(0, _follow)
+
+
+def after(name: str, follower: str) -> None:
+    """Import the module `follower` once the module `name` has been imported, now if it is."""
+    if name in sys.modules:
+        import_module(follower)
+    else:
+        _follow.followers[name] = follower

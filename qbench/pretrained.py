@@ -1,0 +1,142 @@
+"""What transformers asks when it loads a model that is packed, or is to be, and when it saves one.
+
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=QBenchConfig("nf4", block=64, dq=True))
+
+quantizes a 16-bit checkpoint, each weight as it is read: those of a run, of every linear layer but the output head.
+`save_pretrained` then writes a packed checkpoint (`checkpoint`), and `from_pretrained` puts the packed weights of one
+straight in their places, so that none of them is ever in 16 bit.
+
+transformers is half imported when this module is, so its models are imported where they are used.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import shards
+from .errors import InputError
+from .recipe import METHOD, Recipe
+
+
+@register_quantization_config(METHOD)
+class QBenchConfig(QuantizationConfigMixin):
+    """A format, as `from_pretrained` takes it for its `quantization_config`, and as config.json holds it: a `Recipe`.
+
+    format, block, dq and options: what `formats.get` takes. Raises InputError where that does.
+    """
+
+    quant_method = METHOD
+
+    def __init__(self, format: str, block: int = 64, dq: bool = False, **options):
+        self.recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """Raises InputError for what is no recipe."""
+        recipe = Recipe.read(config_dict)
+        config = cls(recipe.arguments["name"])
+        config.recipe = recipe
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict:
+        return self.recipe.plain()
+
+    to_diff_dict = to_dict
+
+
+@register_quantizer(METHOD)
+class QBenchQuantizer(HfQuantizer):
+    """Packs the layers of a model that is being loaded, and sees to it that nothing else happens to them.
+
+    Raises InputError that names the tensor for a checkpoint, packed or not, that is not what its config says.
+    """
+
+    is_trainable = True  # adapters are
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.quantization_config.recipe
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        from . import checkpoint
+
+        if not checkpoint_files:
+            raise InputError("a state_dict is not accepted; a checkpoint in safetensors is")
+        files = [Path(file) for file in checkpoint_files]
+        self.where = files[-1].parent
+        for file in files:
+            if file.parent != self.where:
+                raise InputError(f"{self.where}: {file} is in another folder; files of the same are accepted")
+        contents = shards.headers(files)
+        if self.pre_quantized:
+            checkpoint.pack(model, self.recipe)
+        _, found = checkpoint.named(model, contents)
+        checkpoint.match(model, found, self.where)
+        self.waiting = set() if self.pre_quantized else checkpoint.layers_of(model, found, self.where).keys()
+        self.refused: InputError | None = None
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        return param_name.removesuffix(".weight") in self.waiting and param_name.endswith(".weight")
+
+    def param_element_size(self, model, param_name: str, param: Tensor) -> float:
+        """Bytes a weight, for `device_map="auto"`."""
+        if self.param_needs_quantization(model, param_name):
+            return self.recipe.format.count_bytes(param.numel()) / param.numel()
+        return super().param_element_size(model, param_name, param)
+
+    def get_quantize_ops(self) -> "QBenchQuantizer":
+        return self
+
+    def convert(self, input_dict: dict, model=None, missing_keys: set[str] | None = None, **kwargs) -> dict:
+        """Put a weight that has been read in its place, packed."""
+        from .layers import replace, weight_of
+
+        ((name, weight),) = input_dict.items()
+        layer = name.removesuffix(".weight")
+        weight = weight_of(model.get_submodule(layer), weight[0] if isinstance(weight, list) else weight)
+        try:
+            if not self.refused:
+                replace(model, {layer: self.recipe.format.quantize(weight, name=f"{self.where}: {name}")})
+                missing_keys.discard(name)
+        except ValueError as error:
+            self.refused = InputError(str(error))  # raised here, transformers would put it into a table of warnings
+        return {}
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        from .checkpoint import finite
+        from .layers import QuantLinear
+
+        if self.refused:
+            raise self.refused
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_meta and not finite(tensor):
+                raise InputError(f"{self.where}: {name} holds NaN or Inf; finite values are accepted")
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        for name, layer in layers.items():
+            if layer.codes.is_meta and "disk" in model.hf_device_map.values():  # older releases round what they offload
+                raise InputError(f"{name} would be on disk; accepted: offload_buffers=False")
+            if not layer.own_levels and layer.levels is not None:  # no tensor of the checkpoint
+                layer.levels = self.recipe.format.empty(torch.Size([0]), layer.dtype, layer.levels.device).levels
+        if not self.pre_quantized:
+            dtypes = {name: layer.dtype for name, layer in layers.items()}
+            self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes)
+        self.layers = list(layers)
+        return model
+
+    def get_state_dict_and_metadata(self, model) -> tuple[None, dict]:
+        """Raises InputError where `from_pretrained` could not read back what would be saved."""
+        from .layers import QuantLinear
+
+        only_adapters = getattr(model, "_hf_peft_config_loaded", False)
+        for name in [] if only_adapters else self.layers:
+            if not isinstance(layer := model.get_submodule(name), QuantLinear):
+                raise InputError(f"{name} is a {type(layer).__name__}; accepted: a model as it was loaded")
+        return None, {}
