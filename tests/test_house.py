@@ -16,12 +16,14 @@ from qbench.jobs import CONF, choices
 ROOT = Path(__file__).parent.parent
 # what each part may import of the house: itself and what is listed before it
 ORDER = [
+    "imports",
     "errors",
     "files",
     "record",
     "ops",
     "layers",
     "functions",
+    "lora",
     "measure",
     "optim",
     "starts",
@@ -29,6 +31,7 @@ ORDER = [
     "shards",
     "recipe",
     "checkpoint",
+    "pretrained",
     "models",
     "data",
     "adapters",
