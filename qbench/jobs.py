@@ -88,7 +88,7 @@ def job(config: DictConfig) -> None:
         sweep = Path(hydra.sweep.dir)
     with stderr.status("starting"):  # transformers and PEFT take seconds to import
         from qbench import fresh, models
-        from qbench.run import run  # noqa: F401  so that a child has it
+        from qbench.experiment import run  # noqa: F401  so that a child has it
     attempt = partial(_attempt, config, folder, sweep, started)
     if not fresh.possible():
         codes.append(attempt())
@@ -120,7 +120,7 @@ def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> in
     """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
     from qbench import track
     from qbench.report import terminal
-    from qbench.run import run
+    from qbench.experiment import run
 
     try:
         with record.kept(folder, record.blank(config)) if sweep else nullcontext():

@@ -42,7 +42,7 @@ ORDER = [
     "phases",
     "track",
     "fresh",
-    "run",
+    "experiment",
     "quantize",
     "plan",
     "bench",
