@@ -1,5 +1,6 @@
 """How a packed checkpoint is packed, as its config.json tells: the format, and the dtypes that the weights had."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import torch
 
 import formats
 from formats import Format
+from formats.contract import first_line
 
 from . import record, shards
 from .errors import InputError
@@ -66,12 +68,15 @@ class Recipe:
             if name not in words:
                 raise InputError(f"dtype: {name!r} is unknown; accepted: {', '.join(words)}")
         arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
+        module = plain["format"].rpartition(".")[0]
+        if module and module not in sys.modules:  # its code would run
+            raise InputError(f"format: {plain['format']} is code that a checkpoint only names; accepted once {module} is imported")
         others = {layer: words[name] for layer, name in plain["dtypes"].items()}
         found = cls(arguments, words[plain["dtype"]], others)
         try:
             found.format  # noqa: B018  raises where there is none of that recipe
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(str(error.args[0])) from error
+            raise InputError(first_line(error)) from error
         return found
 
 
