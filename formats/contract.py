@@ -21,6 +21,7 @@ class BrokenContract(AssertionError, ValueError):
 
 
 Property = Callable[[Format, Tensor], None]
+PLAIN = ("format", "bits", "block", "own_levels", "shape", "dtype")  #: what a quantized tensor says of itself
 
 
 def expect(holds: bool, found: object, expected: object) -> None:
@@ -54,21 +55,19 @@ def table(fmt: Format, w: Tensor) -> None:
     """
     if fmt.bits == 16:
         return
+    n = 2**fmt.bits
     if not fmt.own_levels:
         levels = getattr(fmt, "levels", None)
         numbers = isinstance(levels, tuple | list) and all(isinstance(x, int | float) and isfinite(x) for x in levels)
         expect(numbers, f"levels are {levels!r:.60}", "finite numbers")
-        expect(len(levels) == 2**fmt.bits, f"there are {len(levels)} levels", f"{2**fmt.bits}, one a code of {fmt.bits} bits")
+        expect(len(levels) == n, f"there are {len(levels)} levels", f"{n}, one a code of {fmt.bits} bits")
     book = fmt.codebook(w.detach().reshape(-1).float())
     expect(isinstance(book, Codebook), f"codebook gives a {type(book).__name__}", "a Codebook")
-    n = 2**fmt.bits
-    for what, tensor, dtype, size in (
-        ("levels", book.levels, torch.float32, n),
-        ("boundaries", book.boundaries, torch.float32, n - 1),
-        ("order", book.order, torch.uint8, n),
-    ):
-        expect(_is(tensor, dtype, (size,)), f"the {what} of the codebook are {_told(tensor)}", f"{_word(dtype)} [{size}]")
-        expect(tensor.isfinite().all(), f"the {what} of the codebook hold NaN or Inf", "finite ones")
+    wanted = {"levels": f"float32 [{n}]", "boundaries": f"float32 [{n - 1}]", "order": f"uint8 [{n}]"}
+    for part, told in wanted.items():
+        tensor = getattr(book, part)
+        expect(_told(tensor) == told, f"the {part} of the codebook are {_told(tensor)}", told)
+        expect(tensor.isfinite().all(), f"the {part} of the codebook hold NaN or Inf", "finite ones")
     expect(book.order.sort().values.tolist() == list(range(n)), f"order is {book.order.tolist()}", "every code once")
     ranked = book.levels[book.order.long()]
     between = (ranked[:-1] <= book.boundaries) & (book.boundaries <= ranked[1:])
@@ -82,15 +81,14 @@ def round_trip(fmt: Format, w: Tensor) -> None:
     """What is decoded has the shape and the dtype of what was quantized, or the dtype asked for, and is finite."""
     q = fmt.quantize(w)
     expect(isinstance(q, QuantizedTensor), f"quantize gives a {type(q).__name__}", "a QuantizedTensor")
-    told = (q.format, q.bits, q.block, q.shape, q.dtype, q.own_levels)
-    expected = (fmt.name, fmt.bits, fmt.block, w.shape, w.dtype, fmt.own_levels)
-    for what, found, wanted in zip(("format", "bits", "block", "shape", "dtype", "own_levels"), told, expected, strict=True):
-        expect(found == wanted, f"the {what} of the quantized tensor is {found!r}", f"{wanted!r}")
+    wanted = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
+    for part, value in zip(PLAIN, wanted, strict=True):
+        expect(getattr(q, part) == value, f"{part} of the quantized tensor is {getattr(q, part)!r}", repr(value))
     for dtype in (None, torch.float32, torch.bfloat16):
-        back = q.dequantize(dtype)
-        expect(_is(back, dtype or w.dtype, w.shape), f"decoded is {_told(back)}", f"{_word(dtype or w.dtype)} {list(w.shape)}")
-    bad = int((~q.dequantize(torch.float32).isfinite()).sum())
-    expect(not bad, f"{bad} decoded weights are NaN or Inf", "finite ones")
+        back, told = q.dequantize(dtype), f"{_word(dtype or w.dtype)} {list(w.shape)}"
+        expect(_told(back) == told, f"dequantize({dtype or ''}) is {_told(back)}", told)
+        bad = int((~back.float().isfinite()).sum())
+        expect(not bad or dtype != torch.float32, f"{bad} decoded weights are NaN or Inf", "finite ones")
 
 
 def counted(fmt: Format, w: Tensor) -> None:
@@ -109,14 +107,12 @@ def counted(fmt: Format, w: Tensor) -> None:
 def declared(fmt: Format, w: Tensor) -> None:
     """`empty` has what `quantize` stores: every tensor with its dtype and shape, and levels that are the format's."""
     q, e = fmt.quantize(w), fmt.empty(w.shape, w.dtype, w.device)
-    parts = ("codes", "scale", "shift", "levels")
-    for part in parts:
-        found, expected = ([_told(t) for t in _tensors(getattr(side, part))] for side in (e, q))
-        expect(found == expected, f"the {part} of empty: {', '.join(found) or 'none'}", f"{', '.join(expected) or 'none'}, as quantized")
-    fields = ("format", "bits", "block", "shape", "dtype", "own_levels")
-    for name in fields:
-        found, expected = getattr(e, name), getattr(q, name)
-        expect(found == expected, f"the {name} of empty is {found!r}", f"{expected!r}, as quantized")
+    for part in ("codes", "scale", "shift", "levels"):
+        found, wanted = (", ".join(map(_told, _tensors(getattr(side, part)))) or "none" for side in (e, q))
+        expect(found == wanted, f"{part} of empty: {found}", f"{wanted}, as quantized")
+    for part in PLAIN:
+        found, wanted = getattr(e, part), getattr(q, part)
+        expect(found == wanted, f"{part} of empty is {found!r}", f"{wanted!r}, as quantized")
     if q.levels is not None and not q.own_levels:
         expect(torch.equal(e.levels, q.levels), "empty has other levels than what is quantized", "the same")
 
@@ -142,8 +138,8 @@ def failure(prop: Property, fmt: Format, w: Tensor, on: str) -> BrokenContract |
     try:
         prop(fmt, w)
     except Exception as error:
-        told = str(error) if isinstance(error, BrokenContract) else f"it raised {type(error).__name__}: {first_line(error)}"
-        found = BrokenContract(f"{prop.__name__}: on {on}: {told}")
+        raised = "" if isinstance(error, BrokenContract) else f"it raised {type(error).__name__}: "
+        found = BrokenContract(f"{prop.__name__}: on {on}: {raised}{first_line(error)}")
         found.__cause__ = error
         return found
     return None
@@ -161,10 +157,6 @@ def first_line(error: BaseException) -> str:
     """The message of an exception, its first line; without one, its type."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-
-
-def _is(tensor: object, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.shape == shape
 
 
 def _tensors(part: object) -> list:

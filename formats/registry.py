@@ -122,10 +122,11 @@ def get(name: str, block: int = 64, dq: bool = False, **options) -> Format:
 def _check_name(entry: Entry, fmt: Format, expected: str | None) -> None:
     own = getattr(fmt, "name", None)
     other = _entries.get(own)
-    if expected and own != expected:
-        raise BrokenContract(f"{entry.path} breaks the contract of a format: naming: name is {own!r}; expected {expected!r}")
+    why = f"; expected {expected!r}" if expected and own != expected else ""
     if other and other.path != entry.path:
-        raise BrokenContract(f"{entry.path} breaks the contract of a format: naming: name is {own!r}, that of {other.path}")
+        why = f", which is taken, by {other.path}"
+    if why:
+        raise BrokenContract(f"{entry.path} breaks the contract of a format: naming: name is {own!r}{why}")
 
 
 def find(name: str) -> Entry:

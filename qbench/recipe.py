@@ -69,8 +69,8 @@ class Recipe:
                 raise InputError(f"dtype: {name!r} is unknown; accepted: {', '.join(words)}")
         arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
         module = plain["format"].rpartition(".")[0]
-        if module and module not in sys.modules:  # its code would run
-            raise InputError(f"format: {plain['format']} is code that a checkpoint only names; accepted once {module} is imported")
+        if module and module not in sys.modules:  # a checkpoint may name code, not run it
+            raise InputError(f"format: {plain['format']} is code of yours; accepted once {module} is imported")
         others = {layer: words[name] for layer, name in plain["dtypes"].items()}
         found = cls(arguments, words[plain["dtype"]], others)
         try:

@@ -1,8 +1,10 @@
-"""The tensors that break formats: odd lengths, rows that are no whole blocks, zero blocks, outliers, ties, tiny, huge."""
+"""The tensors that break formats: odd lengths, rows that are no whole blocks, zero blocks, outliers, ties, tiny, huge.
+
+They are made anew each time that they are asked for: a format may have spoiled them.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,13 +35,11 @@ def none() -> tuple[Case, ...]:
     return (("no tensor", torch.zeros(0)),)
 
 
-@lru_cache
 def shapes() -> tuple[Case, ...]:
     g = torch.Generator().manual_seed(0)
     return _named(("normal", make("normal", shape, g)) for shape in SHAPES)
 
 
-@lru_cache
 def every() -> tuple[Case, ...]:
     """Each shape, kind, size and dtype, and memory that is not contiguous or is a parameter."""
     g = torch.Generator().manual_seed(1)

@@ -62,7 +62,7 @@ def scaled(fmt: Format, w: Tensor) -> None:
     q, n = fmt.quantize(w), block_count(w.numel(), fmt.block)
     if q.levels is None:
         return
-    expect(bool(q.shift) == fmt.shifted, f"there are {'' if q.shift else 'no '}shifts", f"as shifted = {fmt.shifted} has it")
+    expect(bool(q.shift) == fmt.shifted, f"shifted is {fmt.shifted}", bool(q.shift))
     for what, stored in (("scales", q.scale), ("shifts", q.shift)):
         values = decode_scales(stored) if stored else w.new_empty(0)
         expect(values.numel() == (n if stored else 0), f"there are {values.numel()} {what}", f"{n}, one a block")
@@ -92,13 +92,13 @@ def nearest(fmt: Format, w: Tensor) -> None:
 
 
 def idempotent(fmt: Format, w: Tensor) -> None:
-    """Where the scale is the absmax of the block, and −1 and 1 are levels, what is decoded quantizes to itself, in fp32."""
+    """Where the scale is the absmax of the block, and −1 and 1 are levels, what is decoded in fp32 quantizes to itself."""
     q = fmt.quantize(w.detach().float())
     if q.levels is None or fmt.dq or q.shift or q.own_levels or not w.numel():
         return
     absmax = reduce_blocks(w.detach().reshape(-1).float(), fmt.block, lambda x: x.abs().amax(1))
     unit = float(q.levels.min()) == -1 and float(q.levels.max()) == 1
-    small = ((0 < absmax) & (absmax < 1e-30)).any()  # not all bits of fp32
+    small = ((absmax > 0) & (absmax < 1e-30)).any()  # not all bits of fp32
     if small or not unit or not torch.equal(decode_scales(q.scale), absmax):
         return
     back = q.dequantize(torch.float32)

@@ -50,7 +50,9 @@ def saved(fmt: Format, w: Tensor) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
             before, after = (m.get_submodule(name).packed for m in (model, loaded))
-            expect(len(after.stored) == len(before.stored), f"{name} has {len(after.stored)} tensors", len(before.stored))
+            expect(
+                len(after.stored) == len(before.stored), f"{name} has {len(after.stored)} tensors", len(before.stored)
+            )
             same = all(torch.equal(a, b) for a, b in zip(before.stored, after.stored, strict=True))
             expect(same, f"what {name} stores is loaded as other bytes", "the same")
     tokens = torch.arange(24).view(2, 12)
