@@ -2,7 +2,9 @@
 
 To write a format, subclass `Format` in a file of its own, give it a name, a number of bits and its levels, and register
 it; `nf4.py` is the shortest example. Where the scale is not the absmax of the block, override `scale_and_shift`; where
-the levels depend on the tensor, override `codebook`; where something else is stored, `quantize` and `empty`.
+the levels depend on the tensor, override `codebook`; where something else is stored, `quantize` and `empty`. What else
+there is to choose are arguments of the constructor, with defaults, and told by the name: see `fp4.py`. What all of that
+must keep is in `contract.py`.
 """
 
 from dataclasses import dataclass
@@ -108,10 +110,12 @@ class Format:
 
     name: str
     bits: int
-    source: ClassVar[str]  #: where the format is defined: paper and equation, or the code that is its definition
+    source: str  #: where the format is defined: paper and equation, or the code that is its definition
     levels: tuple[float, ...]  #: the fixed table L, indexed by code
     shifted: bool = False  #: whether blocks carry a shift z
     own_levels: bool = False  #: whether each tensor carries a table of its own
+    fixed: ClassVar[dict[str, object]] = {}  #: block and dq, where there is one choice: a sweep over them is one run
+    arguments: dict | None = None  #: what `formats.get` was given for it
 
     def __init__(self, block: int = 64, dq: bool = False):
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:

@@ -16,6 +16,11 @@ MAGNITUDES = {
     "e2m1": tuple(m / 6 for m in (0, 0.5, 1, 1.5, 2, 3, 4, 6)),
     "e3m0": (0.0, *(2.0**e for e in range(-6, 1))),
 }
+SOURCES = {
+    "bnb": "bitsandbytes",
+    "e2m1": "OCP MX 1.0, section 5.3.3",
+    "e3m0": "QLoRA, arXiv 2305.14314, Table 2",
+}
 
 
 @register("fp4")
@@ -25,12 +30,12 @@ class FP4(Format):
     """variant: `bnb`, `e2m1` or `e3m0`; codes 0–7 are the magnitudes, 8–15 the same with the sign bit set."""
 
     bits = 4
-    source = "bitsandbytes (bnb); OCP MX 1.0, section 5.3.3 (e2m1); QLoRA, arXiv 2305.14314, Table 2 (e3m0)"
 
     def __init__(self, block: int = 64, dq: bool = False, variant: str = "bnb"):
         super().__init__(block, dq)
         if variant not in MAGNITUDES:
             raise ValueError(f"unknown variant {variant!r} of fp4; there are: {', '.join(MAGNITUDES)}")
         self.name = "fp4" if variant == "bnb" else f"fp4_{variant}"
+        self.source = SOURCES[variant]
         magnitudes = MAGNITUDES[variant]
         self.levels = magnitudes + tuple(0.0 - m for m in magnitudes)  # 0 − 0 is +0: zeros decode to +0

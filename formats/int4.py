@@ -20,11 +20,11 @@ from .format import Format
 @register("int4_asym", symmetric=False)
 class Int4(Format):
     bits = 4
-    source = "QLoRA, arXiv 2305.14314, Table 2 (symmetric); GPTQ, arXiv 2210.17323 (asymmetric)"
 
     def __init__(self, block: int = 64, dq: bool = False, symmetric: bool = True):
         super().__init__(block, dq)
         self.name = "int4" if symmetric else "int4_asym"
+        self.source = "QLoRA, arXiv 2305.14314, Table 2" if symmetric else "GPTQ, arXiv 2210.17323, section 4"
         self.shifted = not symmetric
         self.levels = tuple(i / 7 for i in range(-8, 8)) if symmetric else tuple(i / 15 for i in range(16))
 

@@ -1,8 +1,10 @@
 """No quantization: 16 bits a weight, the baseline every other format is compared with, through the same path.
 
 A code is the weight itself in bf16 (or fp16, where the checkpoint has it), so there are no levels and no scales, and the
-block size and double quantization mean nothing.
+block size and double quantization mean nothing: they are fixed.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ class Unquantized(Format):
     name = "none"
     bits = 16
     source = "IEEE 754 binary16; bfloat16"
+    fixed: ClassVar = {"block": 64, "dq": False}
 
     def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
         if not w.is_floating_point():

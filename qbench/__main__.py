@@ -9,7 +9,8 @@ import hydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from qbench import jobs
+import formats
+from qbench import groups, jobs
 from qbench.jobs import CONF, HERE, stderr
 
 EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
@@ -20,13 +21,20 @@ LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm":
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
+    if "--formats" in sys.argv[1:]:
+        from qbench import catalog
+
+        return catalog.show()
     sys.modules.setdefault(
         "bitsandbytes", None
     )  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     jobs.codes.clear()
+    groups.store()
     sweep = sweep_folder(sys.argv[1:])
+    # keys of a format come with it, and before a sweep has chosen one there is none: hence `++`
+    sys.argv[1:] = [f"++{argument}" if argument.startswith("format.") else argument for argument in sys.argv[1:]]
     first = next((i for i, argument in enumerate(sys.argv) if i and "=" in argument), len(sys.argv))  # side by side
     ours = [f"hydra.searchpath=[file://{EXPERIMENTS.parent}]", *([f"hydra.sweep.dir={sweep}"] if sweep else [])]
     sys.argv[first:first] = ours
@@ -82,6 +90,8 @@ def one_line(error: Exception) -> str:
     """Hydra's message of several lines, as one that names the input and what is accepted."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == groups.GROUP and (problem := formats.problems().get(name)):
+            return f"format: {problem}"
         extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
         install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
         return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"

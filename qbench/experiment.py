@@ -78,7 +78,8 @@ class Experiment:
             self.text = data.read(settings.data.path)
             weights = models.digest(settings.model.path, settings.model.revision)
             self.digests = {"weights": weights, "text": self.text.digest}
-            result["run"]["id"] = record.run_id(result["config"], **self.digests)
+            code = [record.format_digest(fmt) for fmt in settings.formats]
+            result["run"]["id"] = record.run_id(result["config"], **self.digests, formats=code)
 
     def load(self) -> None:
         settings, text = self.settings, self.text

@@ -15,10 +15,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import formats
 from qbench import record
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
+from qbench.groups import format_of, settle
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -27,15 +27,10 @@ INTERRUPTED = 130
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def choices() -> list[str]:
-    """What +format= accepts."""
-    return sorted(file.stem for file in (CONF / "format").glob("*.yaml"))
-
-
 def plain(config: DictConfig) -> dict:
     """The resolved config, without Hydra's own part."""
     keys = [key for key in config if key != "hydra"]
-    return OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    return settle(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
 
 
 def config_hash(*, _root_: DictConfig) -> str:
@@ -48,17 +43,6 @@ def config_hash(*, _root_: DictConfig) -> str:
 
 
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
-
-
-def format_of(config: dict) -> formats.Format:
-    """The format of a resolved config. Raises InputError."""
-    recipe = config.get("format")
-    if not isinstance(recipe, dict):
-        raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
-    try:
-        return formats.get(**recipe)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"format: {error.args[0]}") from error
 
 
 def settings_of(config: dict):

@@ -1,5 +1,6 @@
 """How a packed checkpoint is packed, as its config.json tells: the format, and the dtypes that the weights had."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import torch
 
 import formats
 from formats import Format
+from formats.contract import first_line
 
 from . import record, shards
 from .errors import InputError
@@ -31,7 +33,7 @@ class Recipe:
         try:
             self.format  # noqa: B018  raises where there is none of these arguments
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{KEY}: {error.args[0]}") from error
+            raise InputError(f"{KEY}: {first_line(error)}") from error
 
     @classmethod
     def of(cls, arguments: dict, dtypes: dict[str, torch.dtype]) -> "Recipe":
@@ -73,6 +75,9 @@ class Recipe:
             if name not in words:
                 raise InputError(f"{KEY}: dtype: {name!r} is unknown; accepted: {', '.join(words)}")
         arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
+        module = plain["format"].rpartition(".")[0]
+        if module and module not in sys.modules:  # a checkpoint may name code, not run it
+            raise InputError(f"{KEY}: format: {plain['format']} is code of yours; accepted once {module} is imported")
         others = {layer: words[name] for layer, name in plain["dtypes"].items()}
         return cls(arguments, words[plain["dtype"]], others)
 

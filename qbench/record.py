@@ -9,7 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from formats import Format
+from formats.registry import ours
 
 from . import files
 from .errors import InputError
@@ -179,8 +182,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def run_id(config: dict, **digests: str | None) -> str:
-    """The hash of all that decides a result: configuration, code, and the digests of weights and text."""
+def run_id(config: dict, **digests: str | list[str | None] | None) -> str:
+    """The hash of all that decides a result: configuration, code, and the digests of weights, text and formats."""
     decisive = json.dumps([config, code_digest(), digests], sort_keys=True)
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
@@ -188,12 +191,27 @@ def run_id(config: dict, **digests: str | None) -> str:
 @lru_cache
 def code_digest() -> str:
     """SHA-256 over the Python files of `qbench` and `formats` that have a part in the numbers of a run."""
+    aside = {"report", "bench", "plan", "testing"}
+    found = [file for package in ("formats", "qbench") for file in (_ROOT / package).rglob("*.py")]
+    return _digest(_ROOT, (file for file in found if not aside & set(file.relative_to(_ROOT).parts)))
+
+
+def format_digest(fmt: Format) -> str | None:
+    """SHA-256 over the Python files of the module or the package that a format comes from; None for one of `formats`,
+    which `code_digest` has, and of a notebook, which has no file."""
+    top = sys.modules.get(type(fmt).__module__.partition(".")[0])
+    if ours(type(fmt)) or not (getattr(top, "__file__", None) or getattr(top, "__path__", None)):
+        return None
+    roots = [Path(folder) for folder in getattr(top, "__path__", [])]
+    if not roots:
+        return _digest(Path(top.__file__).parent, [Path(top.__file__)])
+    return "".join(_digest(root, root.rglob("*.py")) for root in roots)
+
+
+def _digest(root: Path, found: Iterable[Path]) -> str:
     total = hashlib.sha256()
-    for package in ("formats", "qbench"):
-        for file in sorted((_ROOT / package).rglob("*.py")):
-            if {"report", "bench", "plan"} & set(file.relative_to(_ROOT).parts):
-                continue
-            total.update(str(file.relative_to(_ROOT)).encode() + file.read_bytes())
+    for file in sorted(found):
+        total.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return total.hexdigest()
 
 

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 
 import formats
 from formats import Format
+from formats.contract import first_line
+from formats.registry import ours
 
 from . import optim, starts
 from .errors import InputError, integer
@@ -109,7 +111,7 @@ class TuneSettings:
             try:
                 formats.get(self.adapter_format, block=self.adapter_block)
             except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"tune.adapter_format: {error.args[0]}") from error
+                raise InputError(f"tune.adapter_format: {first_line(error)}") from error
         if self.batch % self.accumulate:
             raise InputError(f"tune.accumulate: {self.accumulate} does not divide tune.batch={self.batch}")
         optim.checked(self.optimizer_budget, self.optimizer_page)
@@ -141,11 +143,17 @@ class Settings:
                 " with it: +format=none"
             )
 
+    @property
+    def formats(self) -> list[Format]:
+        """All that have a part in the numbers."""
+        adapters = self.tune and self.tune.adapter_format
+        return [self.format, *([formats.get(adapters, block=self.tune.adapter_block)] if adapters else [])]
+
     def plain(self, **found: str | int) -> dict:
         """The configuration as JSON holds it; `found` tells device, dtype and seq once they are no longer `auto`."""
         model, data = asdict(self.model), asdict(self.data)
         return {
-            "format": {"name": self.format.name, "source": self.format.source},
+            "format": _plain(self.format),
             "block": self.format.block,
             "dq": self.format.dq,
             "seed": self.seed,
@@ -155,3 +163,9 @@ class Settings:
             "tune": asdict(self.tune) if self.tune else {"method": "none"},
             "eval": asdict(self.eval),
         }
+
+
+def _plain(fmt: Format) -> dict:
+    """The name tells a format of ours; one of another package is told by its class as well."""
+    plain, cls = {"name": fmt.name, "source": fmt.source}, type(fmt)
+    return plain if ours(cls) else {**plain, "class": f"{cls.__module__}.{cls.__qualname__}"}

@@ -2,20 +2,19 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from qbench import groups
 from qbench.__main__ import one_line
 from qbench.errors import InputError
-from qbench.jobs import CONF, choices, format_of, plain, stderr
+from qbench.groups import format_of
+from qbench.jobs import CONF, plain, stderr
 
 
 def main() -> int:
@@ -26,9 +25,10 @@ def main() -> int:
         stderr.print("qbench: --multirun: a plan is one at a time; accepted: sweep=true, which compares formats")
         return 2
     codes.clear()
+    groups.store()
     try:
-        with _formats_alone():
-            hydra.main(version_base="1.3", config_path=str(CONF / "plan"), config_name="config")(job)()
+        # its own folder of conf/: beside the group `model`, Hydra would take `model=` for a choice of that
+        hydra.main(version_base="1.3", config_path=str(CONF / "plan"), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         stderr.print(f"qbench: {one_line(error)}")
         return 2
@@ -36,18 +36,6 @@ def main() -> int:
         stderr.print("qbench: interrupted")
         return 130
     return max(codes, default=0)
-
-
-@contextmanager
-def _formats_alone() -> Iterator[None]:
-    """Hydra finds the group `format` of conf/, and no other: the group `model` would take `model=` for its own."""
-    repo = ConfigStore.instance().repo
-    for name in choices():
-        ConfigStore.instance().store(group="format", name=name, node=OmegaConf.load(CONF / "format" / f"{name}.yaml"))
-    try:
-        yield
-    finally:
-        del repo["format"]  # for other commands in this process Hydra would take them for schemas
 
 
 codes: list[int] = []  #: what came of the job: 0 done, 2 bad input

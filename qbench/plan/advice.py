@@ -7,7 +7,7 @@ from math import gcd
 import formats
 from formats import Format
 
-from ..errors import InputError
+from ..errors import InputError, integer
 from .count import Plan, count
 from .settings import PlanSettings
 from .shapes import Shape
@@ -61,7 +61,8 @@ def _words(before: PlanSettings, after: PlanSettings) -> str:
         if getattr(after, key) != getattr(before, key):
             said.append(f"{key}={str(getattr(after, key)).lower()}")
     if after.format is not before.format:
-        said.append(f"+format={after.format.name} dq={str(after.format.dq).lower()}")
+        other = after.format.name != getattr(before.format, "name", None)
+        said.append(f"+format={after.format.name} " * other + f"dq={str(after.format.dq).lower()}")
     if after.dtype.adapters != before.dtype.adapters:
         said.append(f"dtype.adapters={after.dtype.adapters}")
     return " ".join(said)
@@ -97,27 +98,31 @@ def _halves(value: int, least: int) -> list[int]:
 
 def _smaller(fmt: Format) -> list[Format]:
     """The same format with double quantization, and NF4 with it, where they take fewer bytes."""
-    others = [formats.get(name, block=fmt.block, dq=True) for name in dict.fromkeys((fmt.name, "nf4"))]
+    same = {**(fmt.arguments or {"name": fmt.name, "block": fmt.block}), "dq": True}
+    others = [formats.get(**same), *([formats.get("nf4", block=fmt.block, dq=True)] if fmt.name != "nf4" else [])]
     return [other for other in others if other.count_bytes(2**20) < fmt.count_bytes(2**20)]
 
 
 def sweep(shape: Shape, settings: PlanSettings, blocks: tuple[int, ...]) -> list[Plan]:
     """The plan under every registered format, with and without double quantization, at each block; the smallest first.
 
-    A format that knows neither is one plan. Raises InputError for a block that is no positive integer.
+    A format that knows neither is one plan, one of another package that refuses a block or cannot be used is left out.
+    Raises InputError for a block that is no positive integer.
     """
     if settings.method == "full":
         raise InputError(
             "sweep: method=full trains 16-bit weights, there are no formats to compare; accepted: lora, none"
         )
+    for block in blocks:
+        integer("blocks", block)
     plans, seen = [], set()
     for name in formats.names():
         for block in blocks:
             for dq in (False, True):
                 try:
                     fmt = formats.get(name, block=block, dq=dq)
-                except ValueError as error:
-                    raise InputError(f"blocks: {error}") from error
+                except ValueError:
+                    continue
                 plan = count(shape, settings.but(format=fmt))
                 key = name, plan.needed
                 if key not in seen:

@@ -11,10 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from qbench import groups
 from qbench.__main__ import one_line
 from qbench.errors import InputError
 from qbench.files import Busy
-from qbench.jobs import CONF, INTERRUPTED, format_of, plain, stderr
+from qbench.groups import format_of
+from qbench.jobs import CONF, INTERRUPTED, plain, stderr
 
 AGAIN = "what is done is kept; the same command goes on from there"
 
@@ -30,6 +32,7 @@ def main() -> int:
     if {"-m", "--multirun"} & set(sys.argv):
         stderr.print("qbench: --multirun is not accepted; one checkpoint at a time is")
         return 2
+    groups.store()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="quantize")(job)()
     except (HydraException, OmegaConfBaseException) as error:

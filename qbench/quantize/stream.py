@@ -44,7 +44,7 @@ def run(
         targets = {file: out / shards.name(i, len(source.contents)) for i, file in enumerate(source.contents, 1)}
         model = hashlib.sha256(json.dumps(source.config).encode()).hexdigest()
         job = {"model": model, "format": recipe.plain(), "files": [file.name for file in source.contents]}
-        origins = {target.name: _origin(file) for file, target in targets.items()}
+        origins = {target.name: _origin(file, recipe) for file, target in targets.items()}
         done = _claim(out, job, origins)
         contents = {}
         for file, target in targets.items():
@@ -99,13 +99,13 @@ def _claim(out: Path, job: dict, origins: dict[str, dict]) -> dict[str, dict]:
     return valid
 
 
-def _origin(file: Path) -> dict:
+def _origin(file: Path, recipe: Recipe) -> dict:
     """What a file is made of: size, time and header tell an input from others without reading all of it."""
     status = file.stat()
     with file.open("rb") as stream:
         head = hashlib.sha256(stream.read(int.from_bytes(stream.read(8), "little"))).hexdigest()
     origin = {"name": file.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "header": head}
-    return {"source": origin, "code": record.code_digest()}
+    return {"source": origin, "code": record.code_digest(), "format": record.format_digest(recipe.format)}
 
 
 def _digest(file: Path) -> str:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import formats
 from formats import blockwise
 from qbench.ops import cpu
+from qbench.testing.encoding import as_the_reference
 from tests.formats.tensors import weights
 
 
@@ -19,29 +20,11 @@ def loops(request, monkeypatch):
     monkeypatch.setattr(cpu, "AVX512", request.param == "avx512")
 
 
-QUANTIZED = [name for name in formats.names() if name != "none"]
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [name for name in formats.names() if name != "none"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    w=weights(),
-    block=st.sampled_from([1, 3, 16, 17, 32, 64, 128, 4096]),
-    dq=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)
-def test_equal_the_reference(name, w, block, dq, dtype):
-    f = formats.get(name, block=block, dq=dq)
-    q = f.quantize(w)
-    flat = w.reshape(-1)
-    book = f.codebook(flat)
-    scale, shift = f.scale_and_shift(flat)
-    codes, scale = blockwise.quantize_reference(flat, book.boundaries, book.order, f.bits, block, scale, shift)
-    assert torch.equal(q.codes, codes)
-    if not dq:
-        assert torch.equal(q.scale[0], scale)
-    expected = blockwise.dequantize_reference(q.codes, q.levels, q.scale, q.shift, f.bits, block, q.shape, dtype)
-    assert torch.equal(q.dequantize(dtype).view(torch.uint8), expected.view(torch.uint8))
+@given(w=weights(), block=st.sampled_from([1, 3, 16, 17, 32, 64, 128, 4096]), dq=st.booleans())
+def test_equal_the_reference(name, w, block, dq):
+    as_the_reference(formats.get(name, block=block, dq=dq), w)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -1,0 +1,175 @@
+"""What every format promises: properties, each a function of a format and of a tensor.
+
+    naming, sourced, width, table                         of the format alone
+    round_trip, counted, declared, zeros                  of any tensor that it quantizes
+
+A property raises `BrokenContract` with what it found and what it expected. Those here take a moment; a format of another
+package is held to them whenever it is asked for (`glance`). `qbench.testing.check_format` has many more.
+"""
+
+from collections.abc import Callable
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from .format import Codebook, Format, QuantizedTensor
+
+
+class BrokenContract(AssertionError, ValueError):
+    """A format does not do what all must. To a test a failed assertion, to a command line a value that it refuses."""
+
+
+Property = Callable[[Format, Tensor], None]
+PLAIN = ("format", "bits", "block", "own_levels", "shape", "dtype")  #: what a quantized tensor says of itself
+
+
+def expect(holds: bool, found: object, expected: object) -> None:
+    if not holds:
+        raise BrokenContract(f"{found}; expected {expected}")
+
+
+def naming(fmt: Format, w: Tensor) -> None:
+    """`name` is a text, without space: it goes into tables and the names of folders."""
+    name = getattr(fmt, "name", None)
+    expect(isinstance(name, str) and name and not any(map(str.isspace, name)), f"name is {name!r}", "a word")
+
+
+def sourced(fmt: Format, w: Tensor) -> None:
+    """`source` says where the format is defined."""
+    source = getattr(fmt, "source", None)
+    expect(isinstance(source, str) and source.strip(), f"source is {source!r}", "the paper or the code that defines it")
+
+
+def width(fmt: Format, w: Tensor) -> None:
+    """`bits` is an integer from 1 to 8, or 16 where a code is the weight itself."""
+    bits = getattr(fmt, "bits", None)
+    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    expect(whole and (1 <= bits <= 8 or bits == 16), f"bits is {bits!r}", "an integer from 1 to 8")
+
+
+def table(fmt: Format, w: Tensor) -> None:
+    """There are 2^bits finite levels, one a code, the same for every tensor unless `own_levels` says otherwise.
+
+    `order` has every code once and sorts them, and the boundaries lie between.
+    """
+    if fmt.bits == 16:
+        return
+    n = 2**fmt.bits
+    if not fmt.own_levels:
+        levels = getattr(fmt, "levels", None)
+        numbers = isinstance(levels, tuple | list) and all(isinstance(x, int | float) and isfinite(x) for x in levels)
+        expect(numbers, f"levels are {levels!r:.60}", "finite numbers")
+        expect(len(levels) == n, f"there are {len(levels)} levels", f"{n}, one a code of {fmt.bits} bits")
+    book = fmt.codebook(w.detach().reshape(-1).float())
+    expect(isinstance(book, Codebook), f"codebook gives a {type(book).__name__}", "a Codebook")
+    wanted = {"levels": f"float32 [{n}]", "boundaries": f"float32 [{n - 1}]", "order": f"uint8 [{n}]"}
+    for part, told in wanted.items():
+        tensor = getattr(book, part)
+        expect(_told(tensor) == told, f"the {part} of the codebook are {_told(tensor)}", told)
+        expect(tensor.isfinite().all(), f"the {part} of the codebook hold NaN or Inf", "finite ones")
+    expect(book.order.sort().values.tolist() == list(range(n)), f"order is {book.order.tolist()}", "every code once")
+    ranked = book.levels[book.order.long()]
+    between = (ranked[:-1] <= book.boundaries) & (book.boundaries <= ranked[1:])
+    expect(between.all(), "order does not sort the levels, or a boundary is not between its two", "ranks that ascend")
+    if not fmt.own_levels:
+        same = torch.equal(book.levels, torch.tensor(fmt.levels, dtype=torch.float32))
+        expect(same, "the codebook has other levels than the format", "the same, or own_levels = True")
+
+
+def round_trip(fmt: Format, w: Tensor) -> None:
+    """What is decoded has the shape and the dtype of what was quantized, or the dtype asked for, and is finite."""
+    q = fmt.quantize(w)
+    expect(isinstance(q, QuantizedTensor), f"quantize gives a {type(q).__name__}", "a QuantizedTensor")
+    wanted = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
+    for part, value in zip(PLAIN, wanted, strict=True):
+        expect(getattr(q, part) == value, f"{part} of the quantized tensor is {getattr(q, part)!r}", repr(value))
+    for dtype in (None, torch.float32, torch.bfloat16):
+        back, told = q.dequantize(dtype), f"{_word(dtype or w.dtype)} {list(w.shape)}"
+        expect(_told(back) == told, f"dequantize({dtype or ''}) is {_told(back)}", told)
+        bad = int((~back.float().isfinite()).sum())
+        expect(not bad or dtype != torch.float32, f"{bad} decoded weights are NaN or Inf", "finite ones")
+
+
+def counted(fmt: Format, w: Tensor) -> None:
+    """Bits are counted from the bytes that are held, the format's own count is the same, and codes are packed."""
+    q = fmt.quantize(w)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in q.stored)
+    expect(q.nbytes == held, f"nbytes is {q.nbytes}", f"{held}, the bytes of what is stored")
+    count = fmt.count_bytes(w.numel())
+    expect(count == held, f"count_bytes({w.numel()}) is {count}", f"{held}, the bytes of what is stored")
+    bits = 8 * held / w.numel() if w.numel() else 0.0
+    expect(q.bits_per_parameter == bits, f"bits_per_parameter is {q.bits_per_parameter}", bits)
+    least = -(w.numel() * fmt.bits // -8)
+    expect(q.codes.nbytes == least, f"the codes take {q.codes.nbytes} bytes", f"{least}, packed")
+
+
+def declared(fmt: Format, w: Tensor) -> None:
+    """`empty` has what `quantize` stores: every tensor with its dtype and shape, and levels that are the format's."""
+    q, e = fmt.quantize(w), fmt.empty(w.shape, w.dtype, w.device)
+    for part in ("codes", "scale", "shift", "levels"):
+        found, wanted = (", ".join(map(_told, _tensors(getattr(side, part)))) or "none" for side in (e, q))
+        expect(found == wanted, f"{part} of empty: {found}", f"{wanted}, as quantized")
+    for part in PLAIN:
+        found, wanted = getattr(e, part), getattr(q, part)
+        expect(found == wanted, f"{part} of empty is {found!r}", f"{wanted!r}, as quantized")
+    if q.levels is not None and not q.own_levels:
+        expect(torch.equal(e.levels, q.levels), "empty has other levels than what is quantized", "the same")
+
+
+def zeros(fmt: Format, w: Tensor) -> None:
+    """Zeros decode to zeros: a whole tensor, and but for what double quantization loses a block among others."""
+    flat = w.detach().reshape(-1).clone()
+    last = (flat.numel() - 1) // fmt.block
+    for which in sorted({0, last // 2, last}) if flat.numel() and not fmt.dq else ():
+        among = flat.clone()
+        among[which * fmt.block : (which + 1) * fmt.block] = 0
+        back = fmt.quantize(among.view(w.shape)).dequantize().reshape(-1)[which * fmt.block : (which + 1) * fmt.block]
+        expect((back == 0).all(), f"block {which} of zeros decodes to {_largest(back)}", "zeros")
+    back = fmt.quantize(torch.zeros_like(flat).view(w.shape)).dequantize()
+    expect((back == 0).all(), f"zeros decode to {_largest(back)}", "zeros")
+
+
+BRIEF = (naming, sourced, width, table, round_trip, counted, declared, zeros)
+
+
+def failure(prop: Property, fmt: Format, w: Tensor, on: str) -> BrokenContract | None:
+    """How a format breaks a property on a tensor, in a line; None where it keeps it."""
+    try:
+        prop(fmt, w)
+    except Exception as error:
+        raised = "" if isinstance(error, BrokenContract) else f"it raised {type(error).__name__}: "
+        found = BrokenContract(f"{prop.__name__}: on {on}: {raised}{first_line(error)}")
+        found.__cause__ = error
+        return found
+    return None
+
+
+def glance(fmt: Format, name: str) -> None:
+    """Raises BrokenContract, a line, for a format that cannot be worked with."""
+    w = torch.linspace(-1, 1, min(2 * fmt.block + 3, 515)).view(1, -1)
+    for prop in BRIEF:
+        if found := failure(prop, fmt, w, f"{w.numel()} weights from −1 to 1"):
+            raise BrokenContract(f"{name} breaks the contract of a format: {found}") from found.__cause__
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an exception, its first line; without one, its type."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def _tensors(part: object) -> list:
+    return [] if part is None else list(part) if isinstance(part, tuple | list) else [part]
+
+
+def _told(tensor: object) -> str:
+    return f"{_word(tensor.dtype)} {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _largest(values: Tensor) -> str:
+    return f"{float(values.float().abs().amax()) if values.numel() else 0:.3g}"

@@ -1,0 +1,223 @@
+"""Names of formats: those of this package, those that installed packages bring, and `module.Class` for any other.
+
+A name stands for a `Format` class together with some of its options. Every module of this package is imported, and so is
+every entry point of the group "qbench.formats" of an installed package; each registers its own names. A package that
+cannot be loaded takes nothing from the others: who asks for its formats is told why.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import Parameter, isclass, signature
+from pkgutil import iter_modules
+
+from . import contract
+from .contract import BrokenContract, first_line
+from .format import Format
+
+HOUSE = __name__.partition(".")[0]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a name stands for. given: the options that the name settles. package: who brings it."""
+
+    cls: type[Format]
+    given: dict = field(default_factory=dict)
+    package: str = ""
+
+    def make(self, **arguments) -> Format:
+        """The format; where it has block or dq fixed, with those."""
+        return self.cls(**arguments | self.given | self.cls.fixed)
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What is left to choose beside block and dq, with its default; `Parameter.empty` where there is none."""
+        settled = ("block", "dq", *self.given)
+        return {p.name: p.default for p in self._parameters if p.kind not in _VARIABLE and p.name not in settled}
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether it takes options of any name."""
+        return any(p.kind is Parameter.VAR_KEYWORD for p in self._parameters)
+
+    @property
+    def path(self) -> str:
+        return f"{self.cls.__module__}.{self.cls.__qualname__}"
+
+    @property
+    def _parameters(self) -> list[Parameter]:
+        return list(signature(self.cls).parameters.values())
+
+
+@dataclass(frozen=True)
+class _Lent(Entry):
+    fmt: Format | None = None
+
+    def make(self, **arguments) -> Format:
+        return self.fmt
+
+
+_VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+_entries: dict[str, Entry] = {}
+_problems: dict[str, str] = {}
+_discovered = False
+
+
+def register(*names: str, **options):
+    """Decorate a `Format` class: each of `names` gets it with these options.
+
+    Raises ValueError for a name that is taken, unless by what this class was before its cell or module ran again, and for
+    one that a command line could not tell from something else.
+    """
+
+    def add(cls: type[Format]) -> type[Format]:
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"format name {name!r}: letters, digits, _ and - are accepted")
+            entry = Entry(cls, options, "qbench" if ours(cls) else cls.__module__.partition(".")[0])
+            if name in _entries and _entries[name].path != entry.path:
+                raise ValueError(f"format name {name!r} is taken, by {_entries[name].path}")
+            _entries[name] = entry
+        return cls
+
+    return add
+
+
+def get(name: str, block: int = 64, dq: bool = False, **options) -> Format:
+    """The format `name`, with a block size, with or without double quantization, and options of its own.
+
+    name: a registered one, or `module.Class`. Where the format has block or dq fixed, that is what it gets. Options that
+    the name of the format does not tell become part of it, so that results can be told apart.
+
+    Raises KeyError, listing the names, if there is none such; ValueError or TypeError for a bad argument; BrokenContract,
+    a ValueError, for a format of another package that does not keep what formats promise (`contract`).
+    """
+    entry = find(name)
+    known = entry.options
+    for option in options:
+        if option not in known and not entry.takes_any:
+            raise TypeError(f"{option!r} is no option of {name}; accepted: {', '.join(['block', 'dq', *known])}")
+    try:
+        fmt = entry.make(block=block, dq=dq, **options)
+    except ValueError as error:
+        raise ValueError(first_line(error)) from error
+    except Exception as error:
+        raise BrokenContract(f"{name} cannot be made: {type(error).__name__}: {first_line(error)}") from error
+    fmt.arguments = {"name": name, "block": block, "dq": dq, **options}
+    if ours(type(fmt)):
+        return fmt
+    told = {option: value for option, value in options.items() if value != known.get(option)}
+    _check_name(entry, fmt, None if told or "." in name else name)
+    contract.glance(fmt, name)
+    if told and fmt.name == getattr(entry.cls, "name", None):
+        fmt.name += "".join(f"_{option}{value}" for option, value in told.items())
+    return fmt
+
+
+def _check_name(entry: Entry, fmt: Format, expected: str | None) -> None:
+    own = getattr(fmt, "name", None)
+    other = _entries.get(own)
+    why = f"; expected {expected!r}" if expected and own != expected else ""
+    if other and other.path != entry.path:
+        why = f", which is taken, by {other.path}"
+    if why:
+        raise BrokenContract(f"{entry.path} breaks the contract of a format: naming: name is {own!r}{why}")
+
+
+def find(name: str) -> Entry:
+    """What a name stands for. Raises KeyError, listing the names, if it stands for nothing; ValueError for a package or a
+    module that cannot be loaded, or a class that is no format."""
+    _discover()
+    if name in _entries:
+        return _entries[name]
+    if name in _problems:
+        raise ValueError(_problems[name])
+    if "." in name:
+        return _target(name)
+    raise KeyError(f"unknown format {name!r}; there are: {', '.join(names())}")
+
+
+def names() -> list[str]:
+    """Every registered name, sorted."""
+    _discover()
+    return sorted(_entries)
+
+
+def problems() -> dict[str, str]:
+    """What installed packages have registered and cannot be had: why, by name."""
+    _discover()
+    return dict(_problems)
+
+
+def ours(cls: type) -> bool:
+    """Whether a format is of this package, whose own tests hold it to the contract."""
+    return cls.__module__.partition(".")[0] == HOUSE
+
+
+@contextmanager
+def lent(fmt: Format) -> Iterator[None]:
+    """While inside, the name of a format stands for this very one."""
+    before, arguments = dict(_entries), fmt.arguments
+    _entries[fmt.name] = _Lent(type(fmt), fmt=fmt)
+    try:
+        yield
+    finally:
+        _entries.clear()
+        _entries.update(before)
+        fmt.arguments = arguments
+
+
+def _target(name: str) -> Entry:
+    module, _, attribute = name.rpartition(".")
+    if not all(map(str.isidentifier, name.split("."))):
+        raise ValueError(f"{name!r} names no class; accepted: module.Class, such as my_module.MyFormat")
+    try:
+        found = import_module(module)
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        why = "there is no such module here" if missing else f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{name}: {module} cannot be imported: {why}") from error
+    cls = getattr(found, attribute, None)
+    if not _is_format(cls):
+        there = [key for key, value in vars(found).items() if _is_format(value) and value.__module__ == module]
+        what = f"has no {attribute}" if cls is None else f"has {attribute}, which is none"
+        raise ValueError(f"{name}: {module} {what}; accepted: {', '.join(there) or 'a subclass of formats.Format'}")
+    return Entry(cls, {}, module.partition(".")[0])
+
+
+def _is_format(found: object) -> bool:
+    return isclass(found) and issubclass(found, Format) and found is not Format
+
+
+def _discover() -> None:
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    for module in iter_modules(import_module(HOUSE).__path__):
+        import_module(f"{HOUSE}.{module.name}")
+    for point in entry_points(group="qbench.formats"):
+        before = set(_entries)
+        package = point.dist.name if point.dist else point.value
+        try:
+            _load(point)
+        except (Exception, SystemExit) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            _problems[point.name] = f"{point.name}, of {package}, cannot be loaded: {why}"
+        for name in _entries.keys() - before:
+            _entries[name] = replace(_entries[name], package=package)
+
+
+def _load(point: EntryPoint) -> None:
+    """A class, which may have registered itself, or a module that registers its own names."""
+    found = point.load()
+    if _is_format(found):
+        if point.name not in _entries or _entries[point.name].path != Entry(found).path:
+            register(point.name)(found)
+    elif point.name not in _entries:
+        raise TypeError(f"{point.value} is no subclass of formats.Format")

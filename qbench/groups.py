@@ -1,0 +1,60 @@
+"""The config group `format`, made of what is registered: a format brings no file of settings along.
+
+`+format=nf4` is name, block, dq and the options of NF4. `+format=custom format.target=my_module.MyFormat` is a class that
+nothing registers.
+"""
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+import formats
+from formats.contract import first_line
+from qbench.errors import InputError
+
+GROUP, CUSTOM = "format", "custom"
+
+
+def choices() -> list[str]:
+    """What +format= accepts."""
+    return [*formats.names(), CUSTOM]
+
+
+def store() -> None:
+    """Have Hydra find the group. A config of it takes any key, so that a format can say itself what it accepts."""
+    for name in formats.names():
+        entry = formats.find(name)
+        plain = {key: value for key, value in entry.options.items() if isinstance(value, _PLAIN)}
+        _store(name, {"name": name, "block": "${block}", "dq": "${dq}", **entry.cls.fixed, **plain})
+    _store(CUSTOM, {"name": "${.target}", "target": None, "block": "${block}", "dq": "${dq}"})
+
+
+_PLAIN = bool | int | float | str | None
+
+
+def _store(name: str, content: dict) -> None:
+    node = OmegaConf.create(content, flags={"struct": False})
+    ConfigStore.instance().store(group=GROUP, name=name, node=node)
+
+
+def settle(config: dict) -> dict:
+    """A resolved config in which `format` is what `formats.get` takes.
+
+    The target is what `custom` stands for, and nothing to the other formats of a sweep.
+    """
+    if isinstance(config.get(GROUP), dict):
+        config[GROUP].pop("target", None)
+    return config
+
+
+def format_of(config: dict) -> formats.Format:
+    """The format of a settled config. Raises InputError."""
+    recipe = config.get(GROUP)
+    if not isinstance(recipe, dict):
+        raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
+    if not isinstance(recipe.get("name"), str):
+        found = "none is given" if recipe.get("name") is None else f"{recipe['name']!r} names no class"
+        raise InputError(f"format.target: {found}; accepted: module.Class, such as my_module.MyFormat")
+    try:
+        return formats.get(**recipe)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"format: {first_line(error)}") from error

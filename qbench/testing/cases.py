@@ -1,0 +1,75 @@
+"""The tensors that break formats: odd lengths, rows that are no whole blocks, zero blocks, outliers, ties, tiny, huge.
+
+They are made anew each time that they are asked for: a format may have spoiled them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Generator, Tensor, nn
+
+SHAPES = ((), (0,), (2, 0, 3), (1,), (7,), (33, 65), (64, 64), (5, 3, 129), (4097,))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+POWERS = (0, -2, 3, -30, 30, -39, -42)  #: of ten; the last two are beyond what fp32 holds with all its bits
+Case = tuple[str, Tensor]  #: what it is called, and the tensor
+
+KINDS = {
+    "normal": lambda w, g: w,
+    "heavy-tailed": lambda w, g: w / torch.rand(w.shape, generator=g).clamp(min=1e-3),
+    "ties": lambda w, g: torch.round(w * 12) / 24,  # between levels that are evenly spaced
+    "constant": lambda w, g: torch.full(w.shape, 0.3),
+    "sparse": lambda w, g: w * (torch.rand(w.shape, generator=g) < 0.02),
+    "positive": lambda w, g: w.abs() + 1,
+}
+
+
+def make(kind: str, shape: tuple[int, ...], generator: Generator, power: int = 0, dtype=torch.float32) -> Tensor:
+    """A tensor of a kind, times ten to the power, within the range of its dtype."""
+    w = KINDS[kind](torch.randn(shape, generator=generator), generator) * 10.0**power
+    largest = min(torch.finfo(t).max for t in (dtype, torch.float32))
+    return w.clamp(-largest, largest).to(dtype)
+
+
+def none() -> tuple[Case, ...]:
+    return (("no tensor", torch.zeros(0)),)
+
+
+def shapes() -> tuple[Case, ...]:
+    g = torch.Generator().manual_seed(0)
+    return _named(("normal", make("normal", shape, g)) for shape in SHAPES)
+
+
+def every() -> tuple[Case, ...]:
+    """Each shape, kind, size and dtype, and memory that is not contiguous or is a parameter."""
+    g = torch.Generator().manual_seed(1)
+    usual = (33, 65)
+    found = [(kind, make(kind, usual, g)) for kind in KINDS if kind != "normal"]
+    found += [(f"normal · 10^{power}", make("normal", usual, g, power)) for power in sorted({*POWERS} - {0})]
+    found += [("normal", make("normal", usual, g, dtype=dtype)) for dtype in (*DTYPES[1:], torch.float64)]
+    found += [("transposed", make("normal", (65, 33), g).t()), ("strided", make("normal", (33, 130), g)[:, ::2])]
+    found += [("a parameter", nn.Parameter(make("normal", usual, g)))]
+    return (*shapes(), *_named(found))
+
+
+def _named(found: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple((f"{kind} {str(w.dtype).removeprefix('torch.')} {list(w.shape)}", w) for kind, w in found)
+
+
+def matrices() -> Iterator[Case]:
+    """Weights of layers: in each dtype, and with rows that are no whole blocks."""
+    g = torch.Generator().manual_seed(2)
+    for dtype in DTYPES:
+        for shape in ((48, 64), (17, 33)):
+            yield f"weight {str(dtype).removeprefix('torch.')} {list(shape)}", make("normal", shape, g, dtype=dtype)
+
+
+def spoiled() -> Iterator[Case]:
+    """With a NaN or an Inf, first, in between, last."""
+    g = torch.Generator().manual_seed(3)
+    for bad in (math.nan, math.inf, -math.inf):
+        for at in (0, 70, 99):
+            for dtype in DTYPES[:2]:
+                w = make("normal", (100,), g, dtype=dtype)
+                w[at] = bad
+                yield f"{bad} at {at} of {str(dtype).removeprefix('torch.')} [100]", w

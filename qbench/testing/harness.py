@@ -1,0 +1,70 @@
+"""Properties of a format in its places: a layer, and a checkpoint."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+
+from formats import Format
+from formats.contract import expect
+from formats.registry import lent
+
+from .. import checkpoint, models
+from ..layers import QuantLinear, linear_layers, replace
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: of norms, relative
+CPU = torch.device("cpu")
+
+
+def layered(fmt: Format, w: Tensor) -> None:
+    """A layer in the format computes x·Wᵀ + b and the gradient for x, of any number of rows: as float64 does with the
+    decoded weight."""
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantLinear(fmt.quantize(w), torch.randn(len(w), generator=generator, dtype=torch.float32).to(w.dtype))
+    expect(torch.equal(layer.weight, fmt.quantize(w).dequantize()), "a layer decodes to other weights", "the same")
+    exact, most = layer.packed.dequantize(torch.float32).double(), TOLERANCE[w.dtype]
+    for rows in ((0,), (1,), (2, 3), (100,)):
+        x = torch.randn(*rows, w.shape[1], generator=generator).to(w.dtype).requires_grad_()
+        g = torch.randn(*rows, w.shape[0], generator=generator).to(w.dtype)
+        y = layer(x)
+        y.backward(g)
+        for what, found, right in (
+            ("product", y.detach(), x.detach().double() @ exact.t() + layer.bias.double()),
+            ("gradient", x.grad, g.double() @ exact),
+        ):
+            expect(found.dtype == w.dtype, f"the {what} of {w.dtype} is {found.dtype}", w.dtype)
+            error = float((found.double() - right).norm() / right.norm().clamp(min=1e-30))
+            expect(error < most, f"the {what} of {rows} rows is off by {error:.2g} of its norm", f"below {most:g}")
+
+
+def saved(fmt: Format, w: Tensor) -> None:
+    """A model in the format is saved and loaded to the same bytes, and computes the same."""
+    model = _tiny_model()
+    replace(model, models.quantize(linear_layers(model), fmt))
+    with TemporaryDirectory() as folder, lent(fmt):
+        arguments = {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
+        checkpoint.save(model, Path(folder) / "model", AutoTokenizer.from_pretrained(models.BUNDLED), arguments)
+        loaded = checkpoint.load(Path(folder) / "model", CPU, torch.float32).model
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            before, after = (m.get_submodule(name).packed for m in (model, loaded))
+            expect(
+                len(after.stored) == len(before.stored), f"{name} has {len(after.stored)} tensors", len(before.stored)
+            )
+            same = all(torch.equal(a, b) for a, b in zip(before.stored, after.stored, strict=True))
+            expect(same, f"what {name} stores is loaded as other bytes", "the same")
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        same = torch.equal(model(tokens).logits, loaded(tokens).logits)
+    expect(same, "the loaded model computes something else", "the same")
+
+
+def _tiny_model() -> PreTrainedModel:
+    """Its rows are no whole blocks."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, **sizes), dtype=torch.float32)
+    return model.eval().requires_grad_(False)
