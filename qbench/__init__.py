@@ -8,9 +8,11 @@ from importlib import import_module
 
 from .imports import after
 
-__all__ = ["QBenchConfig"]
+__all__ = ["QBenchConfig", "Result", "load", "run"]
 
-_LATER = {"QBenchConfig": "qbench.pretrained"}  # imported once it is asked for, with all that it needs
+# imported once one is asked for, with all that it needs
+_LATER = {"QBenchConfig": "qbench.pretrained", **dict.fromkeys(("Result", "load", "run"), "qbench.api")}
+
 
 after("transformers.quantizers.auto", "qbench.pretrained")
 after("peft", "qbench.lora")

@@ -6,17 +6,13 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-import formats
 from qbench import groups, jobs
 from qbench.jobs import CONF, HERE, stderr
 
 EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
-
-#: launchers that Hydra knows once an extra is installed
-LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 
 
 def main() -> int:
@@ -41,7 +37,7 @@ def main() -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
     except (HydraException, OmegaConfBaseException) as error:
-        stderr.print(f"qbench: {one_line(error)}")
+        stderr.print(f"qbench: {jobs.one_line(error)}")
         return 2
     except KeyboardInterrupt:
         stderr.print("qbench: interrupted; what was measured is in result.json; the same command goes on from there")
@@ -84,19 +80,6 @@ def summary(folder: Path) -> int:
     if done:
         stderr.print(f"python -m qbench.report {folder} sets them side by side")
     return 1 if missing or not done else 0
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's message of several lines, as one that names the input and what is accepted."""
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == groups.GROUP and (problem := formats.problems().get(name)):
-            return f"format: {problem}"
-        extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
-        install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
-        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith("full_key"))
 
 
 if __name__ == "__main__":

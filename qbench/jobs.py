@@ -11,19 +11,23 @@ from functools import partial
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+import formats
 from qbench import record
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
-from qbench.groups import format_of, settle
+from qbench.groups import GROUP, format_of, settle
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
 INTERRUPTED = 130
+#: launchers that Hydra knows once an extra is installed
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -45,13 +49,13 @@ def config_hash(*, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
 
-def settings_of(config: dict):
-    """The typed settings of a resolved config. Raises InputError."""
+def settings_of(config: dict, fmt: formats.Format | None = None):
+    """The typed settings of a resolved config; fmt: one to take for what it says. Raises InputError."""
     from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
 
     tune = config["tune"]
     return Settings(
-        format=format_of(config),
+        format=fmt or format_of(config),
         model=ModelSettings(**config["model"]),
         data=DataSettings(**config["data"]),
         tune=None if tune["method"] == "none" else TuneSettings(**tune),
@@ -59,6 +63,19 @@ def settings_of(config: dict):
         seed=config["seed"],
         device=config["device"],
     )
+
+
+def one_line(error: Exception) -> str:
+    """Hydra's message of several lines, as one that names the input and what is accepted."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == GROUP and (problem := formats.problems().get(name)):
+            return f"format: {problem}"
+        extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
+        install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
+        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("full_key"))
 
 
 codes: list[int] = []  #: what came of the jobs of this process: 0 done, 1 failed, 2 bad input
@@ -103,8 +120,8 @@ def _done(folder: Path, started: str) -> dict | None:
 def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:
     """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
     from qbench import track
-    from qbench.report import terminal
     from qbench.experiment import run
+    from qbench.report import terminal
 
     try:
         with record.kept(folder, record.blank(config)) if sweep else nullcontext():

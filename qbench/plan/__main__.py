@@ -11,10 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from qbench import groups
-from qbench.__main__ import one_line
 from qbench.errors import InputError
 from qbench.groups import format_of
-from qbench.jobs import CONF, plain, stderr
+from qbench.jobs import CONF, one_line, plain, stderr
 
 
 def main() -> int:

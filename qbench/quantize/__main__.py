@@ -12,11 +12,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from qbench import groups
-from qbench.__main__ import one_line
 from qbench.errors import InputError
 from qbench.files import Busy
 from qbench.groups import format_of
-from qbench.jobs import CONF, INTERRUPTED, plain, stderr
+from qbench.jobs import CONF, INTERRUPTED, one_line, plain, stderr
 
 AGAIN = "what is done is kept; the same command goes on from there"
 

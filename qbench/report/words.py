@@ -107,10 +107,16 @@ class Table:
 
     columns: list[str]
     rows: list[list[str]]
+
     note: str = (
         "± is one standard error over windows; Δ nll and KL are against the baseline on the same tokens, nats a token;"
         " top-1 is how often the most probable token is the baseline's; prefill and decode are tokens/s of one sequence."
     )
+
+    def markdown(self) -> list[str]:
+        """Its lines."""
+        rule = "|---" * len(self.columns) + "|"
+        return [f"| {' | '.join(self.columns)} |", rule, *(f"| {' | '.join(row)} |" for row in self.rows)]
 
 
 def _rate(rates: dict | None) -> str:

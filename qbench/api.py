@@ -1,0 +1,124 @@
+"""qbench in a notebook: the command `python -m qbench` as a function, and many results as one DataFrame."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from formats import Format
+
+from . import experiment, groups, jobs, record
+from . import track as trackers
+from .errors import InputError
+from .report import words
+
+if TYPE_CHECKING:
+    import pandas
+
+Keys = Mapping[str, Any]
+
+
+class Result(dict[str, Any]):
+    """What a run found: the content of its result.json, every key of which docs/result.md explains.
+
+    folder: where it lies, with report.md, its figures, and the adapters. In a notebook it shows itself, the answer in
+    words before the table.
+    """
+
+    def __init__(self, content: Keys, folder: Path):
+        super().__init__(content)
+        self.folder = folder
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """error, bits, memory, throughput and quality, as result.json has them."""
+        return self["metrics"]
+
+    @property
+    def answer(self) -> list[str]:
+        """The findings, a sentence each."""
+        return words.answer(self)
+
+    def __repr__(self) -> str:
+        return f"<Result of {words.title(self['config'])} in {self.folder}>"
+
+    def _repr_markdown_(self) -> str:
+        table = words.table(self)
+        return "\n".join([*(f"{sentence}  " for sentence in self.answer), "", *table.markdown(), "", table.note])
+
+
+def run(
+    format: str | Format = "nf4",
+    block: int = 64,
+    dq: bool = False,
+    *,
+    model: str | Path | Keys | None = None,
+    data: str | Path | Keys | None = None,
+    tune: str | Keys | None = "lora",
+    eval: Keys | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    track: str | Sequence[str] = (),
+    out: str | Path | None = None,
+) -> Result:
+    """One experiment, in this process: what `python -m qbench +format=… block=…` does, with the same keys and defaults.
+
+    format: a name, or a `Format` itself, whose own block and dq then hold. model: a folder or a hub id, None for the
+    bundled model; or `model.*` keys. data: a text file or the name of a bundled text; or `data.*` keys. tune: one of
+    conf/tune, None for no fine-tune; or `tune.*` keys, over those of the `method` among them. eval: `eval.*` keys.
+    track: of `qbench.track.NAMES`. out: the folder to write into, by default one under runs/ that tells what is run;
+    where it holds the finished result of the same run, that is returned.
+
+    Returns the result. Raises InputError, in one line, for what is not accepted; what goes wrong later is raised as it is,
+    and result.json in the folder tells it too.
+
+        result = qbench.run(format="nf4", block=64, dq=True, tune={"steps": 100, "lr": 3e-4})
+        result.metrics["quality"]["tuned"]["perplexity"]
+    """
+    given = {"model": _keys(model), "data": _keys(data), "eval": dict(eval or {}), "tune": {}}
+    method = tune
+    if isinstance(tune, Mapping):
+        given["tune"] = {key: value for key, value in tune.items() if key != "method"}
+        method = tune.get("method", "lora")
+    name = "none" if isinstance(format, Format) else format
+    config = _composed(name, method or "none", {"block": block, "dq": dq, "seed": seed, "device": device, **given})
+    chosen = format if isinstance(format, Format) else groups.format_of(config)
+    settings = jobs.settings_of(config, chosen)
+    told = trackers.checked(track)
+    if out is None:
+        recipe = f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}"
+        out = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{recipe}"
+    return Result(experiment.run(settings, Path(out), trackers=told), Path(out))
+
+
+def load(*paths: str | Path) -> "pandas.DataFrame":
+    """Every result at or under the paths, as runs and sweeps leave them, as one DataFrame.
+
+    A row a run; a column a number, named by its place in result.json (`metrics.quality.tuned.perplexity`), and `path`, the
+    folder. Numbers of layers, windows and steps are lists. Warns of files that could not be read.
+    """
+    return record.frame(*paths)
+
+
+def _keys(given: str | Path | Keys | None) -> dict[str, Any]:
+    """Of `model` and `data`, whose first key is a path."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {} if given is None else {"path": str(given)}
+
+
+def _composed(format: str, tune: str, given: Keys) -> dict[str, Any]:
+    """The configuration of a command line that says as much. Raises InputError."""
+    groups.store()
+    try:
+        with initialize_config_dir(str(jobs.CONF), version_base="1.3"):
+            config = compose("config", [f"+format={format}", f"tune={tune}"])
+        config.merge_with(OmegaConf.create(dict(given)))
+        return jobs.plain(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(jobs.one_line(error)) from error
