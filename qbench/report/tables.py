@@ -50,7 +50,8 @@ def all_of(setting: Setting) -> list[Table]:
         ),
         Table(
             "Where LoRA begins", STARTS, starts,
-            "Before the first step B = 0 leaves the quantized model as it is. The p values of a column are one family.",
+            "Each at its best learning rate, where several were tried. Before the first step B = 0 leaves the quantized"
+            " model as it is. The p values of a column are one family.",
         ),
         Table(
             "What becomes of the adapters", AFTERWARDS, after,
