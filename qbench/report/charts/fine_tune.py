@@ -98,7 +98,8 @@ def methods(setting: Setting) -> Chart | None:
     axes.invert_yaxis()
     axes.margins(y=margin(len(found)))
     axes.set(xlabel="tuned perplexity")
-    look.legend(figure, any(s.best.config["dq"] for s in found), **{"16 bit": look.line("none") | {"lw": 0}})
+    base = {"16 bit": look.line("none") | {"lw": 0}} if any(s.best.is_16_bit for s in found) else {}
+    look.legend(figure, any(s.best.config["dq"] for s in found), **base)
     cut = f" The best {MOST} of {len(every)}." if len(every) > MOST else ""
     return Chart(
         "methods",
