@@ -3,7 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .compare import Configuration, Setting, difference, text
+from .compare import Configuration, Setting, difference
+from .keys import text
 
 
 def frontier(

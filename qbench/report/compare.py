@@ -6,7 +6,7 @@ fine-tune to come has no part in a score: there one configuration stands for all
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 from scipy.stats import t
 
 from .differences import Difference, Windows, corrected, paired
-from .words import INITS, UNTUNED, method, title
+from .keys import AFTERWARDS, WHERE, completed, name, text, told, varied_in
+from .words import UNTUNED, method, title
 
 STAGES = ("quantized", "tuned")
-AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: what is measured of adapters once they are trained
 
 
 @dataclass(eq=False)
@@ -139,15 +139,15 @@ def compare(results: dict[Path, dict]) -> list[Setting]:
     groups: dict[str, dict[str, dict[int, tuple[Path, dict]]]] = defaultdict(lambda: defaultdict(dict))
     for file, result in sorted(results.items(), key=lambda item: item[1]["run"]["started"] or ""):
         if result["status"] == "done":  # of the same run, the last
-            config = result["config"]
+            config = completed(result["config"])
             scales = () if config["format"]["name"] == "none" else ("block", "dq")  # 16 bit has none
-            what = text(config, "format", *scales, "tune")
-            groups[text(config, "model", "data", "eval", "device")][what][config["seed"]] = file, result
+            where, what = text(config, *WHERE), text(config, "format", *scales, "tune")
+            groups[where][what][config["seed"]] = file, {**result, "config": config}
     together = [[next(iter(runs.values()))[1]["config"] for runs in group.values()] for group in groups.values()]
-    varied = _varied([configs[0] for configs in together], ("model", "data", "eval", "device"))
+    varied = varied_in([configs[0] for configs in together], WHERE)
     settings = []
     for group, configs in zip(groups.values(), together, strict=True):
-        keys = _varied(configs, ("tune",))
+        keys = varied_in(configs, ("tune",))
         found = [
             Configuration(", ".join([title(config), *told(config, keys)]), runs)
             for config, runs in zip(configs, group.values(), strict=True)
@@ -156,7 +156,7 @@ def compare(results: dict[Path, dict]) -> list[Setting]:
             found.append(_baseline_of(found[0]))
         _against_16_bit(found)
         found.sort(key=lambda c: (c.nll("quantized"), c.nll("tuned") is None, c.nll("tuned")))
-        settings.append(Setting(_name(configs[0], varied), found, keys))
+        settings.append(Setting(name(configs[0], varied), found, keys))
     return sorted(settings, key=lambda s: -len(s.configurations))
 
 
@@ -165,57 +165,16 @@ def _without_fine_tunes(configurations: Sequence[Configuration]) -> list[Configu
     groups: dict[str, list[Configuration]] = defaultdict(list)
     for c in configurations:
         groups[c.recipe].append(c)
-    return [members[0] if len(members) == 1 else _one(members) for members in groups.values()]
+    return [_one(members) for members in groups.values()]
 
 
 def _one(members: Sequence[Configuration]) -> Configuration:
+    first, name = members[0], title(members[0].config)
+    if len(members) == 1 and first.title == name:
+        return first
     runs = {seed: run for c in reversed(members) for seed, run in c.runs.items()}
-    known = {stage: d for stage, d in members[0].differences.items() if stage == "quantized"}
-    return Configuration(title(members[0].config), runs, known)
-
-
-def text(config: dict, *keys: str) -> str:
-    """Those parts of a config, to be compared."""
-    return json.dumps([config.get(key) for key in keys], sort_keys=True)
-
-
-def _flat(config: dict, parts: Iterable[str]) -> dict[str, object]:
-    flat = {}
-    for part in parts:
-        value = config.get(part)
-        flat |= {f"{part}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {part: value}
-    return flat
-
-
-def _varied(configs: Sequence[dict], parts: Iterable[str]) -> list[str]:
-    """The keys in those parts of the configs that are not the same in all; a method of fine-tuning first."""
-    flats = [_flat(config, parts) for config in configs]
-    tuned = [flat for flat in flats if flat.get("tune.method") != UNTUNED]  # which has no other keys
-    found = []
-    for key in {key for flat in flats for key in flat}:
-        values = {json.dumps(flat.get(key)) for flat in (flats if key == "tune.method" else tuned)}
-        found += [key] if len(values) > 1 else []
-    return sorted(found, key=lambda key: (key != "tune.method", key))
-
-
-def told(config: dict, keys: Iterable[str]) -> list[str]:
-    """What a config has for those keys, in words."""
-    flat = _flat(config, ("model", "data", "eval", "device", "tune"))
-    values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
-    packed = flat.get("tune.adapter_format")
-    names = {
-        "tune.method": method(config["tune"]),
-        "tune.init": INITS.get(flat.get("tune.init")),
-        "tune.merge": "merged" if flat.get("tune.merge") else "",
-        "tune.adapter_format": f"adapters in {packed}" if packed else "",
-    }
-    return list(filter(None, (names.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items())))
-
-
-def _name(config: dict, varied: Iterable[str]) -> str:
-    """A setting's: the model and the text, and what else tells it from the others."""
-    names = f"{Path(config['model'].get('path') or 'the bundled model').name} on {Path(config['data']['path']).name}"
-    return ", ".join([names, *told(config, [key for key in varied if not key.endswith(".path")])])
+    known = {stage: d for stage, d in first.differences.items() if stage == "quantized"}
+    return Configuration(name, runs, known)
 
 
 def difference(ours: Configuration, theirs: Configuration, stage: str) -> Difference | None:

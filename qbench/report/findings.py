@@ -9,6 +9,7 @@ from . import tuned
 from .chosen import frontier, pairs_by
 from .compare import Configuration, Setting, difference
 from .differences import Difference, corrected, tally
+from .methods import at_best
 from .words import SIGNIFICANT, count, listed
 
 
@@ -16,8 +17,9 @@ from .words import SIGNIFICANT, count, listed
 def answer(setting: Setting) -> tuple[str, ...]:
     """What was found on one model and text, a sentence or two each."""
     stages = setting.stages() if any(not c.is_16_bit for c in setting.configurations) else ()
+    best = at_best(setting)
     return (
-        *(sentence for stage in stages for sentence in (_frontier(setting, stage), _equal(setting, stage))),
+        *(sentence for stage in stages for sentence in (_frontier(best, stage), _equal(best, stage))),
         *_effect(setting, "dq", "Double quantization"),
         *_effect(setting, "block", "The next larger block"),
         *tuned.answer(setting),

@@ -1,10 +1,11 @@
 """Where LoRA began, and what became of its matrices: each beside the run that did the plain thing, with the same seeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .compare import Configuration, Setting
 from .differences import Difference, corrected, paired
+from .methods import series
 from .words import INITS, MERGED, title
 
 PLAIN = "default"  #: B at zero
@@ -13,7 +14,8 @@ PLAIN = "default"  #: B at zero
 @dataclass(frozen=True)
 class Start:
     """A configuration by where it began. before, after: the difference, corrected, before the first step and after the
-    last, from the one that began at B = 0 and is like it in all else; None where there is none, and of that one itself.
+    last, from the one that began at B = 0 and is like it in all else but the learning rate; None where there is none, and
+    of that one itself.
     """
 
     configuration: Configuration
@@ -85,11 +87,12 @@ def init(c: Configuration) -> str:
 
 
 def starts(setting: Setting) -> list[Start]:
-    """Every configuration that began elsewhere than at B = 0, after the one that it is compared with.
+    """Every configuration that began elsewhere than at B = 0, after the one that it is compared with; each at its best
+    learning rate, for a start has a part in which that is.
 
     LoftQ on 16 bit is none: without an error to make up for it begins at B = 0.
     """
-    some = setting.at("tuned")
+    some = [s.best for s in series(setting)]
     plain = {_alike(c): c for c in some if init(c) == PLAIN}
     others = [c for c in some if init(c) != PLAIN and c.mean("init", "initial", "mse") != 0]
     pairs = [(c, plain.get(_alike(c))) for c in others]
@@ -108,7 +111,7 @@ def _order(s: Start) -> tuple:
 
 
 def _alike(c: Configuration) -> tuple[str, str]:
-    return c.recipe, c.fine_tune("init", "init_rounds")
+    return c.recipe, c.fine_tune("init", "init_rounds", "lr")
 
 
 def _first(c: Configuration) -> str:
@@ -118,13 +121,19 @@ def _first(c: Configuration) -> str:
 
 def afterwards(setting: Setting) -> list[Afterwards]:
     """What was measured of trained adapters, a row a configuration and kind, after the adapters kept apart."""
-    some = [c for c in setting.at("tuned") if _kinds(c)]
+    some = [_measured(c) for c in setting.at("tuned") if _kinds(c)]
     pairs = [(c, kind) for c in some for kind in _kinds(c)]
     family = corrected([paired(c.windows("merged", kind), c.windows("quality", "tuned")) for c, kind in pairs])
     measured = [Afterwards(*pair, d) for pair, d in zip(pairs, family, strict=True)]
     return [row for c in some for row in (Afterwards(c, ""), *(m for m in measured if m.configuration is c))]
 
 
+def _measured(c: Configuration) -> Configuration:
+    """With the runs alone whose adapters were measured, for the means to be over the same seeds."""
+    return replace(c, runs={seed: (file, r) for seed, (file, r) in c.runs.items() if r["metrics"].get("merged")})
+
+
 def _kinds(c: Configuration) -> Sequence[str]:
-    found = {kind: None for _, r in c.runs.values() for kind in r["metrics"].get("merged") or {}}
-    return list(found)
+    """Of what was measured; in the format of 16 bit again, merged adapters are as they were."""
+    found = dict.fromkeys(kind for _, r in c.runs.values() for kind in r["metrics"].get("merged") or {})
+    return [kind for kind in found if not (kind == "requantized" and c.is_16_bit)]

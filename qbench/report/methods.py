@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from .chosen import usual_block
-from .compare import AFTERWARDS, Configuration, Setting, difference, told
+from .compare import Configuration, Setting, difference
 from .differences import Difference, corrected
+from .keys import AFTERWARDS, told
 from .words import title
 
 FULL = "full"

@@ -45,12 +45,13 @@ def all_of(setting: Setting) -> list[Table]:
     made = (
         Table(
             "Methods of fine-tuning", METHODS, _methods(setting),
-            "Each at its best learning rate, which was found on these same windows, on the seeds that all its rates have:"
-            " that favours a method with many rates. † is the last rate that was tried on its side.",
+            "Where several learning rates were tried, each has its best on these same windows, on the seeds that all its"
+            " rates have: that favours a method with many rates. † is the last rate that was tried on its side.",
         ),
         Table(
             "Where LoRA begins", STARTS, starts,
-            "Before the first step B = 0 leaves the quantized model as it is. The p values of a column are one family.",
+            "Each at its best learning rate, where several were tried. Before the first step B = 0 leaves the quantized"
+            " model as it is. The p values of a column are one family.",
         ),
         Table(
             "What becomes of the adapters", AFTERWARDS, after,

@@ -27,10 +27,6 @@ def _together(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]
     return groups
 
 
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def perplexity(c: Configuration) -> str:
     """After the fine-tune, with half its 95% interval over seeds."""
     keys = ("quality", "tuned", "perplexity")
@@ -104,6 +100,7 @@ def _starts(setting: Setting) -> list[str]:
     """Whether it pays to begin elsewhere than at B = 0, a sentence each."""
     sentences = []
     begun = [s for s in low_rank.starts(setting) if s.init != low_rank.PLAIN]
+    rates = ", each at its best learning rate" if any(len(s.rates) > 1 for s in methods.series(setting)) else ""
     for init, some in _together(begun, lambda s: s.init).items():
         gains = [b - a for s in some for a, b in [s.sqnr_db] if a is not None and b is not None]
         noise = f"Q + B·A is {_range(gains, '.2f')} dB nearer to the weights than Q alone; " if gains else ""
@@ -116,11 +113,15 @@ def _starts(setting: Setting) -> list[str]:
             if found
         ]
         against = "; ".join(told) or "no run that began at B = 0 is like it"
-        sentences.append(f"{INITS.get(init, init)} against B = 0: {noise}{against}. {_pays(some)}".strip())
+        sentences.append(f"{INITS.get(init, init)} against B = 0{rates}: {noise}{against}. {_pays(some)}".strip())
     return sentences
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def _range(values: Iterable[float | None], form: str) -> str:
+    """From the least to the greatest of those that there are."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "?"
     low, high = (f"{value:{form}}".replace("-", "−") for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
@@ -140,19 +141,17 @@ def _pays(some: Sequence[Start]) -> str:
 
 
 def _afterwards(setting: Setting) -> list[str]:
-    """What the adapters lose when they are packed, or merged."""
+    """What the adapters lose when they are packed, or merged: of quantized models, where there are some."""
     rows = low_rank.afterwards(setting)
+    rows = [row for row in rows if not row.configuration.is_16_bit] or rows
     apart = {row.configuration: row for row in rows if row.apart}
     sentences = []
-    for name, some in _together([row for row in rows if not row.apart], lambda row: row.name).items():
-        found = [row.against for row in some if row.against]
-        if not found:
-            continue
-        bits = [(row.bits, apart[row.configuration].bits) for row in some]
-        ours, theirs = (_range([b for b in side if b], ".3f") for side in zip(*bits, strict=True) if any(side))
+    for name, some in _together([row for row in rows if row.against], lambda row: row.name).items():
+        ours = _range([row.bits for row in some], ".3f")
+        theirs = _range([apart[row.configuration].bits for row in some], ".3f")
         sentences.append(
             f"{_told(name)}, at {ours} bits a parameter of the whole model, against {theirs} with the adapters kept apart,"
-            f" the perplexity is {tally(found, 'configuration')}{_worst(some)}."
+            f" the perplexity is {tally([row.against for row in some], 'configuration')}{_worst(some)}."
         )
     return sentences
 
@@ -162,8 +161,12 @@ def _told(name: str) -> str:
 
 
 def _worst(some: Sequence[Afterwards]) -> str:
-    sure = [row for row in some if row.against and row.against.distinguishable and row.against.delta > 0]
+    """Where the most is lost, and how much that is of what the fine-tune had won."""
+    sure = [row for row in some if row.against.distinguishable and row.against.delta > 0]
     if not sure:
         return ""
     worst = max(sure, key=lambda row: row.against.delta)
-    return f"; the most is lost on {worst.configuration.title}, {worst.against.percent}"
+    c = worst.configuration
+    won = c.nll("quantized") - c.nll("tuned")
+    share = f", {worst.against.delta / won:.0%} of what the fine-tune won" if won > 0 else ""
+    return f"; the most is lost on {c.title}, {worst.against.percent}{share}"

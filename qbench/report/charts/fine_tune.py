@@ -8,7 +8,7 @@ from .. import methods as tuned
 from ..compare import Setting
 from ..figures import CYCLE
 from ..words import METHODS, title
-from .look import MOST, SIXTEEN, Chart, Look, forest
+from .look import MOST, SIXTEEN, Chart, Look, forest, margin
 
 TUNED = ("quality", "tuned", "perplexity")
 
@@ -96,8 +96,10 @@ def methods(setting: Setting) -> Chart | None:
         axes.errorbar(s.best.mean(*TUNED), i, xerr=s.best.interval(*TUNED) or 0, elinewidth=0.8, **style)
     axes.set_yticks(range(len(found)), [f"{s.title}, lr {s.rate:g}" for s in found])
     axes.invert_yaxis()
+    axes.margins(y=margin(len(found)))
     axes.set(xlabel="tuned perplexity")
-    look.legend(figure, any(s.best.config["dq"] for s in found), **{"16 bit": look.line("none") | {"lw": 0}})
+    base = {"16 bit": look.line("none") | {"lw": 0}} if any(s.best.is_16_bit for s in found) else {}
+    look.legend(figure, any(s.best.config["dq"] for s in found), **base)
     cut = f" The best {MOST} of {len(every)}." if len(every) > MOST else ""
     return Chart(
         "methods",

@@ -49,6 +49,11 @@ class Look:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
 
 
+def margin(rows: int) -> float:
+    """Of an axis with a row at each number: half a row at least."""
+    return max(0.05, 0.5 / max(rows - 1, 1))
+
+
 def forest(look: Look, panels: Mapping[str, Sequence[tuple[str, str, Difference]]], label: str) -> Figure:
     """Differences with their 95% intervals, hollow where not distinguishable from none. panels: by title, of each
     difference the name of its row, its format, and itself."""
@@ -61,6 +66,7 @@ def forest(look: Look, panels: Mapping[str, Sequence[tuple[str, str, Difference]
             style = look.line(kind) | {"ls": "none", "mfc": None if d.distinguishable else "white"}
             axes.errorbar(d.delta, rows.index(name), xerr=d.half, elinewidth=0.8, **style)
         axes.axvline(0, **SIXTEEN)
+        axes.margins(y=margin(len(rows)))
         axes.set(xlabel=label)
         axes.locator_params(axis="x", nbins=4)
         axes.set_title(title)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 
-from ..compare import Configuration, Setting, text
+from ..compare import Configuration, Setting
 from ..findings import effects, when
+from ..keys import text
 from .look import SIXTEEN, Chart, Look, forest
 
 
