@@ -12,7 +12,7 @@ from .methods import Claim, Series
 from .words import INITS, listed, plus_minus, title
 
 T = TypeVar("T")
-VERDICTS = ("not confirmed", "not distinguishable", "confirmed, and better,")
+VERDICTS = ("not confirmed", "confirmed, as far as can be told apart,", "confirmed, and better,")
 
 
 def answer(setting: Setting) -> list[str]:

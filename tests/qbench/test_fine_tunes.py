@@ -86,7 +86,7 @@ def test_methods_meet_each_at_its_own_learning_rate():
     ("delta", "noise", "verdict"),
     [
         (0.0051, 0.01, "not confirmed for nf4 + dq, block 64 (7.43: +0.0051±0.00"),
-        (0.0001, 0.1, "not distinguishable for nf4 + dq, block 64 (7.39: +0.0001±0.00"),
+        (0.0001, 0.1, "confirmed, as far as can be told apart, for nf4 + dq, block 64 (7.39: +0.0001±0.00"),
         (-0.02, 0.01, "confirmed, and better, for nf4 + dq, block 64 (7.24: −0.0200±0.00"),
     ],
 )
