@@ -9,7 +9,6 @@ import hydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-import formats
 from qbench import groups, jobs
 from qbench.jobs import CONF, HERE, stderr
 
@@ -88,8 +87,8 @@ def one_line(error: Exception) -> str:
     """Hydra's message of several lines, as one that names the input and what is accepted."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == groups.GROUP and (problem := formats.problems().get(name)):
-            return f"format: {problem}"
+        if group == groups.GROUP:
+            return groups.unknown(name)
         extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
         install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
         return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
