@@ -37,7 +37,13 @@ class Entry:
     @property
     def options(self) -> dict[str, object]:
         """What is left to choose beside block and dq, with its default; `Parameter.empty` where there is none."""
-        settled = ("block", "dq", *self.given)
+        settled = (
+            "block",
+            "dq",
+            "name",
+            "target",
+            *self.given,
+        )  # the middle two are words of `get` and of a command line
         return {p.name: p.default for p in self._parameters if p.kind not in _VARIABLE and p.name not in settled}
 
     @property

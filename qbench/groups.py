@@ -12,11 +12,18 @@ from formats.contract import first_line
 from qbench.errors import InputError
 
 GROUP, CUSTOM = "format", "custom"
+_PLAIN = bool | int | float | str | None  #: what a config can hold of the defaults of options
 
 
 def choices() -> list[str]:
     """What +format= accepts."""
     return [*formats.names(), CUSTOM]
+
+
+def unknown(name: str) -> str:
+    """What is said of a name that +format= does not accept."""
+    problem = formats.problems().get(name)
+    return f"format: {problem}" if problem else f"format: {name!r} is unknown; accepted: {', '.join(choices())}"
 
 
 def store() -> None:
@@ -26,9 +33,6 @@ def store() -> None:
         plain = {key: value for key, value in entry.options.items() if isinstance(value, _PLAIN)}
         _store(name, {"name": name, "block": "${block}", "dq": "${dq}", **entry.cls.fixed, **plain})
     _store(CUSTOM, {"name": "${.target}", "target": None, "block": "${block}", "dq": "${dq}"})
-
-
-_PLAIN = bool | int | float | str | None
 
 
 def _store(name: str, content: dict) -> None:

@@ -20,7 +20,7 @@ import formats
 from qbench import record
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
-from qbench.groups import GROUP, format_of, settle
+from qbench.groups import GROUP, format_of, settle, unknown
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -69,8 +69,8 @@ def one_line(error: Exception) -> str:
     """Hydra's message of several lines, as one that names the input and what is accepted."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == GROUP and (problem := formats.problems().get(name)):
-            return f"format: {problem}"
+        if group == GROUP:
+            return unknown(name)
         extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
         install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
         return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
