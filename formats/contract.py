@@ -9,6 +9,8 @@ package is held to them whenever it is asked for (`glance`). `qbench.testing.che
 
 from collections.abc import Callable
 from math import isfinite
+from numbers import Real
+from re import fullmatch
 
 import torch
 from torch import Tensor
@@ -32,9 +34,9 @@ def expect(holds: bool, found: object, expected: object) -> None:
 
 
 def naming(fmt: Format, w: Tensor) -> None:
-    """`name` is a text, without space: it goes into tables and the names of folders."""
+    """`name` is letters, digits and _ . + -: it goes into tables and onto command lines."""
     name = getattr(fmt, "name", None)
-    expect(isinstance(name, str) and name and not any(map(str.isspace, name)), f"name is {name!r}", "a word")
+    expect(isinstance(name, str) and fullmatch(r"[\w.+-]+", name), f"name is {name!r}", "letters, digits and _ . + -")
 
 
 def sourced(fmt: Format, w: Tensor) -> None:
@@ -60,7 +62,7 @@ def table(fmt: Format, w: Tensor) -> None:
     n = 2**fmt.bits
     if not fmt.own_levels:
         levels = getattr(fmt, "levels", None)
-        numbers = isinstance(levels, tuple | list) and all(isinstance(x, int | float) and isfinite(x) for x in levels)
+        numbers = isinstance(levels, tuple | list) and all(isinstance(x, Real) and isfinite(x) for x in levels)
         expect(numbers, f"levels are {levels!r:.60}", "finite numbers")
         expect(len(levels) == n, f"there are {len(levels)} levels", f"{n}, one a code of {fmt.bits} bits")
     book = fmt.codebook(w.detach().reshape(-1).float())

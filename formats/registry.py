@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from inspect import Parameter, isclass, signature
+from inspect import Parameter, isclass, ismodule, signature
 from pkgutil import iter_modules
 
 from . import contract
@@ -37,13 +37,7 @@ class Entry:
     @property
     def options(self) -> dict[str, object]:
         """What is left to choose beside block and dq, with its default; `Parameter.empty` where there is none."""
-        settled = (
-            "block",
-            "dq",
-            "name",
-            "target",
-            *self.given,
-        )  # the middle two are words of `get` and of a command line
+        settled = (*_WORDS, *self.given)
         return {p.name: p.default for p in self._parameters if p.kind not in _VARIABLE and p.name not in settled}
 
     @property
@@ -68,6 +62,7 @@ class _Lent(Entry):
         return self.fmt
 
 
+_WORDS = ("name", "block", "dq", "target")  #: of `get`, and of a command line
 _VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 _entries: dict[str, Entry] = {}
 _problems: dict[str, str] = {}
@@ -225,5 +220,5 @@ def _load(point: EntryPoint) -> None:
     if _is_format(found):
         if point.name not in _entries or _entries[point.name].path != Entry(found).path:
             register(point.name)(found)
-    elif point.name not in _entries:
+    elif not ismodule(found) and point.name not in _entries:
         raise TypeError(f"{point.value} is no subclass of formats.Format")

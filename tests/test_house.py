@@ -12,6 +12,7 @@ import yaml
 import formats
 from qbench.__main__ import main
 from qbench.jobs import CONF
+from qbench.testing import check_format
 
 ROOT = Path(__file__).parent.parent
 # what each part may import of the house: itself and what is listed before it
@@ -107,11 +108,7 @@ def test_every_named_sweep_says_what_it_asks_and_composes(name, monkeypatch, cap
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
 def test_the_examples_of_the_readme_run(block):
     scope = {"torch": torch, "w": torch.randn(30, 70)}
-    try:
-        exec(block, scope)
-        for name in set(re.findall(r'@register\("(\w+)"\)', block)):
-            q = formats.get(name, block=16, dq=True).quantize(scope["w"])
-            assert (q.dequantize() - scope["w"]).abs().max() <= scope["w"].abs().max()
-    finally:
-        for name in re.findall(r'@register\("(\w+)"\)', block):
-            formats.registry._entries.pop(name, None)
+    exec(block, scope)
+    for found in scope.values():
+        if isinstance(found, type) and issubclass(found, formats.Format) and found is not formats.Format:
+            check_format(found)

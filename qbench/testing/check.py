@@ -77,14 +77,13 @@ def _made(entry: Entry, broken: dict[str, BrokenContract]) -> Iterator[Format]:
     if found := failure(is_made, entry, None, f"block={BLOCKS[0]}"):
         broken["is_made"] = found
         return
-    seen = set()
+    made = {}
     for block in BLOCKS:
         for dq in (False, True):
             with suppress(ValueError):
                 fmt = entry.make(block=block, dq=dq)
-                if (fmt.block, fmt.dq) not in seen:
-                    seen.add((fmt.block, fmt.dq))
-                    yield fmt
+                made.setdefault((fmt.block, fmt.dq), fmt)
+    yield from made.values()
     if found := failure(refuses_blocks, entry, None, "other blocks"):
         broken["refuses_blocks"] = found
 

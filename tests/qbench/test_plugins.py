@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from rich.console import Console
 
 import formats
 from formats import registry
-from qbench import catalog, checkpoint, record
+from qbench import catalog, checkpoint, groups, record
 from qbench.errors import InputError
 from qbench.plan import advice
 from qbench.plan.__main__ import main as plan_main
-from qbench.plan.count import count
 from qbench.plan.settings import PlanSettings
 from qbench.plan.shapes import find as find_shape
 from qbench.quantize.__main__ import main
@@ -120,6 +121,7 @@ def test_a_package_that_pip_installs(tmp_path, tiny_llama):
 def installed(tmp_path, monkeypatch):
     """Put a module, and a package that names some of it as formats, where Python looks, and have them discovered anew."""
     site = tmp_path / "site"
+    formats.names()  # ours are found once a process
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(registry, "_problems", {})
     monkeypatch.setattr(registry, "_discovered", False)
@@ -160,6 +162,17 @@ def listed(width: int) -> list[str]:
     return out.getvalue().splitlines()
 
 
+def test_the_settings_of_a_format_are_its_constructors():
+    groups.store()
+    nodes = {name: ConfigStore.instance().load(f"format/{name}.yaml").node for name in groups.choices()}
+    open_ones = {"block": "${block}", "dq": "${dq}"}
+    for name, node in nodes.items():
+        wanted = {"block": 64, "dq": False} if name == "none" else open_ones
+        assert OmegaConf.to_container(node).items() >= wanted.items(), name
+    assert OmegaConf.to_container(nodes["fp4"]) == {"name": "fp4", "variant": "bnb", **open_ones}
+    assert OmegaConf.to_container(nodes["fp4_e2m1"]) == {"name": "fp4_e2m1", **open_ones}
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_every_format_is_listed(width):
     lines = listed(width)
@@ -189,8 +202,10 @@ def function(): ...
 
 def test_what_cannot_be_used_is_told_and_takes_nothing_from_the_rest(installed, command, tiny_llama):
     installed("trouble", TROUBLE, short="trouble:Short", int8="trouble:Taken", function="trouble:function")
+    installed("several", TROUBLE.replace("found_on_import", "by_module").replace("nf4_of_", "of_"), all="several")
     installed("absent", "import nowhere_to_be_found", lost="absent:Lost")
-    assert {"short", "found_on_import", "nf4_of_another"} < set(formats.names()) and "lost" not in formats.names()
+    assert {"short", "found_on_import", "nf4_of_another", "by_module"} < set(formats.names())
+    assert not {"lost", "all"} & set(formats.names()) and formats.find("by_module").package == "several-package"
     assert formats.get("found_on_import").name == "found_on_import" and formats.get("int8").bits == 8
     assert formats.find("found_on_import").package == "trouble-package"
     problems = formats.problems()
@@ -208,7 +223,11 @@ def test_what_cannot_be_used_is_told_and_takes_nothing_from_the_rest(installed, 
         code, out, err = command(f"+format={name}", f"model.path={tiny_llama}", "out=o")
         assert code == 2 and not out and err.count("\n") == 1 and re.search(f"^qbench: format: .*{message}", err), err
     plans = advice.sweep(find_shape("bundled"), PlanSettings(), (64,))
-    assert {plan.settings.format.name for plan in plans} == {*formats.names()} - {"short", "nf4_of_another"}
+    assert {plan.settings.format.name for plan in plans} == {*formats.names()} - {
+        "short",
+        "nf4_of_another",
+        "of_another",
+    }
 
 
 CUSTOM = """
@@ -282,9 +301,8 @@ def test_a_target_is_what_a_registered_format_is(installed, command, sharded_lla
     code, out, _ = command("model=bundled", *target, main=plan_main)
     assert code == 0 and "bundled in custom_1, block 32" in out
     settings = PlanSettings(format=formats.get("mine.Custom", block=32, depth=2))
-    plan = count(find_shape("bundled"), settings)
-    found = {change.words: change.plan for change in advice.changes(advice.changed(plan, {"gpu": plan.needed - 1}))}
-    assert found["dq=true"].settings.format.arguments == settings.format.arguments | {"dq": True}
+    smaller = next(ladder[0]["format"] for ladder in advice.ladders(settings) if "format" in ladder[0])
+    assert smaller.arguments == settings.format.arguments | {"dq": True}
 
 
 def test_options_are_part_of_what_a_run_is(installed):
