@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ ORDER = [
     "ops",
     "layers",
     "functions",
+    "lora",
     "measure",
     "optim",
     "starts",
@@ -29,6 +31,7 @@ ORDER = [
     "shards",
     "recipe",
     "checkpoint",
+    "pretrained",
     "models",
     "data",
     "adapters",
@@ -109,7 +112,8 @@ def test_every_format_names_its_source():
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-def test_the_examples_of_the_readme_run(block):
+def test_the_examples_of_the_readme_run(block, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     scope = {"torch": torch, "w": torch.randn(30, 70)}
     try:
         exec(block, scope)
@@ -119,3 +123,12 @@ def test_the_examples_of_the_readme_run(block):
     finally:
         for name in re.findall(r'@register\("(\w+)"\)', block):
             formats._registry.pop(name, None)
+
+
+def test_the_lowest_releases_are_those_of_the_project():
+    """`make test-lowest` installs what pyproject.toml says is enough."""
+    pinned = re.findall(r"(\w+)==(\S+)", (ROOT / "Makefile").read_text())
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    least = dict(re.findall(r"^(\w+)>=([\d.]+)", "\n".join(wanted), re.M))
+    assert "transformers" in dict(pinned)
+    assert [(name, least[name] + ".0") for name, _ in pinned] == pinned
