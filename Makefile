@@ -6,7 +6,12 @@ ARGS ?= +format=nf4 block=64
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test
+# What follows transformers most closely, in the lowest releases that pyproject.toml takes; `make test` has the newest.
+LOWEST = transformers==5.0.0 peft==0.18.0 accelerate==1.3.0 safetensors==0.5.0
+CLOSEST = tests/qbench/test_transformers.py tests/qbench/test_checkpoint.py tests/qbench/test_quantize.py \
+	tests/qbench/test_tune.py
+
+.PHONY: run test test-lowest
 
 run: $(VENV)/.run
 	$(BIN)/python -m qbench $(ARGS)
@@ -14,6 +19,9 @@ run: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/ruff check formats qbench tests experiments
 	$(BIN)/python -m pytest
+
+test-lowest: $(VENV)-lowest/.test
+	$(VENV)-lowest/bin/python -m pytest $(CLOSEST)
 
 # TORCH: what pip takes for PyTorch, such as the wheel of a CPU build; without it, what the registry has.
 $(VENV)/.run: pyproject.toml
@@ -25,3 +33,8 @@ $(VENV)/.test: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable .[test]
 	touch $@ $(VENV)/.run
+
+$(VENV)-lowest/.test: pyproject.toml Makefile
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(LOWEST) --editable .[test]
+	touch $@

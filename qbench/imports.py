@@ -2,13 +2,12 @@
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-class _Follow(MetaPathFinder):
-    """Finds what others find, and once that has been imported, imports what is to follow it."""
+class _Follow:
+    """A finder of modules, which finds what others find, and once that has been imported, imports what is to follow it."""
 
     def __init__(self):
         self.followers: dict[str, str] = {}

@@ -80,7 +80,7 @@ class QBenchQuantizer(HfQuantizer):
             checkpoint.pack(model, self.recipe)
         _, found = checkpoint.named(model, contents)
         checkpoint.match(model, found, self.where)
-        self.waiting = set() if self.pre_quantized else checkpoint.layers_of(model, found, self.where).keys()
+        self.waiting = set() if self.pre_quantized else set(checkpoint.layers_of(model, found, self.where))
         self.refused: InputError | None = None
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
@@ -106,8 +106,8 @@ class QBenchQuantizer(HfQuantizer):
             if not self.refused:
                 replace(model, {layer: self.recipe.format.quantize(weight, name=f"{self.where}: {name}")})
                 missing_keys.discard(name)
-        except ValueError as error:
-            self.refused = InputError(str(error))  # raised here, transformers would put it into a table of warnings
+        except ValueError as error:  # what is raised here, transformers logs, and raises something else
+            self.refused = InputError(str(error))
         return {}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -120,9 +120,10 @@ class QBenchQuantizer(HfQuantizer):
             if not tensor.is_meta and not finite(tensor):
                 raise InputError(f"{self.where}: {name} holds NaN or Inf; finite values are accepted")
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        devices = getattr(model, "hf_device_map", {}).values()
         for name, layer in layers.items():
-            if layer.codes.is_meta and "disk" in model.hf_device_map.values():  # older releases round what they offload
-                raise InputError(f"{name} would be on disk; accepted: offload_buffers=False")
+            if layer.codes.is_meta and "disk" in devices:  # where some releases round what they put
+                raise InputError(f"{name} is on disk; accepted: offload_buffers=False")
             if not layer.own_levels and layer.levels is not None:  # no tensor of the checkpoint
                 layer.levels = self.recipe.format.empty(torch.Size([0]), layer.dtype, layer.levels.device).levels
         if not self.pre_quantized:

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,19 @@ def test_every_named_sweep_says_what_it_asks_and_composes(name, monkeypatch, cap
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-def test_the_examples_of_the_readme_run(block):
+def test_the_examples_of_the_readme_run(block, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     scope = {"torch": torch, "w": torch.randn(30, 70)}
     exec(block, scope)
     for found in scope.values():
         if isinstance(found, type) and issubclass(found, formats.Format) and found is not formats.Format:
             check_format(found)
+
+
+def test_the_lowest_releases_are_those_of_the_project():
+    """`make test-lowest` installs what pyproject.toml says is enough."""
+    pinned = re.findall(r"(\w+)==(\S+)", (ROOT / "Makefile").read_text())
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    least = dict(re.findall(r"^(\w+)>=([\d.]+)", "\n".join(wanted), re.M))
+    assert "transformers" in dict(pinned)
+    assert [(name, least[name] + ".0") for name, _ in pinned] == pinned

@@ -1,5 +1,6 @@
 """transformers and PEFT do with packed models what they do with any, and to the last bit what qbench does."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -19,6 +20,7 @@ from qbench.errors import InputError
 from qbench.imports import after
 from qbench.layers import QuantLinear
 from qbench.lora import LoraQuantLinear
+from tests.conftest import make_model
 
 from .checkpoints import assert_same, cut, edit_config, edit_index, held, in_memory, logits, quantize, sharded, tensors
 from .test_checkpoint import BAD_PACKED
@@ -43,11 +45,13 @@ def biased(tmp_path_factory) -> Path:
         vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
     )  # fmt: skip
-    folder = sharded(config, tmp_path_factory.mktemp("biased"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
+    folder = make_model("llama", tmp_path_factory.mktemp("biased"))
+    (folder / shards.SINGLE).unlink()
     model.save_pretrained(folder, max_shard_size="60KB")
     return folder
 
@@ -173,8 +177,6 @@ def test_peft_as_its_users_write_it(any_of, architecture, tmp_path):
 
 @pytest.fixture(scope="session")
 def any_of(tmp_path_factory):
-    from tests.conftest import make_model
-
     return lambda name: make_model(name, tmp_path_factory.mktemp(name))
 
 
@@ -296,6 +298,7 @@ def test_weights_stay_as_they_are_in_any_dtype(packed_nf4):
     model.to(torch.float16)
     assert model.dtype == torch.float16
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert_same(copy.deepcopy(model), model)
 
 
 def test_qbench_may_be_imported_first_and_takes_no_time(packed_nf4):
