@@ -6,12 +6,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import formats
 from formats import Format
 
 from . import record, shards
 from .errors import InputError
+from .layers import QuantLinear, linear_layers
 
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"
@@ -27,8 +30,11 @@ class Recipe:
     others: dict[str, torch.dtype]
 
     @classmethod
-    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype]) -> "Recipe":
-        """dtypes: of the weight of each layer, by its name."""
+    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype], model: PreTrainedModel | None = None) -> "Recipe":
+        """dtypes: of the weight of each layer, by its name. model: in which these are packed, if there is one yet.
+
+        Raises InputError for what the layout cannot keep.
+        """
         usual = Counter(dtypes.values()).most_common(1)[0][0]
         return cls(arguments, usual, {layer: dtype for layer, dtype in dtypes.items() if dtype != usual})
 
@@ -38,6 +44,14 @@ class Recipe:
 
     def dtype_of(self, layer: str) -> torch.dtype:
         return self.others.get(layer, self.dtype)
+
+    def layers(self, model: PreTrainedModel) -> dict[str, tuple[Format, torch.dtype]]:
+        """Of the layers of a model that are packed the format and the dtype that the weight had, by name."""
+        return {name: (self.format, self.dtype_of(name)) for name in linear_layers(model)}
+
+    def tensors(self, name: str, layer: QuantLinear, fixed: bool = False) -> dict[str, Tensor]:
+        """What is kept of a packed layer, by name in the file. fixed: in sizes that do not depend on the weights."""
+        return layer.state_dict(prefix=f"{name}.")
 
     def plain(self) -> dict:
         """As config.json holds it."""

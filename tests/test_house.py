@@ -28,6 +28,7 @@ ORDER = [
     "settings",
     "shards",
     "recipe",
+    "interop",
     "checkpoint",
     "models",
     "data",

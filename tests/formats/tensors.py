@@ -3,6 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
+from formats import Format
+
 SHAPES = [(1,), (7,), (33, 65), (64, 64), (576, 48), (5, 3, 129), (4097,), (300, 257)]
 
 
@@ -29,3 +31,9 @@ def weights(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
     flat[start : start + draw(st.sampled_from([0, 64, 1000]))] = 0
     largest = torch.finfo(dtype).max
     return w.clamp(-largest, largest).to(dtype)
+
+
+def within(f: Format, w: torch.Tensor) -> torch.Tensor:
+    """`w` cut to what scales and shifts of the dtype of `f` surely hold; for fp32 that is all that `weights` gives."""
+    most = min(torch.finfo(f.scale_dtype).max / 2, torch.finfo(w.dtype).max)
+    return w.clamp(-most, most)

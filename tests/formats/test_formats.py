@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import formats
 from formats import scales
 from formats.packing import pack, packed_bytes, unpack
-from tests.formats.tensors import weights
+from tests.formats.tensors import weights, within
 
 QUANTIZED = [name for name in formats.names() if name != "none"]
 
@@ -20,6 +20,7 @@ QUANTIZED = [name for name in formats.names() if name != "none"]
 @given(w=weights(), block=st.sampled_from([1, 5, 16, 64, 100, 4096]), dq=st.booleans())
 def test_contract(name, w, block, dq):
     f = formats.get(name, block=block, dq=dq)
+    w = within(f, w)
     q = f.quantize(w)
     back = q.dequantize()
     assert back.shape == w.shape and back.dtype == w.dtype
@@ -36,14 +37,18 @@ def test_contract(name, w, block, dq):
 @given(w=weights(dtypes=(torch.float32,)), block=st.sampled_from([16, 64]))
 def test_error_stays_within_half_a_gap_of_the_levels(name, w, block):
     f = formats.get(name, block=block)
+    w = within(f, w)
     q = f.quantize(w)
+    stored = q.scale[0], (q.shift or (torch.zeros(len(q.scale[0])),))[0]
+    scale, shift = (values.float().repeat_interleave(block)[: w.numel()] for values in stored)
     ranked = q.levels.sort().values
     low, high = float(ranked[0]), float(ranked[-1])
-    reach = max(float(ranked.diff().max()) / 2, 1 - high, 1 + low if low < 0 else 0)
-    scale = q.scale[0].repeat_interleave(block)[: w.numel()].view(w.shape)
-    error = (q.dequantize() - w).abs()
-    largest = w.abs() + (q.shift[0].abs().repeat_interleave(block)[: w.numel()].view(w.shape) if q.shift else 0)
-    assert (error <= scale * reach * (1 + 1e-5) + largest * 1e-6 + 1e-38).all()
+    span = {"int4_asym": (0, 1), "q4_0": (-8, 8), "q4_1": (0, 15), "q8_0": (-127, 127)}.get(name, (-1, 1))
+    reach = max(float(ranked.diff().max()) / 2, span[1] - high, low - span[0])
+    error, flat = (q.dequantize() - w).abs().view(-1), w.reshape(-1)
+    told = torch.finfo(f.scale_dtype)  # rounding a scale moves every level; below the least it is lost
+    largest = (flat.abs() + 2 * shift.abs()) * (1e-6 + told.eps * (told.bits < 32))
+    assert (error <= scale.abs() * reach * (1 + 1e-5) + largest + max(map(abs, span)) * max(told.tiny, 1e-38)).all()
 
 
 @pytest.mark.parametrize("name", formats.names())
@@ -67,6 +72,14 @@ def test_layout_does_not_matter(name):
     f = formats.get(name, block=32)
     assert torch.equal(f.quantize(w.t()).dequantize(), f.quantize(w.t().contiguous()).dequantize())
     assert torch.equal(f.quantize(w[:, ::2]).dequantize(), f.quantize(w[:, ::2].clone()).dequantize())
+
+
+@pytest.mark.parametrize("dq", [False, True])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
+def test_what_a_scale_cannot_hold_raises_naming_the_tensor(name, dq):
+    w = torch.full((64,), 1e9)
+    with pytest.raises(ValueError, match=r"q_proj: holds values whose scale or shift overflows torch.float16"):
+        formats.get(name, dq=dq).quantize(w, name="q_proj")
 
 
 @pytest.mark.parametrize("name", formats.names())
@@ -114,7 +127,7 @@ def test_variants_are_kept_apart_by_name():
 SQNR = [
     ("nf4", 32, 21.18), ("nf4", 64, 20.73), ("nf4", 128, 20.39), ("nf4", 256, 20.12), ("nf4", 1024, 19.64),
     ("int4", 64, 19.36), ("fp4_e2m1", 64, 19.52), ("fp4", 64, 18.28), ("fp4_e3m0", 64, 14.51),
-    ("int4_asym", 64, 20.95), ("int4_asym", 128, 20.02),
+    ("int4_asym", 64, 20.95), ("int4_asym", 128, 20.02), ("q4_0", 32, 21.32), ("q4_1", 32, 22.14),
 ]  # fmt: skip
 
 
@@ -158,6 +171,9 @@ def test_bits_from_the_bytes():
     assert formats.get("int4", symmetric=False).quantize(w).bits_per_parameter == 5.0
     assert formats.get("quantile").quantize(w).bits_per_parameter == 4.5 + 8 * 64 / w.numel(), "pays for its table"
     assert formats.get("none").quantize(w).bits_per_parameter == 16.0
+    files = {name: formats.get(name, block=32).quantize(w).bits_per_parameter for name in ("q4_0", "q4_1", "q8_0")}
+    assert files == {"q4_0": 4.5, "q4_1": 5.0, "q8_0": 8.5}, "scales and shifts of 16 bits"
+    assert formats.get("q8_0", dq=True).quantize(w).bits_per_parameter == 8.126953125 + offset
 
 
 def test_the_quantile_table_is_equation_4():

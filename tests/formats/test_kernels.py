@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import formats
 from formats import blockwise
 from qbench.ops import cpu
-from tests.formats.tensors import weights
+from tests.formats.tensors import weights, within
 
 
 @pytest.fixture(params=["avx512", "plain"], autouse=True)
@@ -32,6 +32,7 @@ QUANTIZED = [name for name in formats.names() if name != "none"]
 )
 def test_equal_the_reference(name, w, block, dq, dtype):
     f = formats.get(name, block=block, dq=dq)
+    w = within(f, w)
     q = f.quantize(w)
     flat = w.reshape(-1)
     book = f.codebook(flat)
@@ -39,7 +40,7 @@ def test_equal_the_reference(name, w, block, dq, dtype):
     codes, scale = blockwise.quantize_reference(flat, book.boundaries, book.order, f.bits, block, scale, shift)
     assert torch.equal(q.codes, codes)
     if not dq:
-        assert torch.equal(q.scale[0], scale)
+        assert torch.equal(q.scale[0], scale.to(f.scale_dtype))
     expected = blockwise.dequantize_reference(q.codes, q.levels, q.scale, q.shift, f.bits, block, q.shape, dtype)
     assert torch.equal(q.dequantize(dtype).view(torch.uint8), expected.view(torch.uint8))
 
