@@ -28,6 +28,7 @@ ORDER = [
     "settings",
     "shards",
     "recipe",
+    "names",
     "interop",
     "checkpoint",
     "models",

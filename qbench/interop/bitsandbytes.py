@@ -26,7 +26,7 @@ import formats
 from formats import Format, QuantizedTensor
 from formats.scales import NESTED_BLOCK, dynamic_map
 
-from .. import recipe, shards
+from .. import names, recipe, shards
 from ..errors import InputError
 from ..layers import QuantLinear, replaceable, weight_of
 from ..recipe import CONFIG, KEY, word
@@ -98,12 +98,11 @@ def parts(layer: str, q: QuantizedTensor) -> dict[str, Tensor]:
     return {f"{layer}.{key}": tensor for key, tensor in found.items()}
 
 
-def called(layer: str, fmt: Format) -> dict[str, str]:
+def places(layer: str, fmt: Format) -> dict[str, str]:
     """Where each tensor of a QuantLinear is found."""
-    names = {"codes": "weight", "scale": "weight.absmax"}
-    if fmt.dq:
-        names |= {"scale_absmax": "weight.nested_absmax", "scale_offset": state_key("", fmt.name)[1:]}
-    return {f"{layer}.{ours}": f"{layer}.{theirs}" for ours, theirs in names.items()}
+    found = {"codes": f"{layer}.weight", "scale": f"{layer}.weight.absmax"}
+    nested = {"scale_absmax": f"{layer}.weight.nested_absmax", "scale_offset": state_key(layer, fmt.name)}
+    return found | (nested if fmt.dq else {})
 
 
 @dataclass(frozen=True)
@@ -188,35 +187,42 @@ class Folder(Packed):
         return f"{plain['bnb_4bit_quant_type']} by bitsandbytes{nested}"
 
     def hold(self, model: PreTrainedModel) -> Held:
-        contents = shards.contents(self.path)
-        files = {key: file for file, found in contents.items() for key in found}
-        modules = dict(model.named_modules())
+        found = shards.contents(self.path)
+        files = {key: file for file, specs in found.items() for key in specs}
+        rename, modules = names.renaming(model), dict(model.named_modules())
         states: dict[str, State] = {}
-        names: dict[str, str] = {}
+        called: dict[str, str] = {}
+        contents: Contents = {file: {} for file in found}
+        rest = dict(files)
         for layer in sorted({match[1] for match in map(_PART.fullmatch, files) if match}):
-            if not replaceable(modules.get(layer)):
+            name = rename(f"{layer}.weight", self.path).removesuffix(".weight")
+            if not replaceable(modules.get(name)):
                 raise InputError(f"{self.path}: {layer} is no linear layer of a {type(model).__name__}")
-            state = states[layer] = self._state(layer, files, weight_of(modules[layer]).shape)
+            state = states[name] = self._state(layer, files, weight_of(modules[name]).shape)
             empty = state.format.empty(state.shape, state.dtype, "cpu")
-            self._check(state, parts(layer, empty), contents, files)
+            self._check(state, parts(layer, empty), found, files)
             for key in (*parts(layer, empty), state_key(layer, state.format.name)):
-                del contents[files[key]][key]
-            specs = QuantLinear(empty).state_dict(prefix=f"{layer}.")
-            for ours, theirs in called(layer, state.format).items():
-                contents[files[theirs]][ours], names[ours] = Spec.of(specs[ours]), theirs
+                del rest[key]
+            specs = QuantLinear(empty).state_dict()
+            for part, key in places(layer, state.format).items():
+                contents[files[key]][f"{name}.{part}"] = Spec.of(specs[part])
+                called[f"{name}.{part}"] = key
         if not states:
             raise InputError(
                 f"{self.path} holds no 4-bit weight; accepted: what save_pretrained wrote of a 4-bit model"
             )
+        for key, file in rest.items():
+            contents[file][rename(key, file)] = found[file][key]
+            called[rename(key, file)] = key
 
         def read(file: Path, name: str) -> Tensor:
             layer, _, part = name.rpartition(".")
-            if name in names and part == "scale_offset":
+            if layer in states and part == "scale_offset":
                 return torch.tensor(states[layer].offset, dtype=torch.float32)
-            tensor = shards.read(file, names.get(name, name))
-            return tensor.view(torch.uint8).reshape(-1) if name in names and part == "codes" else tensor
+            tensor = shards.read(file, called[name])
+            return tensor.view(torch.uint8).reshape(-1) if layer in states and part == "codes" else tensor
 
-        return Held({layer: (state.format, state.dtype) for layer, state in states.items()}, contents, read, names)
+        return Held({name: (state.format, state.dtype) for name, state in states.items()}, contents, read, called)
 
     def _state(self, layer: str, files: dict[str, Path], shape: torch.Size) -> State:
         found = [key for key in files if key.startswith(f"{layer}.weight.quant_state.")]

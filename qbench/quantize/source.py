@@ -1,16 +1,13 @@
 """The 16-bit checkpoint that is read: its files, its tensors, and what the model calls them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .. import checkpoint, models, recipe, shards
+from .. import checkpoint, models, names, recipe, shards
 from ..errors import InputError
 from ..layers import linear_layers
 from ..shards import Contents, Spec
@@ -67,37 +64,13 @@ def read(path: str | None) -> Source:
 
 def _named(model: PreTrainedModel, contents: Contents) -> tuple[dict[str, str], dict[str, Spec]]:
     """What the model calls each tensor, and what a header tells of it by that name."""
-    rename = _renaming(model)
-    names: dict[str, str] = {}
+    rename = names.renaming(model)
+    called: dict[str, str] = {}
     found: dict[str, Spec] = {}
     for file, specs in contents.items():
         for tensor, spec in specs.items():
-            names[tensor] = rename(tensor, file)
-            if names[tensor] in found:
+            called[tensor] = rename(tensor, file)
+            if called[tensor] in found:
                 raise InputError(f"{file}: {tensor} is there a second time, under another name; accepted: one of them")
-            found[names[tensor]] = spec
-    return names, found
-
-
-def _renaming(model: PreTrainedModel) -> Callable[[str, Path], str]:
-    """What `from_pretrained` makes of names: the model's own renamings, and the prefix of the base model on or off.
-
-    Some architectures also merge, split or turn tensors as they load; such a tensor is refused.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-
-    def rename(tensor: str, file: Path) -> str:
-        name, converted = rename_source_key(tensor, renamings, converters, prefix, state)
-        if name not in state and tensor in state:
-            return tensor
-        if converted is not None:
-            raise InputError(
-                f"{file}: {tensor} is no tensor of the {type(model).__name__}, which makes {name} of such; accepted: "
-                "checkpoints whose tensors are the model's, one by one"
-            )
-        return name
-
-    return rename
+            found[called[tensor]] = spec
+    return called, found

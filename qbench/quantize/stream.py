@@ -45,7 +45,12 @@ def run(
     with files.locked(out):
         targets = {file: out / shards.name(i, len(source.contents)) for i, file in enumerate(source.contents, 1)}
         model = hashlib.sha256(json.dumps(source.config).encode()).hexdigest()
-        job = {"model": model, "format": recipe.plain(), "files": [file.name for file in source.contents]}
+        job = {
+            "model": model,
+            "format": recipe.arguments,
+            "layout": recipe.plain(),
+            "files": [file.name for file in source.contents],
+        }
         origins = {target.name: _origin(file) for file, target in targets.items()}
         done = _claim(out, job, origins)
         contents = {}

@@ -33,7 +33,9 @@ def check(name: str, w: torch.Tensor) -> None:
     codes, decoded, numbers = theirs(name, w)
     scale, *shift = numbers
     assert torch.equal(q.scale[0].view(torch.int16), scale.contiguous().view(torch.int16)), "scale, its sign included"
-    assert len(q.shift) == len(shift) and all(map(torch.equal, q.shift, shift)), "shift; of −0 and 0 either is the least"
+    assert len(q.shift) == len(shift) and all(map(torch.equal, q.shift, shift)), (
+        "shift; of −0 and 0 either is the least"
+    )
     d = f.scale_and_shift(w.reshape(-1))[0].abs()
     told = ((d == 0) | (d >= SMALLEST)).repeat_interleave(32)  # a subnormal d is 0 in fp16, whatever the codes
     assert torch.equal(unpack(q.codes, q.bits, w.numel())[told], codes[told]), "codes"
