@@ -141,11 +141,13 @@ class File(Packed):
         return found
 
     def config(self) -> PreTrainedConfig:
-        """What transformers reads, and the factors of positions, which it does not."""
+        """What transformers reads, and what it does not: the size of a head, and the factors of positions."""
         for key in (f"{self.architecture}.rope.scaling.type", "split.count"):
             if (value := self.told(key)) not in (None, "none", 0, 1):
                 raise InputError(f"{self.path}: {key}: {value!r} is not supported; accepted: none")
         config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+        if head := self.told(f"{self.architecture}.attention.key_length"):
+            config.head_dim = head
         if ROPE in self.found:
             factors = self.found[ROPE].plain().tolist()
             config.rope_parameters = config.rope_parameters | {
