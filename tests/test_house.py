@@ -31,6 +31,8 @@ ORDER = [
     "settings",
     "shards",
     "recipe",
+    "names",
+    "interop",
     "checkpoint",
     "pretrained",
     "models",
