@@ -17,7 +17,7 @@ from torch import Tensor
 from .packing import pack, packed_bytes, unpack
 from .scales import decode_scales
 
-SMALLEST = 1e-38  # divisor of a block of zeros; bitsandbytes' value, so that its codes are ours
+SMALLEST = 1e-38  # least magnitude of a divisor, and that of a block of zeros; bitsandbytes' value: its codes are ours
 
 library = torch.library.Library("qbench", "DEF")
 library.define(
@@ -46,7 +46,7 @@ def reduce_blocks(w: Tensor, block: int, reduce) -> Tensor:
 def normalize(w: Tensor, block: int, scale: Tensor, shift: Tensor | None) -> Tensor:
     """(w − z) · (1/s), flat fp32 [n]; the tail divides, as bitsandbytes' does: a last bit can differ."""
     full = w.numel() // block * block
-    spread = scale.clamp(min=SMALLEST)
+    spread = torch.where(scale.abs() < SMALLEST, SMALLEST, scale)
     if shift is not None:
         w = w - shift.repeat_interleave(block)[: w.numel()]
     head = w[:full].view(-1, block) * spread[: full // block].reciprocal()[:, None]
@@ -58,8 +58,8 @@ def quantize_reference(w, boundaries, order, bits, block, scale=None, shift=None
 
     w: any float dtype, any shape, n elements. boundaries: fp32 [2^bits − 1], ascending; a normalized value takes the
     rank that counts the boundaries strictly below it. order: uint8 [2^bits], the code of each rank. scale, shift: fp32
-    [ceil(n/block)]; without a scale it is the absmax of the block. Returns packed codes, uint8 [ceil(n·bits/8)], and the
-    scale, fp32.
+    [ceil(n/block)], the scale of any sign; without a scale it is the absmax of the block. Returns packed codes, uint8
+    [ceil(n·bits/8)], and the scale, fp32.
     """
     w = w.reshape(-1).float()
     n = w.numel()

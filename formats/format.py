@@ -2,14 +2,14 @@
 
 To write a format, subclass `Format` in a file of its own, give it a name, a number of bits and its levels, and register
 it; `nf4.py` is the shortest example. Where the scale is not the absmax of the block, override `scale_and_shift`; where
-the levels depend on the tensor, override `codebook`; where something else is stored, `quantize` and `empty`. What else
-there is to choose are arguments of the constructor, with defaults, and told by the name: see `fp4.py`. What all of that
-must keep is in `contract.py`.
+scales are stored in another dtype than fp32, or ranks do not part halfway between levels, say so; where the levels depend
+on the tensor, override `codebook`; where something else is stored, `quantize` and `empty`. What else there is to choose
+are arguments of the constructor, with defaults, and told by the name: see `fp4.py`. What all of that must keep is in
+`contract.py`.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -24,8 +24,8 @@ from .scales import Stored, empty_scales, encode_scales
 class Codebook:
     """The table L and what rounding to it needs.
 
-    levels: fp32 [2^bits], indexed by code, in any order. boundaries: fp32 [2^bits − 1], the midpoints of the sorted
-    levels. order: uint8 [2^bits], the code of each rank.
+    levels: fp32 [2^bits], indexed by code, in any order. boundaries: fp32 [2^bits − 1], where the ranks of the sorted
+    levels part, by default halfway. order: uint8 [2^bits], the code of each rank.
     """
 
     levels: Tensor
@@ -33,19 +33,21 @@ class Codebook:
     order: Tensor
 
     @classmethod
-    def of(cls, levels) -> "Codebook":
+    def of(cls, levels, boundaries=None) -> "Codebook":
         levels = torch.as_tensor(levels, dtype=torch.float32)
         order = torch.argsort(levels, stable=True)
         ranked = levels[order]
-        return cls(levels, (ranked[:-1] + ranked[1:]) / 2, order.to(torch.uint8))
+        halfway = (ranked[:-1] + ranked[1:]) / 2
+        parting = halfway if boundaries is None else torch.as_tensor(boundaries, dtype=torch.float32)
+        return cls(levels, parting, order.to(torch.uint8))
 
     def to(self, device: torch.device) -> "Codebook":
         return Codebook(self.levels.to(device), self.boundaries.to(device), self.order.to(device))
 
 
 @lru_cache
-def _shared(levels: tuple[float, ...], device: torch.device) -> Codebook:
-    return Codebook.of(levels).to(device)
+def _shared(levels: tuple[float, ...], boundaries: tuple[float, ...] | None, device: torch.device) -> Codebook:
+    return Codebook.of(levels, boundaries).to(device)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Format:
     bits: int
     source: str  #: where the format is defined: paper and equation, or the code that is its definition
     levels: tuple[float, ...]  #: the fixed table L, indexed by code
+    boundaries: tuple[float, ...] | None = None  #: where its ranks part, fp32 values; halfway between levels without
+    scale_dtype: torch.dtype = torch.float32  #: of scales and shifts as they are stored, unless double quantized
     shifted: bool = False  #: whether blocks carry a shift z
     own_levels: bool = False  #: whether each tensor carries a table of its own
     fixed: ClassVar[dict[str, object]] = {}  #: block and dq, where there is one choice: a sweep over them is one run
@@ -129,7 +133,11 @@ class Format:
 
     def codebook(self, w: Tensor) -> Codebook:
         """The table for `w`, flat fp32 [n]."""
-        return _shared(tuple(self.levels), w.device)
+        return self._fixed(w.device)
+
+    def _fixed(self, device: torch.device) -> Codebook:
+        boundaries = None if self.boundaries is None else tuple(self.boundaries)
+        return _shared(tuple(self.levels), boundaries, device)
 
     def scale_and_shift(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """fp32 scale and shift [ceil(n/block)] of flat `w` [n]; a scale of None stands for the absmax of each block."""
@@ -139,7 +147,7 @@ class Format:
         """Quantize a float tensor of any shape.
 
         Blocks run over the flattened tensor, so they may span rows, and the last may be short. Raises TypeError if `w` is
-        not floating point, ValueError, naming the tensor by `name`, if it holds NaN or Inf.
+        not floating point, ValueError, naming the tensor by `name`, if it holds NaN, Inf, or more than its scales hold.
         """
         if not w.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
@@ -150,10 +158,8 @@ class Format:
         scale, shift = self.scale_and_shift(flat)
         book = self.codebook(flat)
         codes, scale = torch.ops.qbench.quantize(flat, book.boundaries, book.order, self.bits, self.block, scale, shift)
-        # a NaN or an Inf among the weights is one in the scale of its block; numpy looks without waking other threads
-        scales = scale.cpu().numpy()
-        if not (isfinite(scales.min(initial=0)) and isfinite(scales.max(initial=0))):
-            raise ValueError(f"{name}: holds {_describe(flat)}, a quantized tensor cannot")
+        if not all(_hold(values, self.scale_dtype) for values in (scale, shift) if values is not None):
+            raise ValueError(f"{name}: holds {_describe(flat, self.scale_dtype)}, a quantized tensor cannot")
         return QuantizedTensor(
             format=self.name,
             bits=self.bits,
@@ -162,8 +168,8 @@ class Format:
             dtype=w.dtype,
             codes=codes,
             levels=book.levels,
-            scale=encode_scales(scale, self.dq),
-            shift=() if shift is None else encode_scales(shift, self.dq),
+            scale=encode_scales(scale, self.dq, self.scale_dtype),
+            shift=() if shift is None else encode_scales(shift, self.dq, self.scale_dtype),
             own_levels=self.own_levels,
         )
 
@@ -173,8 +179,8 @@ class Format:
         if self.own_levels:
             levels = torch.empty(2**self.bits, dtype=torch.float32, device=device)
         else:
-            levels = _shared(tuple(self.levels), device).levels
-        scale = empty_scales(block_count(n, self.block), self.dq, device)
+            levels = self._fixed(device).levels
+        scale = empty_scales(block_count(n, self.block), self.dq, device, self.scale_dtype)
         return QuantizedTensor(
             format=self.name,
             bits=self.bits,
@@ -193,7 +199,13 @@ class Format:
         return self.empty(torch.Size([n]), torch.bfloat16).nbytes
 
 
-def _describe(w: Tensor) -> str:
+def _hold(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds fp32 values; a NaN or an Inf among the weights is one in the scale of its block."""
+    found, most = values.cpu().numpy(), torch.finfo(dtype).max  # numpy looks without waking other threads
+    return bool(-most <= found.min(initial=0) and found.max(initial=0) <= most)
+
+
+def _describe(w: Tensor, dtype: torch.dtype) -> str:
     nan, inf = int(w.isnan().sum()), int(w.isinf().sum())
     found = [f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count]
-    return " and ".join(found) or "values whose range in a block overflows fp32"
+    return " and ".join(found) or f"values whose scale or shift overflows {dtype}"

@@ -2,7 +2,7 @@
 
 Stored scales are a tuple of tensors, and the tuple tells how to read it:
 
-    (values,)                    any float dtype, one value a block
+    (values,)                    one value a block, in the dtype of the format: fp32, or fp16, or any other float
     (codes, absmax, offset)      double quantization: uint8 codes [n] into the dynamic map, fp32 absmax [ceil(n/256)],
                                  fp32 offset []
 
@@ -21,10 +21,10 @@ NESTED_BLOCK = 256
 Stored = tuple[Tensor, ...]
 
 
-def encode_scales(values: Tensor, dq: bool) -> Stored:
-    """Store fp32 `values` [n], double quantized if `dq`."""
+def encode_scales(values: Tensor, dq: bool, dtype: torch.dtype = torch.float32) -> Stored:
+    """Store fp32 `values` [n] in `dtype` or, if `dq`, double quantized."""
     if not dq or not values.numel():
-        return (values,)
+        return (values.to(dtype),)
     offset = values.mean()
     blocks, absmax = _blocks(values - offset)
     # a block of zeros gives 0·∞ = NaN, which bitsandbytes stores as code 0
@@ -44,14 +44,14 @@ def decode_scales(stored: Stored) -> Tensor:
     return (blocks * absmax[:, None]).view(-1)[: len(levels)] + offset
 
 
-def empty_scales(n: int, dq: bool, device: torch.device) -> Stored:
+def empty_scales(n: int, dq: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> Stored:
     """What `encode_scales` stores of `n` values, to be filled in."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     if not dq or not n:
-        return (empty(n),)
+        return (empty(n, dtype=dtype),)
     return empty(n, dtype=torch.uint8), empty(-(n // -NESTED_BLOCK)), empty()
 
 

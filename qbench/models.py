@@ -3,33 +3,25 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from formats import Format, QuantizedTensor
 
-from . import recipe
-from .checkpoint import reading
+from . import checkpoint
+from .checkpoint import LoadedModel, reading
 from .errors import InputError
+from .interop import gguf
 from .layers import weight_of
 
 BUNDLED = Path(__file__).parent / "assets" / "model"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass
-class LoadedModel:
-    """model: in eval mode, frozen, on the device."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 def pick_device(name: str) -> torch.device:
@@ -67,8 +59,10 @@ def _cpu_computes_in_bf16() -> bool:
 
 
 def locate(path: str | None) -> Path | str:
-    """The folder of a model, or the hub id that a path is; None is the bundled model. Raises InputError."""
+    """The folder of a model, a GGUF file, or the hub id that a path is; None is the bundled model. Raises InputError."""
     folder = BUNDLED if path is None else Path(path).expanduser()
+    if gguf.is_one(folder):
+        return folder
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(
@@ -85,15 +79,18 @@ def locate(path: str | None) -> Path | str:
 def refuse_packed(path: str | None) -> None:
     """Raises InputError where a path is a checkpoint that is packed already."""
     source = locate(path)
-    if isinstance(source, Path) and (found := recipe.find(source)):
-        raise InputError(f"model.path: {path!r} is packed already, as {found.format!r}; accepted: a 16-bit checkpoint")
+    if isinstance(source, Path) and (found := checkpoint.find(source)):
+        instead = "qbench.checkpoint.load brings it into Python, and qbench.measure.quality.evaluate scores it there"
+        raise InputError(
+            f"model.path: {path!r} is packed already, as {found}; accepted: a 16-bit checkpoint. {instead}"
+        )
 
 
 def digest(path: str | None, revision: str | None = None) -> str | None:
-    """What tells a model's files from others: SHA-256 over a folder, of a hub id the commit. Raises InputError."""
+    """What tells a model's files from others: SHA-256 over a folder or file, of a hub id the commit. Raises InputError."""
     source = locate(path)
     if isinstance(source, Path):
-        files = [file for file in sorted(source.iterdir()) if file.is_file()]
+        files = [file for file in sorted(source.iterdir()) if file.is_file()] if source.is_dir() else [source]
         return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
     with reading(f"model.path: {path!r}"):
         return AutoConfig.from_pretrained(source, revision=revision or "main")._commit_hash
@@ -148,15 +145,17 @@ def _one_thread() -> Iterator[None]:
 def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
-    path: a folder as `save_pretrained` or `qbench.quantize` writes it, or a hub id (the one case in which the network is
-    used); None is the bundled model. Weights come from safetensors, or from a pickle that `torch.load(weights_only=True)`
-    takes; code that a checkpoint brings along is not run. A packed checkpoint is loaded as it is, see `pretrained`. Raises
-    InputError if it cannot be loaded.
+    path: a folder as `save_pretrained` or `qbench.quantize` writes it, a GGUF file, or a hub id (the one case in which the
+    network is used); None is the bundled model. Weights come from safetensors, or from a pickle that
+    `torch.load(weights_only=True)` takes; code that a checkpoint brings along is not run. A packed checkpoint is loaded as
+    it is, see `checkpoint`. Raises InputError if it cannot be loaded.
     """
     if _kept and (kept := _kept.pop((path, dtype, revision, digest(path, revision)), None)):
         kept.model.to(device)
         return kept
     source = locate(path)
+    if isinstance(source, Path) and checkpoint.find(source):
+        return checkpoint.load(source, device, dtype)
     options = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision or "main"}
     transformers_logging.disable_progress_bar()
     with reading(f"model.path: {path!r}"):

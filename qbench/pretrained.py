@@ -66,7 +66,7 @@ class QBenchQuantizer(HfQuantizer):
         return self.quantization_config.recipe
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        from . import checkpoint
+        from . import checkpoint, names
 
         if not checkpoint_files:
             raise InputError("a state_dict is not accepted; a checkpoint in safetensors is")
@@ -77,8 +77,8 @@ class QBenchQuantizer(HfQuantizer):
                 raise InputError(f"{self.where}: {file} is in another folder; files of the same are accepted")
         contents = shards.headers(files)
         if self.pre_quantized:
-            checkpoint.pack(model, self.recipe)
-        _, found = checkpoint.named(model, contents)
+            checkpoint.pack(model, self.recipe.layers(model))
+        _, found = names.named(model, contents)
         checkpoint.match(model, found, self.where)
         self.waiting = set() if self.pre_quantized else set(checkpoint.layers_of(model, found, self.where))
         self.refused: InputError | None = None

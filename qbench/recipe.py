@@ -1,12 +1,17 @@
-"""How a packed checkpoint is packed, as its config.json tells: the format, and the dtypes that the weights had."""
+"""How a packed checkpoint is packed, as its config.json tells: the format, and the dtypes that the weights had.
+
+`pretrained` needs this while transformers is half imported, so what needs its models is imported where it is used.
+"""
 
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 import formats
 from formats import Format
@@ -14,6 +19,11 @@ from formats.contract import first_line
 
 from . import record, shards
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .layers import QuantLinear
 
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"
@@ -36,8 +46,12 @@ class Recipe:
             raise InputError(f"{KEY}: {first_line(error)}") from error
 
     @classmethod
-    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype]) -> "Recipe":
-        """dtypes: of the weight of each layer, by its name; empty before they have been seen."""
+    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype], model: "PreTrainedModel | None" = None) -> "Recipe":
+        """dtypes: of the weight of each layer, by its name; empty before they have been seen. model: in which these are
+        packed, if there is one yet.
+
+        Raises InputError for what the layout cannot keep.
+        """
         usual = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else None
         return cls(arguments, usual, {layer: dtype for layer, dtype in dtypes.items() if dtype != usual})
 
@@ -47,6 +61,16 @@ class Recipe:
 
     def dtype_of(self, layer: str) -> torch.dtype:
         return self.others.get(layer, self.dtype)
+
+    def layers(self, model: "PreTrainedModel") -> dict[str, tuple[Format, torch.dtype]]:
+        """Of the layers of a model that are packed the format and the dtype that the weight had, by name."""
+        from .layers import linear_layers
+
+        return {name: (self.format, self.dtype_of(name)) for name in linear_layers(model)}
+
+    def tensors(self, name: str, layer: "QuantLinear", fixed: bool = False) -> dict[str, Tensor]:
+        """What is kept of a packed layer, by name in the file. fixed: in sizes that do not depend on the weights."""
+        return layer.state_dict(prefix=f"{name}.")
 
     def plain(self) -> dict:
         """As config.json holds it."""

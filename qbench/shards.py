@@ -49,6 +49,9 @@ class Spec:
     def of(cls, tensor: Tensor) -> "Spec":
         return cls(tensor.dtype, tensor.shape)
 
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * prod(self.shape)

@@ -33,6 +33,8 @@ ORDER = [
     "settings",
     "shards",
     "recipe",
+    "names",
+    "interop",
     "checkpoint",
     "pretrained",
     "models",

@@ -14,14 +14,14 @@ SAMPLE = 2**22  # weights of the whole model
 
 
 def normalized_weights(layers: dict[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict:
-    """Histogram of (w − z)/s over all layers, and the levels L that such values are rounded to.
+    """Histogram of (w − z)/s over all layers, as far as the levels L reach that such values are rounded to.
 
     Returns edges [BINS + 1], density [BINS], and levels, sorted: one list, or, where tensors have tables of their own, a
     list for each of the first 16 layers. Without quantization s is the absmax of the block, and there are no levels.
     """
     total = sum(q.numel for q in packed.values())
     counts = torch.zeros(BINS, dtype=torch.float64)
-    low = -1.0
+    low, high = -1.0, 1.0
     for name, layer in layers.items():
         q = packed[name]
         keep = max(q.block, q.numel * SAMPLE // max(total, SAMPLE) // q.block * q.block)
@@ -29,11 +29,12 @@ def normalized_weights(layers: dict[str, nn.Module], packed: dict[str, Quantized
         blocks = block_count(w.numel(), q.block)
         scale = decode_scales(q.scale)[:blocks] if q.scale else reduce_blocks(w, q.block, lambda x: x.abs().amax(1))
         shift = decode_scales(q.shift)[:blocks] if q.shift else None
-        low = 0.0 if q.shift else -1.0
-        counts += torch.histc(normalize(w, q.block, scale, shift).cpu(), BINS, low, 1.0).double()
+        high = 1.0 if q.levels is None else float(q.levels.abs().max())
+        low = 0.0 if q.shift else -high
+        counts += torch.histc(normalize(w, q.block, scale, shift).cpu(), BINS, low, high).double()
     tables = [q.levels.sort().values.tolist() for q in packed.values() if q.levels is not None]
     return {
-        "edges": torch.linspace(low, 1, BINS + 1).tolist(),
-        "density": (counts / counts.sum() * BINS / (1 - low)).tolist(),
+        "edges": torch.linspace(low, high, BINS + 1).tolist(),
+        "density": (counts / counts.sum() * BINS / (high - low)).tolist(),
         "levels": tables[:16] if next(iter(packed.values())).own_levels else tables[:1],
     }

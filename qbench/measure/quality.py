@@ -84,13 +84,14 @@ class BaselineLogits:
 def evaluate(
     model: nn.Module,
     windows: Tensor,
-    baseline: BaselineLogits,
+    baseline: BaselineLogits | None = None,
     is_baseline: bool = False,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> Scores:
     """Score a model on windows [n, seq] of tokens, all but the first of each.
 
-    `is_baseline` writes its logits to `baseline`; any other model is compared with them.
+    `is_baseline` writes its logits to `baseline`; any other model is compared with them. Without a `baseline` there is the
+    nll alone.
     """
     device = next(model.parameters()).device
     n, seq = windows.shape
@@ -104,11 +105,11 @@ def evaluate(
         nll[here] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
         if is_baseline:
             baseline.write(logits)
-        else:
+        elif baseline:
             reference = baseline.read(at, len(tokens)).to(device).float().log_softmax(-1)
             agree[here] = (reference.argmax(-1) == log_p.argmax(-1)).cpu()
             kl[here] = (reference.exp() * (reference - log_p)).sum(-1).clamp_(min=0).cpu()
         advance(len(tokens))
     if not np.isfinite(nll).all():
         raise FloatingPointError(f"the model gives {int((~np.isfinite(nll)).sum())} tokens no finite likelihood")
-    return Scores(nll) if is_baseline else Scores(nll, kl, agree)
+    return Scores(nll, kl, agree) if baseline and not is_baseline else Scores(nll)

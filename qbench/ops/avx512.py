@@ -265,7 +265,7 @@ def encode_pairs(shares, w, scale, scale_given, shift, smallest, edges, order, c
                     magnitude = bits[b, i] & np.uint32(0x7FFFFFFF)
                     top = magnitude if magnitude > top else top
                 scale_bits[b] = top
-            inverse = np.float32(1) / max(scale[b], smallest)
+            inverse = np.float32(1) / (smallest if abs(scale[b]) < smallest else scale[b])
             z = shift[b] if len(shift) else np.float32(0)
             for i in range(b * size, (b + 1) * size, 32):
                 _encode_32(flat, i, inverse, z, edges, order, codes, i // 2)

@@ -91,7 +91,7 @@ def _absmax(w, scale):
 def _normalize(w, scale, shift, smallest, tail, x):
     """x = (w − z) · (1/s), in the tail (w − z) / s."""
     for b in range(w.shape[0]):
-        s = max(scale[b], smallest)
+        s = smallest if abs(scale[b]) < smallest else scale[b]
         z = shift[b] if len(shift) else np.float32(0)
         inverse = np.float32(1) / s
         if tail:
@@ -123,9 +123,15 @@ def encode_few(x, e, order, codes):
 
 
 @kernel
-def _cell(x, cells):
-    """Which of `cells` equal parts of [−1, 1] holds x; what lies outside, or is NaN, goes to an end."""
-    t = (x + np.float32(1)) * np.float32(cells // 2)
+def _density(e, cells):
+    """Cells a unit of x, where `cells` equal parts reach from the first of the boundaries to the last."""
+    return np.float32(cells) / max(e[-2] - e[0], np.float32(SMALLEST))
+
+
+@kernel
+def _cell(x, start, density, cells):
+    """Which cell holds x; what lies outside, or is NaN, goes to an end."""
+    t = (x - start) * density
     t = t if t < np.float32(cells - 1) else np.float32(cells - 1)
     t = t if t > np.float32(0) else np.float32(0)
     return np.uint32(t)
@@ -134,8 +140,9 @@ def _cell(x, cells):
 @kernel
 def encode_many(x, e, order, first, codes):
     """As `encode_few` for any number of boundaries, an Inf at their end: first[c] of them lie in cells before c."""
+    density = _density(e, len(first))
     for i in range(len(x)):
-        rank = first[_cell(x[i], len(first))]
+        rank = first[_cell(x[i], e[0], density, len(first))]
         rank += np.uint32(x[i] > e[rank])
         while x[i] > e[rank]:  # two boundaries in a cell: rare, unless the levels crowd
             rank += np.uint32(1)
@@ -144,8 +151,9 @@ def encode_many(x, e, order, first, codes):
 
 @kernel
 def _first_in_cells(e, first):
-    for k in range(len(e)):
-        for c in range(_cell(e[k], len(first)) + 1, len(first)):
+    density = _density(e, len(first))
+    for k in range(len(e) - 1):
+        for c in range(_cell(e[k], e[0], density, len(first)) + 1, len(first)):
             first[c] += 1
 
 
@@ -255,7 +263,7 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
     ranked[: len(order)] = order.numpy()
     first = np.zeros(0 if few else CELLS, np.uint32)
     if not few:
-        _first_in_cells(edges[:-1], first)
+        _first_in_cells(edges, first)
     smallest = np.float32(SMALLEST)
     pairs = bits == 4 and block % 2 == 0
     codes = np.empty(packed_bytes(n, bits) if pairs else n, np.uint8)

@@ -116,7 +116,7 @@ def quantize(
         if TAIL:
             s = tl.where(s < smallest, smallest, s)
         tl.store(scale + first + row, s, there)
-    s = tl.where(s < smallest, smallest, s)
+    s = tl.where(tl.abs(s) < smallest, smallest, s)
     if len(shift) > 0:
         x -= _load(shift[0] + first + row, there)[:, None]
     if TAIL:

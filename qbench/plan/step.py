@@ -34,9 +34,6 @@ from transformers import PreTrainedModel
 
 import formats
 from formats import Format, QuantizedTensor
-from formats.blockwise import block_count
-from formats.packing import packed_bytes
-from formats.scales import encode_scales
 
 from .. import functions, ops, optim
 from ..adapters import add as add_adapters
@@ -88,7 +85,7 @@ def trace(shape: Shape, settings: PlanSettings, depth: int) -> Peaks:
     model = shape.shortened(settings.dtype.of("compute"), ATTENTION[settings.attention], depth)
     decoder = blocks(model)
     model = prepare(
-        model, settings, lambda layers: {name: _packed(one, settings.format) for name, one in layers.items()}
+        model, settings, lambda layers: {name: _empty(one, settings.format) for name, one in layers.items()}
     )
     tokens = torch.zeros(settings.part, settings.seq, dtype=torch.long, device=META)
     live = _MetaStep(KERNELS[settings.device])
@@ -155,18 +152,9 @@ def _ends(layer: str, end: str) -> bool:
     return layer == end or layer.endswith(f".{end}")
 
 
-def _packed(layer: nn.Module, fmt: Format) -> QuantizedTensor:
-    """A packed weight on the meta device; no operation asks for its numbers."""
-    w, book = weight_of(layer), None
-    n = w.numel()
-    if fmt.name == "none":
-        dtype = w.dtype if w.dtype.itemsize == 2 else torch.bfloat16
-        codes, scale = torch.empty(w.shape, dtype=dtype, device=META), ()
-    else:
-        codes = torch.empty(packed_bytes(n, fmt.bits), dtype=torch.uint8, device=META)
-        scale = encode_scales(torch.empty(block_count(n, fmt.block), device=META), fmt.dq)
-        book = torch.empty(2**fmt.bits, device=META)
-    return QuantizedTensor(fmt.name, fmt.bits, fmt.block, w.shape, w.dtype, codes, book, scale)
+def _empty(layer: nn.Module, fmt: Format) -> QuantizedTensor:
+    weight = weight_of(layer)
+    return fmt.empty(weight.shape, weight.dtype, META)
 
 
 def copies(numels: list[int], settings: PlanSettings) -> int:

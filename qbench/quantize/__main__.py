@@ -66,12 +66,12 @@ def quantize(config: dict) -> None:
         raise InputError("out: none is given; accepted: a new or empty folder")
     out = Path(config["out"]).expanduser()
     with stderr.status("starting"):  # transformers takes seconds to import
-        from qbench import shards
+        from qbench import checkpoint, shards
         from qbench.quantize import source, stream
-        from qbench.recipe import Recipe
 
+        layout = checkpoint.layout_of(config["layout"])
         found = source.read(config["model"]["path"])
-    recipe = Recipe.of(config["format"], found.dtypes)
+    recipe = layout.of(config["format"], found.dtypes)
     columns = [BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(TextColumn("quantize"), *columns, console=stderr, disable=not stderr.is_terminal) as progress:
         before = sum(spec.nbytes for spec in shards.merged(found.contents).values())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from .. import checkpoint, models, recipe, shards
+from .. import checkpoint, models, names, recipe, shards
 from ..errors import InputError
 from ..shards import Contents
 
@@ -50,7 +50,7 @@ def read(path: str | None) -> Source:
     with checkpoint.reading(f"model.path: {path!r}"):
         model = checkpoint.skeleton(AutoConfig.from_pretrained(folder, local_files_only=True), torch.bfloat16)
     contents = shards.contents(folder)
-    names, found = checkpoint.named(model, contents)
+    called, found = names.named(model, contents)
     checkpoint.match(model, found, folder)
     layers = {f"{name}.weight": layer for name, layer in checkpoint.layers_of(model, found, folder).items()}
-    return Source(folder, config, contents, names, {t: layers[name] for t, name in names.items() if name in layers})
+    return Source(folder, config, contents, called, {t: layers[name] for t, name in called.items() if name in layers})

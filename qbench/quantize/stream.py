@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.filesize import decimal
 from torch import Tensor
 
+from formats import QuantizedTensor
+
 from .. import checkpoint, files, record, shards
 from ..errors import InputError
 from ..layers import QuantLinear, weight_of
@@ -43,7 +45,12 @@ def run(
     with files.locked(out):
         targets = {file: out / shards.name(i, len(source.contents)) for i, file in enumerate(source.contents, 1)}
         model = hashlib.sha256(json.dumps(source.config).encode()).hexdigest()
-        job = {"model": model, "format": recipe.plain(), "files": [file.name for file in source.contents]}
+        job = {
+            "model": model,
+            "format": recipe.arguments,
+            "layout": recipe.plain(),
+            "files": [file.name for file in source.contents],
+        }
         origins = {target.name: _origin(file, recipe) for file, target in targets.items()}
         done = _claim(out, job, origins)
         contents = {}
@@ -122,15 +129,15 @@ def _plan(source: Source, recipe: Recipe, file: Path) -> dict[str, dict[str, Spe
     for tensor, spec in source.contents[file].items():
         if tensor in source.layers:
             shape = weight_of(source.layers[tensor]).shape
-            packed = _packed(source, tensor, QuantLinear(recipe.format.empty(shape, spec.dtype)))
+            packed = _packed(source, recipe, tensor, recipe.format.empty(shape, spec.dtype))
             plan[tensor] = {name: Spec.of(part) for name, part in packed.items()}
         else:
             plan[tensor] = {source.names[tensor]: spec}
     return plan
 
 
-def _packed(source: Source, tensor: str, layer: QuantLinear) -> dict[str, Tensor]:
-    return layer.state_dict(prefix=f"{source.layer_name(tensor)}.")
+def _packed(source: Source, recipe: Recipe, tensor: str, packed: QuantizedTensor) -> dict[str, Tensor]:
+    return recipe.tensors(source.layer_name(tensor), QuantLinear(packed), fixed=True)
 
 
 def _tensors(
@@ -146,7 +153,7 @@ def _tensors(
                 packed = recipe.format.quantize(weight, name=f"{file}: {tensor}")
             except ValueError as error:
                 raise InputError(str(error)) from error
-            yield from _packed(source, tensor, QuantLinear(packed)).items()
+            yield from _packed(source, recipe, tensor, packed).items()
             del weight, packed
         else:
             if not checkpoint.finite(values):

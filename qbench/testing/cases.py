@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Generator, Tensor, nn
 
+from formats import Format
+
 SHAPES = ((), (0,), (2, 0, 3), (1,), (7,), (33, 65), (64, 64), (5, 3, 129), (4097,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POWERS = (0, -2, 3, -30, 30, -39, -42)  #: of ten; the last two are beyond what fp32 holds with all its bits
@@ -29,6 +31,13 @@ def make(kind: str, shape: tuple[int, ...], generator: Generator, power: int = 0
     w = KINDS[kind](torch.randn(shape, generator=generator), generator) * 10.0**power
     largest = min(torch.finfo(t).max for t in (dtype, torch.float32))
     return w.clamp(-largest, largest).to(dtype)
+
+
+def within(fmt: Format, w: Tensor) -> Tensor:
+    """`w` as it is where the scales and shifts of the format surely hold it, else cut to what they do."""
+    most = torch.finfo(fmt.scale_dtype).max / 2
+    beyond = w.isfinite() & (w.abs() > most)
+    return w.detach().clamp(-most, most).where(beyond, w.detach()) if beyond.any() else w
 
 
 def none() -> tuple[Case, ...]:

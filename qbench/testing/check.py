@@ -63,7 +63,7 @@ def check_format(f: Format | type[Format] | str) -> None:
         for prop, inputs in asked.items():
             malformed = any(prop.__name__ in broken for prop in contract.BRIEF)
             if prop.__name__ not in broken and (prop in contract.BRIEF or not malformed):
-                found = (failure(prop, fmt, w, f"{label}, {what}") for what, w in inputs())
+                found = (failure(prop, fmt, cases.within(fmt, w), f"{label}, {what}") for what, w in inputs())
                 if first := next(filter(None, found), None):
                     broken[prop.__name__] = first
     if broken:

@@ -72,7 +72,8 @@ def scaled(fmt: Format, w: Tensor) -> None:
 def nearest(fmt: Format, w: Tensor) -> None:
     """Each weight takes a level that is nearest, given the scale and the shift that are stored: as float64 finds it.
 
-    With double quantization the codes are chosen before the scales are rounded, so this is asked without.
+    Codes are chosen before scales and shifts are rounded to the dtype in which they are stored, so what that leaves
+    undecided is left so. With double quantization it is too much, and this is asked without.
     """
     q, n = fmt.quantize(w), w.numel()
     if q.levels is None or fmt.dq or not n:
@@ -82,7 +83,10 @@ def nearest(fmt: Format, w: Tensor) -> None:
     levels = q.levels.double()
     chosen = (s * levels[unpack(q.codes, q.bits, n).long()] + z - x).abs()
     best = torch.stack([(s * level + z - x).abs() for level in levels]).amin(0)
-    slack = 1e-5 * s.abs() * levels.abs().max() + 1e-6 * (x.abs() + z.abs()) + SMALLEST  # what fp32 leaves undecided
+    top, stored = levels.abs().max(), torch.finfo(fmt.scale_dtype)
+    rounded = stored.eps if stored.bits < 32 else 0.0
+    slack = (1e-5 + rounded) * s.abs() * top + (1e-6 + rounded) * (x.abs() + z.abs())  # what fp32 leaves undecided
+    slack += max(SMALLEST, rounded * stored.tiny) * (1 + top)
     worst = int((chosen - best - slack).argmax())
     expect(
         (chosen <= best + slack).all(),
@@ -118,7 +122,7 @@ def as_the_reference(fmt: Format, w: Tensor) -> None:
         book = fmt.codebook(flat)
         codes, scale = quantize_reference(flat, book.boundaries, book.order, fmt.bits, fmt.block, scale, shift)
         expect(torch.equal(q.codes, codes), f"{int((q.codes != codes).sum())} bytes of codes differ", "the reference's")
-        expect(fmt.dq or torch.equal(q.scale[0], scale), "scales differ", "the reference's")
+        expect(fmt.dq or torch.equal(q.scale[0], scale.to(fmt.scale_dtype)), "scales differ", "the reference's")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expected = dequantize_reference(q.codes, q.levels, q.scale, q.shift, q.bits, q.block, q.shape, dtype)
         found = q.dequantize(dtype)

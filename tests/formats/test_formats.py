@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import formats
 from formats import scales
 from formats.packing import pack, packed_bytes, unpack
-from qbench.testing import check_format
+from qbench.testing import cases, check_format
 from qbench.testing.check import ANY
 from tests.formats.tensors import weights
 
@@ -25,7 +25,16 @@ def test_contract(name):
 @settings(max_examples=4, deadline=None)
 @given(w=weights(), block=st.sampled_from([1, 5, 16, 64, 100, 4096]), dq=st.booleans())
 def test_contract_on_any_tensor(name, prop, w, block, dq):
-    prop(formats.get(name, block=block, dq=dq), w)
+    f = formats.get(name, block=block, dq=dq)
+    prop(f, cases.within(f, w))
+
+
+@pytest.mark.parametrize("dq", [False, True])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
+def test_what_a_scale_cannot_hold_raises_naming_the_tensor(name, dq):
+    w = torch.full((64,), 1e9)
+    with pytest.raises(ValueError, match=r"q_proj: holds values whose scale or shift overflows torch.float16"):
+        formats.get(name, dq=dq).quantize(w, name="q_proj")
 
 
 def test_unknown_names_are_answered_with_the_list():
@@ -52,7 +61,7 @@ def test_variants_are_kept_apart_by_name():
 SQNR = [
     ("nf4", 32, 21.18), ("nf4", 64, 20.73), ("nf4", 128, 20.39), ("nf4", 256, 20.12), ("nf4", 1024, 19.64),
     ("int4", 64, 19.36), ("fp4_e2m1", 64, 19.52), ("fp4", 64, 18.28), ("fp4_e3m0", 64, 14.51),
-    ("int4_asym", 64, 20.95), ("int4_asym", 128, 20.02),
+    ("int4_asym", 64, 20.95), ("int4_asym", 128, 20.02), ("q4_0", 32, 21.32), ("q4_1", 32, 22.14),
 ]  # fmt: skip
 
 
@@ -96,6 +105,9 @@ def test_bits_from_the_bytes():
     assert formats.get("int4", symmetric=False).quantize(w).bits_per_parameter == 5.0
     assert formats.get("quantile").quantize(w).bits_per_parameter == 4.5 + 8 * 64 / w.numel(), "pays for its table"
     assert formats.get("none").quantize(w).bits_per_parameter == 16.0
+    files = {name: formats.get(name, block=32).quantize(w).bits_per_parameter for name in ("q4_0", "q4_1", "q8_0")}
+    assert files == {"q4_0": 4.5, "q4_1": 5.0, "q8_0": 8.5}, "scales and shifts of 16 bits"
+    assert formats.get("q8_0", dq=True).quantize(w).bits_per_parameter == 8.126953125 + offset
 
 
 def test_the_quantile_table_is_equation_4():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import formats
 from formats import blockwise
 from qbench.ops import cpu
+from qbench.testing import cases
 from qbench.testing.encoding import as_the_reference
 from tests.formats.tensors import weights
 
@@ -24,7 +25,8 @@ def loops(request, monkeypatch):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(w=weights(), block=st.sampled_from([1, 3, 16, 17, 32, 64, 128, 4096]), dq=st.booleans())
 def test_equal_the_reference(name, w, block, dq):
-    as_the_reference(formats.get(name, block=block, dq=dq), w)
+    f = formats.get(name, block=block, dq=dq)
+    as_the_reference(f, cases.within(f, w))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -138,7 +138,7 @@ BAD_PACKED = {
     "another block": (lambda f: edit_recipe(f, block=64), r"scale is uint8 .*; accepted: uint8"),
     "no double quantization": (lambda f: edit_recipe(f, dq=False), r"scale is uint8 .*; accepted: float32"),
     "a block that is none": (lambda f: edit_recipe(f, block=0), r"block must be a positive integer, got 0"),
-    "an option that is none": (lambda f: edit_recipe(f, options={"a": 1}), r"'a' is no option of quantile"),
+    "an option that is none": (lambda f: edit_recipe(f, options={"a": 1}), r"quantization_config: 'a' is no option of q"),
     "options that are none": (lambda f: edit_recipe(f, options=None), r"options: None is not accepted"),
     "a dtype that is none": (lambda f: edit_recipe(f, dtype="int8"), r"dtype: 'int8' is unknown; accepted: .*bfloat16"),
     "a file cut short": (cut(shards.name(2, 5), 10_000), r"00002-of-00005.safetensors is not a whole"),

@@ -21,7 +21,7 @@ class Ternary(Format):
 class HalfScale(Ternary):
     """A scale rule of its own, stored in bf16, levels in an order of its own, and one block size."""
 
-    name, bits = "half_scale_to_test", 3
+    name, bits, scale_dtype = "half_scale_to_test", 3, torch.bfloat16
     levels = (0.0, -1.0, 0.2, -0.2, 0.5, -0.5, 1.0, 0.7)
 
     def __init__(self, block: int = 64, dq: bool = False):
@@ -124,6 +124,12 @@ class TowardsZero(Ternary):
         return replace(super().codebook(w), boundaries=torch.tensor([-0.9, 0.9, 1.0]))
 
 
+class TowardsZeroInHalf(TowardsZero):
+    """Rounding scales leaves little undecided."""
+
+    scale_dtype = torch.float16
+
+
 class Tolerant(Ternary):
     """The largest of the numbers, whatever else is there."""
 
@@ -192,6 +198,7 @@ BROKEN = {
     ByMemory: ("layout_free", r"a strided tensor decodes to something else than its contiguous copy"),
     Shifty: ("declared", r"shift of empty: none; expected float32 \[\d+\], as quantized"),
     TowardsZero: ("nearest", r"weight \d+, .* is off by .* at the level that it takes; expected .*, at the nearest"),
+    TowardsZeroInHalf: ("nearest", r"weight \d+, .* is off by .*; expected .*, at the nearest"),
     Tolerant: (
         "refuses_non_finite",
         r"on .*nan at 0 of float32 \[100\]: it gave weights from .*; expected a ValueError",

@@ -252,7 +252,7 @@ def test_a_bad_checkpoint_in_16_bit_is_refused_in_a_line(copied, case):
         ({"name": "nf5"}, r"quantization_config: unknown format 'nf5'; there are: fp4"),
         ({"name": "nf4", "block": 0}, r"quantization_config: block must be a positive integer, got 0"),
         ({"name": "nf4", "dq": 1}, r"quantization_config: dq must be true or false, got 1"),
-        ({"name": "nf4", "blok": 32}, r"quantization_config: .*unexpected keyword argument 'blok'"),
+        ({"name": "nf4", "blok": 32}, r"quantization_config: 'blok' is no option of nf4; accepted: block, dq"),
     ],
 )
 def test_a_config_that_is_none(sharded_llama, arguments, message):
@@ -267,7 +267,7 @@ def test_what_cannot_be_packed_is_refused(copied, tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match=r"experts.0.w\d.weight is no tensor of the MixtralForCausalLM"):
         load(sharded(mixtral, tmp_path / "mixtral"), NF4)
-    with pytest.raises(InputError, match=r"lm_head.weight has no place in the LlamaModel"):
+    with pytest.raises(InputError, match=r"lm_head.weight has no place in a LlamaModel"):
         transformers.AutoModel.from_pretrained(copied, quantization_config=QBenchConfig("nf4"))
     state = load(copied).state_dict()
     with pytest.raises(InputError, match="a state_dict is not accepted"):

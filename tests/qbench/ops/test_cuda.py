@@ -11,6 +11,7 @@ import formats
 from formats import blockwise
 from formats.format import Codebook, QuantizedTensor
 from qbench.ops import choices, cuda, launches
+from qbench.testing.cases import within
 from tests.formats.tensors import weights
 
 QUANTIZED = [name for name in formats.names() if name != "none"]
@@ -57,6 +58,7 @@ def check_products(q: QuantizedTensor, m: int, dtype: torch.dtype, choice: dict 
 )
 def test_quantize_and_dequantize_equal_the_reference(name, w, block, dq, dtype):
     f = formats.get(name, block=block, dq=dq)
+    w = within(f, w)
     flat = w.to(DEVICE).reshape(-1)
     book = f.codebook(flat)
     given_scale, shift = f.scale_and_shift(flat)

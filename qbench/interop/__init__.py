@@ -1,0 +1,1 @@
+"""Packed checkpoints in the layouts of others: bitsandbytes', both ways, and GGUF files."""

@@ -1,0 +1,51 @@
+"""What a packed checkpoint is to its reader: a tokenizer, and in the layout of others a config, and tensors as the model
+calls them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from formats import Format
+
+from .. import shards
+from ..shards import Contents
+
+
+@dataclass(frozen=True)
+class Held:
+    """layers: of each packed layer, by name, the format and the dtype that its weight had. contents: by file, the tensors
+    under their names in the model, where the layers are QuantLinears. read: gives one of them. called: their names in the
+    file, where they are others."""
+
+    layers: dict[str, tuple[Format, torch.dtype]]
+    contents: Contents
+    read: Callable[[Path, str], Tensor] = shards.read
+    called: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packed(ABC):
+    path: Path
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """How it is packed, in a few words."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
+
+class Foreign(Packed):
+    """One in the layout of others."""
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.path, local_files_only=True)
+
+    @abstractmethod
+    def hold(self, model: PreTrainedModel) -> Held:
+        """What is there for `model`, which has no weights yet and no packed layer. Raises InputError."""
