@@ -37,6 +37,7 @@ ORDER = [
     "baseline",
     "report",
     "phases",
+    "task_stages",
     "fresh",
     "run",
     "quantize",

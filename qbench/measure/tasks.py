@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import datasets
+import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval import evaluator
@@ -80,6 +81,9 @@ def load(entries: Sequence[str], scratch: Path | None = None) -> Tasks:
 def _load(entry: str) -> dict:
     path = place(entry)
     if path is None:
+        files = (file for file in Path(lm_eval.tasks.__file__).parent.rglob("*") if file.is_file())
+        if not any(entry.encode() in file.read_bytes() for file in files):  # in a second, where the index takes ten
+            raise unknown(entry)
         manager = TaskManager()
         if entry not in manager.task_index:
             raise unknown(entry)

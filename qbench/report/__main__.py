@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import findings, page, table
+from . import findings, page, table, tasks
 
 TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -60,7 +60,8 @@ def show(found: page.Found) -> None:
     """Print the answers, and the most telling columns as Markdown."""
     for setting in found.settings:
         print(f"## {setting.title}\n\n{findings.compared(setting)}\n")
-        print("\n".join(f"- {sentence}" for sentence in findings.answer(setting)), end="\n\n")
+        sentences = [*findings.answer(setting), *tasks.answer(setting, tasks.compare(setting))]
+        print("\n".join(f"- {sentence}" for sentence in sentences), end="\n\n")
         columns, rows = table.shown(setting, TERMINAL)
         print("| " + " | ".join(column.head for column in columns) + " |")
         print("|---" * len(columns) + "|")

@@ -164,7 +164,7 @@ def _varied(configs: Sequence[dict], parts: Iterable[str]) -> list[str]:
 def _told(config: dict, keys: Iterable[str]) -> list[str]:
     flat = _flat(config, ("model", "data", "eval", "device", "tune"))
     values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
-    told = {"tune.method": method(config["tune"])}
+    told = {"tune.method": method(config["tune"]), "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}"}
     return [told.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items()]
 
 
@@ -174,12 +174,14 @@ def _name(config: dict, varied: Iterable[str]) -> str:
     return ", ".join([names, *_told(config, [key for key in varied if not key.endswith(".path")])])
 
 
-def difference(ours: Configuration, theirs: Configuration, stage: str) -> Difference | None:
-    """ours − theirs at one stage, p uncorrected; None where there are not the same windows, or, tuned, no common seed."""
-    rows = []
+def difference(ours: Configuration, theirs: Configuration, keys: str | Sequence[str]) -> Difference | None:
+    """ours − theirs, p uncorrected: of the nll over windows at the stage `keys`, or of the numbers at those keys of the
+    metrics. None where there are not the same windows, or, tuned, no common seed."""
+    keys = ("quality", keys, "windows") if isinstance(keys, str) else keys
+    stage, rows = keys[1], []
     for seed, (_, result) in ours.runs.items():
         other = theirs.runs.get(seed) or (None if stage == "tuned" else next(iter(theirs.runs.values())))
-        ends = (r and _at(r[1]["metrics"], ("quality", stage, "windows")) for r in ((_, result), other))
+        ends = (r and _at(r[1]["metrics"], keys) for r in ((_, result), other))
         a, b = (None if end is None else np.asarray(end, np.float64) for end in ends)
         if a is not None and b is not None and len(a) == len(b) > 0:
             rows.append(a - b)
@@ -201,13 +203,19 @@ def corrected(family: Sequence[Difference | None]) -> list[Difference | None]:
     return [d and replace(d, p=float(next(p))) for d in family]
 
 
-def _against_16_bit(configurations: list[Configuration]) -> None:
+def references(configurations: list[Configuration], stage: str) -> list[tuple[Configuration, Configuration | None]]:
+    """Each configuration but those of 16 bit, and the one of those that it is compared with at a stage."""
     bases = [c for c in configurations if c.is_16_bit]
     alike = {_text(c.config, "tune"): c for c in bases}
+    pairs = [(c, alike.get(_text(c.config, "tune"))) for c in configurations if not c.is_16_bit]
+    if stage == "quantized":  # which no fine-tune has a part in
+        pairs = [(c, base or bases[0]) for c, base in pairs]
+    return pairs
+
+
+def _against_16_bit(configurations: list[Configuration]) -> None:
     for stage in STAGES:
-        pairs = [(c, alike.get(_text(c.config, "tune"))) for c in configurations if not c.is_16_bit]
-        if stage == "quantized":  # which no fine-tune has a part in
-            pairs = [(c, base or bases[0]) for c, base in pairs]
+        pairs = references(configurations, stage)
         family = corrected([base and difference(c, base, stage) for c, base in pairs])
         for (c, _), found in zip(pairs, family, strict=True):
             if found:
@@ -226,6 +234,7 @@ def _baseline_of(c: Configuration) -> Configuration:
         "memory": {"model_bytes": _at(metrics, ("memory", "baseline_bytes"))},
         "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": same}},
         "throughput": _at(metrics, ("throughput", "baseline")) or {},
+        "tasks": {"quantized": _at(metrics, ("tasks", "baseline")) or {}},
     }
     config = {**result["config"], "format": {"name": "none"}, "tune": {"method": "none"}}
     return Configuration("16 bit, untuned", {seed: (file, {**result, "config": config, "metrics": derived})})

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from .. import record
-from . import charts, findings, table
+from . import charts, findings, table, tasks
 from .compare import Setting, compare, usable
 from .words import title as titled
 
@@ -83,6 +83,8 @@ def _setting(setting: Setting, number: int, folder: Path) -> dict:
         answer.append(f"The table has the best {ROWS} of {len(setting.configurations):,}; results.csv has all.")
     rows = setting.configurations[:ROWS]
     rows += [c for c in setting.configurations[ROWS:] if c.is_16_bit]
+    on_tasks = tasks.section(setting, rows)
+    answer += on_tasks["answer"] if on_tasks else []
     columns, cells = table.shown(Setting(setting.title, rows))
     with charts.drawn(setting) as made:
         pictures = [_picture(chart, number, folder) for chart in made]
@@ -95,6 +97,7 @@ def _setting(setting: Setting, number: int, folder: Path) -> dict:
             {"cells": found, "base": c.is_16_bit, "sources": table.sources(c, folder)}
             for c, found in zip(rows, cells, strict=True)
         ],
+        "tasks": on_tasks,
         "charts": pictures,
     }
 

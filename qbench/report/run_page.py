@@ -3,26 +3,26 @@
 import json
 from pathlib import Path
 
-from . import figures, words
+from . import figures, tasks, words
 
 
 def write(folder: Path, result: dict) -> Path:
     """Write report.md and its figures into `folder` from a finished result."""
     drawn = figures.draw(result, folder)
-    table = words.table(result)
+    table, scores = words.table(result), tasks.of_run(result)
     config, environment = result["config"], result["environment"]
     error, memory = result["metrics"]["error"], result["metrics"]["memory"]
     lines = [
         f"# {words.title(config)} on {config['model']['path'] or 'the bundled model'}",
         "",
         *words.answer(result),
+        *tasks.answer_of_run(result),
         "",
-        "| " + " | ".join(table.columns) + " |",
-        "|---" * len(table.columns) + "|",
-        *("| " + " | ".join(row) + " |" for row in table.rows),
+        *_markdown(table),
         "",
         f"{table.note} {words.speed(result)}",
         "",
+        *(("## Tasks", "", *_markdown(scores), "", scores.note, "") if scores else ()),
         *(line for name, caption in drawn for line in (f"![{caption}]({name})", "", caption, "")),
         "## Error",
         "",
@@ -58,3 +58,8 @@ def write(folder: Path, result: dict) -> Path:
     page = folder / "report.md"
     page.write_text("\n".join(lines))
     return page
+
+
+def _markdown(table: words.Table) -> list[str]:
+    rows = ["| " + " | ".join(row) + " |" for row in (table.columns, *table.rows)]
+    return [rows[0], "|---" * len(table.columns) + "|", *rows[1:]]
