@@ -43,6 +43,7 @@ ORDER = [
     "report",
     "phases",
     "track",
+    "task_stages",
     "fresh",
     "experiment",
     "quantize",
