@@ -15,7 +15,7 @@ from formats import Format
 from . import experiment, groups, jobs, record
 from . import track as trackers
 from .errors import InputError
-from .report import words
+from .report import tasks, words
 
 if TYPE_CHECKING:
     import pandas
@@ -42,14 +42,16 @@ class Result(dict[str, Any]):
     @property
     def answer(self) -> list[str]:
         """The findings, a sentence each."""
-        return words.answer(self)
+        return [*words.answer(self), *tasks.answer_of_run(self)]
 
     def __repr__(self) -> str:
         return f"<Result of {words.title(self['config'])} in {self.folder}>"
 
     def _repr_markdown_(self) -> str:
-        table = words.table(self)
-        return "\n".join([*(f"{sentence}  " for sentence in self.answer), "", *table.markdown(), "", table.note])
+        lines = [f"{sentence}  " for sentence in self.answer]
+        for table in filter(None, (words.table(self), tasks.of_run(self))):
+            lines += ["", *table.markdown(), "", table.note]
+        return "\n".join(lines)
 
 
 def run(

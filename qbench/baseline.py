@@ -19,18 +19,22 @@ FOUND = "found.json"
 
 @dataclass
 class Baseline:
-    """found: what was measured beside the scores, as JSON. reused: whether by another run."""
+    """found: what was measured beside the scores, as JSON. folder: where files that go with it lie. reused: whether
+    measured by another run."""
 
     scores: Scores
     found: dict
     logits: BaselineLogits
+    folder: Path
     reused: bool
 
 
 def obtain(
-    key: str, store: Path | None, scratch: Path, measure: Callable[[BaselineLogits], tuple[Scores, dict]]
+    key: str, store: Path | None, scratch: Path, measure: Callable[[BaselineLogits, Path], tuple[Scores, dict]]
 ) -> Baseline:
     """The baseline `key` from the folder `store`, or measured, and left there for the next who asks.
+
+    measure: gets the file for the logits, and a folder for others; without a store that is `scratch`.
 
     Where another process is measuring it, this one waits. Without a store the logits lie nameless in the folder `scratch`,
     and go with the process however that ends. Raises OSError where the disk is full.
@@ -38,7 +42,7 @@ def obtain(
     if store is None:
         scratch.mkdir(parents=True, exist_ok=True)
         logits = BaselineLogits(tempfile.TemporaryFile(dir=scratch))
-        return Baseline(*measure(logits), logits, reused=False)
+        return Baseline(*measure(logits, scratch), logits, scratch, reused=False)
     place = store / key
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
@@ -48,7 +52,7 @@ def obtain(
         try:
             with (partial / "logits").open("w+b") as file:
                 logits = BaselineLogits(file)
-                scores, found = measure(logits)
+                scores, found = measure(logits, partial)
             np.save(partial / "nll.npy", scores.nll)
             record.write_json(partial / FOUND, {**found, "logits": logits.kind})
             shutil.rmtree(place, ignore_errors=True)
@@ -63,7 +67,7 @@ def _opened(place: Path, reused: bool) -> Baseline:
     found = record.read_json(place / FOUND)
     dtype, shape = found.pop("logits")
     logits = BaselineLogits((place / "logits").open("rb"), getattr(torch, dtype), shape)
-    return Baseline(Scores(np.load(place / "nll.npy")), found, logits, reused)
+    return Baseline(Scores(np.load(place / "nll.npy")), found, logits, place, reused)
 
 
 def clear(store: Path) -> None:

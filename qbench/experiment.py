@@ -12,11 +12,12 @@ from formats import QuantizedTensor
 
 from . import adapters, baseline, data, files, merge, models, record, starts, track
 from .layers import linear_layers, replace, weight_of
-from .measure import distribution, error, quality, throughput
+from .measure import distribution, error, quality, task_files, throughput
 from .measure.statistics import paired
 from .phases import Phases
 from .report import run_page, words
 from .settings import FULL, PROMPTS, Settings
+from .task_stages import TaskStages
 from .tune import train
 
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
@@ -36,18 +37,18 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
         with record.kept(folder, result):
-            experiment = Experiment(settings, result)
+            experiment = Experiment(settings, result, folder)
         finished = record.finished(folder, result["run"]["id"])
         if finished:
             return finished
         with record.kept(folder, result), track.tracks(trackers, folder, result["config"]) as experiment.tracks:
             experiment.load()
-            experiment.measure_baseline(baselines, folder)
+            experiment.measure_baseline(baselines)
             experiment.quantize()
             experiment.measure("quantized")
             if settings.tune:
                 experiment.add_adapters()
-                experiment.tune(folder / "adapter")
+                experiment.tune()
                 experiment.measure("tuned")
                 experiment.merge()
             record.write(folder, result)
@@ -62,9 +63,9 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
 class Experiment:
     """The steps of a run, and what they hand on: each writes what it found into `metrics`."""
 
-    def __init__(self, settings: Settings, result: dict):
+    def __init__(self, settings: Settings, result: dict, folder: Path):
         models.refuse_packed(settings.model.path)
-        self.settings = settings
+        self.settings, self.folder = settings, folder
         self.device = models.pick_device(settings.device)
         self.dtype = models.pick_dtype(settings.model.dtype, self.device)
         self.phases = Phases(self.device)
@@ -78,15 +79,18 @@ class Experiment:
             self.text = data.read(settings.data.path)
             weights = models.digest(settings.model.path, settings.model.revision)
             self.digests = {"weights": weights, "text": self.text.digest}
+            if settings.eval.tasks:
+                self.digests["tasks"] = task_files.digest(settings.eval.tasks)
             code = [record.format_digest(fmt) for fmt in settings.formats]
             result["run"]["id"] = record.run_id(result["config"], **self.digests, formats=code)
 
     def load(self) -> None:
         settings, text = self.settings, self.text
+        self.tasks = TaskStages(settings.eval, self.folder, self.phases) if settings.eval.tasks else None
         set_seed(settings.seed)
         with self.phases("load", "load the model"):
             loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
-            self.model = loaded.model
+            self.model, self.tokenizer = loaded.model, loaded.tokenizer
             self.layers = linear_layers(self.model)
             seq = models.pick_seq(settings.data.seq, self.model)
             scored = -(settings.eval.tokens // -(seq - 1))
@@ -102,24 +106,29 @@ class Experiment:
         self.result["config"] = settings.plain(**self.found, seq=seq)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
-    def measure_baseline(self, store: Path | None, folder: Path) -> None:
+    def measure_baseline(self, store: Path | None) -> None:
         """What the 16-bit model is, measured here or taken from the run that was first to need it."""
 
-        def measure(logits: quality.BaselineLogits) -> tuple[quality.Scores, dict]:
+        def measure(logits: quality.BaselineLogits, folder: Path) -> tuple[quality.Scores, dict]:
             scores, rates = self._measured("baseline", "eval_baseline", logits)
-            peaks = {name: self.phases.peak_bytes[name] for name in ("eval_baseline", "time_baseline")}
+            if self.tasks:
+                self.tasks.score("baseline", self.model, self.tokenizer, folder)
+            peaks = {name: peak for name, peak in self.phases.peak_bytes.items() if name.endswith("_baseline")}
             return scores, {"throughput": rates, "peak_bytes": peaks}
 
         config, environment = self.result["config"], self.result["environment"]
         shared = {key: config[key] for key in ("device", "model", "data", "eval")}
         machine = {key: environment[key] for key in ("device", "threads", "versions")}
         key = record.run_id(shared | machine, **self.digests)
-        self.baseline = baseline.obtain(key, store, folder, measure)
+        self.baseline = baseline.obtain(key, store, self.folder, measure)
         self.result["run"]["baseline"] = {"id": key, "reused": self.baseline.reused}
         self.metrics["memory"]["baseline_bytes"] = models.held_bytes(self.model)
         self.metrics["quality"]["baseline"] = self.baseline.scores.metrics()
         self.metrics["throughput"]["baseline"] = self.baseline.found["throughput"]
         self.phases.peak_bytes |= self.baseline.found["peak_bytes"]
+        if self.tasks:
+            self.tasks.take_baseline(self.baseline.folder)
+            self.metrics["tasks"] = {"baseline": self.tasks.metrics("baseline")}
 
     def measure(self, name: str) -> None:
         """Quality, memory and generation speed of the model as it is now: `quantized` or `tuned`."""
@@ -130,6 +139,9 @@ class Experiment:
         if name == "tuned":
             self.tuned = scores
         self.metrics["throughput"] |= rates if name == "quantized" else {name: rates}
+        if self.tasks:
+            self.tasks.score(name, self.model, self.tokenizer)
+            self.metrics["tasks"][name] = self.tasks.metrics(name)
 
     def _measured(self, name: str, phase: str, logits: quality.BaselineLogits) -> tuple[quality.Scores, dict]:
         with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
@@ -196,7 +208,7 @@ class Experiment:
                 scores = quality.evaluate(self.model, self.held_out, self.baseline.logits, advance=advance)
             self.metrics["quality"]["initial"] = scores.metrics(self.baseline.scores)
 
-    def tune(self, folder: Path) -> None:
+    def tune(self) -> None:
         settings = self.settings.tune
         with self.phases("tune", f"fine-tune {settings.method}", settings.steps) as advance:
 
@@ -209,7 +221,7 @@ class Experiment:
             self.model.to(self.dtype).requires_grad_(False)
         self.metrics["tune"] = asdict(log)
         self.metrics["throughput"]["tune_tokens_s"] = throughput.summary(log.tokens_s)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(self.folder / "adapter")
 
     def merge(self) -> None:
         """What the trained adapters cost when they are quantized, or merged."""

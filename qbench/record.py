@@ -33,6 +33,7 @@ SCHEMA = 1
 FILE = "result.json"
 _PACKAGES = (
     "qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
+    "lm_eval",
 )  # fmt: skip
 _ROOT = Path(__file__).parent.parent
 

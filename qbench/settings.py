@@ -1,5 +1,6 @@
 """What a run is told: typed, checked, and the same from a command line or a notebook."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import formats
@@ -41,12 +42,31 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """tokens: held-out tokens that are scored, rounded up to whole windows."""
+    """tokens: held-out tokens that are scored, rounded up to whole windows.
+
+    tasks: lm-eval tasks to score too (`measure.task_files`). limit: documents of each, None all. batch: requests at once.
+    """
 
     tokens: int = 16384
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+    batch: int = 8
 
     def __post_init__(self):
         integer("eval.tokens", self.tokens)
+        integer("eval.batch", self.batch)
+        if self.limit is not None:
+            integer("eval.limit", self.limit)
+        tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks
+        if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) and task for task in tasks):
+            raise InputError(
+                f"eval.tasks: {self.tasks!r} is not accepted; a list of tasks is, such as [qbench_docs,my_tasks]"
+            )
+        object.__setattr__(self, "tasks", list(tasks))
+
+    def plain(self) -> dict:
+        """Without tasks, what is told of them is left out: it has no part in the result."""
+        return asdict(self) if self.tasks else {"tokens": self.tokens}
 
 
 @dataclass(frozen=True)
@@ -161,7 +181,7 @@ class Settings:
             "model": {**model, "dtype": found.get("dtype", self.model.dtype)},
             "data": {**data, "seq": found.get("seq", self.data.seq)},
             "tune": asdict(self.tune) if self.tune else {"method": "none"},
-            "eval": asdict(self.eval),
+            "eval": self.eval.plain(),
         }
 
 

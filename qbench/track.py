@@ -5,6 +5,7 @@ into the folder of the run, and send nothing.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -48,6 +49,7 @@ class Tracks:
         if self._accelerator:
             flat = pandas.json_normalize(metrics, sep="/").iloc[0].to_dict()
             numbers = {k: v for k, v in flat.items() if isinstance(v, Number) and not isinstance(v, bool)}
+            numbers = {re.sub(r"[^\w/. -]", "-", k): v for k, v in numbers.items()}  # MLflow takes no other names
             self._accelerator.log(numbers, step=step)
 
 

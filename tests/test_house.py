@@ -47,6 +47,7 @@ ORDER = [
     "report",
     "phases",
     "track",
+    "task_stages",
     "fresh",
     "experiment",
     "quantize",

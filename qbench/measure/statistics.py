@@ -16,10 +16,15 @@ def clustered_mean(values: np.ndarray) -> tuple[float, float]:
     return float(means.mean()), float(error)
 
 
-def paired(values: np.ndarray, reference: np.ndarray) -> dict:
+def paired_mean(values: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """The mean of values − reference, both [windows, tokens] of the same tokens, its standard error, and the p value of
     the paired t-test over windows that it is zero (1 where nothing differs, NaN for fewer than two windows)."""
     difference = np.asarray(values, np.float64) - reference
     delta, stderr = clustered_mean(difference)
     p = ttest_1samp(difference.mean(1), 0).pvalue if stderr else 1.0
-    return {"delta_nll": delta, "stderr": stderr, "p": float(p)}
+    return delta, stderr, float(p)
+
+
+def paired(values: np.ndarray, reference: np.ndarray) -> dict:
+    """`paired_mean` of negative log-likelihoods, as a result tells it."""
+    return dict(zip(("delta_nll", "stderr", "p"), paired_mean(values, reference), strict=True))

@@ -72,9 +72,9 @@ class Configuration:
     def nll(self, stage: str) -> float | None:
         return self.mean("quality", stage, "nll")
 
-    def windows(self, *keys: str) -> Windows:
-        """The mean nll of each window, of the runs that have scores at that place in the metrics."""
-        found = {seed: _at(result["metrics"], (*keys, "windows")) for seed, (_, result) in self.runs.items()}
+    def windows(self, *keys: str, each: str = "windows") -> Windows:
+        """The mean nll of each window, or what `each` names, of the runs that have scores at that place in the metrics."""
+        found = {seed: _at(result["metrics"], (*keys, each)) for seed, (_, result) in self.runs.items()}
         return {seed: np.asarray(values, np.float64) for seed, values in found.items() if values is not None}
 
 
@@ -105,6 +105,9 @@ class Setting:
 
     def stages(self) -> tuple[str, ...]:
         return STAGES if self.has_tuned else STAGES[:1]
+
+    def when(self, stage: str) -> str:
+        return f"after {self.method}" if stage == "tuned" else "before any fine-tune"
 
     @cached_property
     def _before(self) -> list[Configuration]:
@@ -182,15 +185,20 @@ def difference(ours: Configuration, theirs: Configuration, stage: str) -> Differ
     return paired(ours.windows("quality", stage), theirs.windows("quality", stage), seeded=stage == "tuned")
 
 
+def references(some: Sequence[Configuration], stage: str) -> list[tuple[Configuration, Configuration | None]]:
+    """Of those that a stage tells apart, each but 16 bit, and the one of 16 bit that it is compared with there."""
+    bases = {c.fine_tune(): c for c in some if c.is_16_bit}
+    first = next(iter(bases.values()), None)
+    return [(c, bases.get(c.fine_tune()) if stage == "tuned" else first) for c in some if not c.is_16_bit]
+
+
 def _against_16_bit(configurations: list[Configuration]) -> None:
-    bases = {c.fine_tune(): c for c in configurations if c.is_16_bit}
-    formats = [c for c in configurations if not c.is_16_bit]
-    distinct = {c.recipe: c for c in _without_fine_tunes(formats)}
-    untuned = _without_fine_tunes(list(bases.values()))[0]
-    family = corrected([difference(c, untuned, "quantized") for c in distinct.values()])
-    before = dict(zip(distinct, family, strict=True))
-    tuned = [base and difference(c, base, "tuned") for c in formats for base in [bases.get(c.fine_tune())]]
-    for c, after in zip(formats, corrected(tuned), strict=True):
+    pairs = references(_without_fine_tunes(configurations), "quantized")
+    family = corrected([base and difference(c, base, "quantized") for c, base in pairs])
+    before = {c.recipe: d for (c, _), d in zip(pairs, family, strict=True)}
+    pairs = references(configurations, "tuned")
+    family = corrected([base and difference(c, base, "tuned") for c, base in pairs])
+    for (c, _), after in zip(pairs, family, strict=True):
         found = {"quantized": before[c.recipe], "tuned": after}
         c.differences |= {stage: d for stage, d in found.items() if d}
 
@@ -207,6 +215,7 @@ def _baseline_of(c: Configuration) -> Configuration:
         "memory": {"model_bytes": _at(metrics, ("memory", "baseline_bytes"))},
         "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": same}},
         "throughput": _at(metrics, ("throughput", "baseline")) or {},
+        "tasks": {"quantized": _at(metrics, ("tasks", "baseline")) or {}},
     }
     config = {**result["config"], "format": {"name": "none"}, "tune": {"method": UNTUNED}}
     return Configuration("16 bit, untuned", {seed: (file, {**result, "config": config, "metrics": derived})})

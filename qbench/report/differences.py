@@ -15,12 +15,13 @@ from scipy.stats import false_discovery_control, t
 from ..measure.statistics import clustered_mean
 from .words import SIGNIFICANT, count, plus_minus
 
-Windows = Mapping[int, np.ndarray]  #: by seed, the mean nll of each window
+Windows = Mapping[int, np.ndarray]  #: by seed, the mean nll of each window, or the share of each document in a score
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the mean nll, nats a token. stderr: None of a single window. p: corrected, that there is none."""
+    """Of the mean nll, nats a token, or of a score on a task. stderr: None of a single window. p: corrected,
+    that there is none."""
 
     delta: float
     stderr: float | None

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import tuned
+from . import tasks, tuned
 from .chosen import frontier, pairs_by
 from .compare import Configuration, Setting, difference
 from .differences import Difference, corrected, tally
@@ -23,6 +23,7 @@ def answer(setting: Setting) -> tuple[str, ...]:
         *_effect(setting, "dq", "Double quantization"),
         *_effect(setting, "block", "The next larger block"),
         *tuned.answer(setting),
+        *tasks.answer(setting),
     )
 
 
@@ -67,13 +68,9 @@ def _frontier(setting: Setting, stage: str) -> str:
     return f"{_when(setting, stage)} on the frontier of bits and perplexity are {listed(told, '; ')}."
 
 
-def when(setting: Setting, stage: str) -> str:
-    return f"after {setting.method}" if stage == "tuned" else "before any fine-tune"
-
-
 def _when(setting: Setting, stage: str) -> str:
     """At the start of a sentence."""
-    said = when(setting, stage)
+    said = setting.when(stage)
     return said[0].upper() + said[1:]
 
 
@@ -115,7 +112,7 @@ def _effect(setting: Setting, key: str, name: str) -> list[str]:
         saved = np.mean([b.mean("bits", "per_parameter") - a.mean("bits", "per_parameter") for a, b, _ in found])
         what = f"saves {saved:.3f} bits a weight on average; " if not sentences else ""
         told = tally([d for *_, d in found], "pair")
-        sentences.append(f"{what}{when(setting, stage)} the perplexity is {told}")
+        sentences.append(f"{what}{setting.when(stage)} the perplexity is {told}")
     return [f"{name} {'; '.join(sentences)}."] if sentences else []
 
 

@@ -49,6 +49,7 @@ def told(config: dict, keys: Iterable[str]) -> list[str]:
     values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
     packed = flat.get("tune.adapter_format")
     names = {
+        "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}",
         "tune.method": method(config["tune"]),
         "tune.init": INITS.get(flat.get("tune.init")) if config["tune"]["method"] in LOW_RANK else "",
         "tune.merge": "merged" if flat.get("tune.merge") else "",

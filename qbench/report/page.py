@@ -82,15 +82,13 @@ def _setting(setting: Setting, number: int, folder: Path) -> dict:
     answer = list(findings.answer(setting))
     if len(setting.configurations) > ROWS:
         answer.append(f"The table has the best {ROWS} of {len(setting.configurations):,}; results.csv has all.")
-    rows = setting.configurations[:ROWS]
-    rows += [c for c in setting.configurations[ROWS:] if c.is_16_bit]
     with charts.drawn(setting) as made:
         pictures = [_picture(chart, number, folder) for chart in made]
     return {
         "title": setting.title,
         "compared": findings.compared(setting),
         "answer": answer,
-        "table": _table(table.shown(Setting(setting.title, rows, setting.varied)), folder),
+        "table": _table(table.shown(setting), folder),
         "tables": [_table(found, folder) for found in tables.all_of(setting)],
         "charts": pictures,
     }
@@ -99,7 +97,8 @@ def _setting(setting: Setting, number: int, folder: Path) -> dict:
 def _table(found: table.Table, folder: Path) -> dict:
     rows = [
         {"cells": r.cells, "base": r.configuration.is_16_bit, "sources": table.sources(r.configuration, folder)}
-        for r in found.rows
+        for i, r in enumerate(found.rows)
+        if i < ROWS or r.configuration.is_16_bit
     ]
     return {"title": found.title, "about": found.about, "columns": found.columns, "rows": rows}
 

@@ -3,24 +3,26 @@
 import json
 from pathlib import Path
 
-from . import figures, words
+from . import figures, tasks, words
 
 
 def write(folder: Path, result: dict) -> Path:
     """Write report.md and its figures into `folder` from a finished result."""
     drawn = figures.draw(result, folder)
-    table = words.table(result)
+    table, scores = words.table(result), tasks.of_run(result)
     config, environment = result["config"], result["environment"]
     error, memory = result["metrics"]["error"], result["metrics"]["memory"]
     lines = [
         f"# {words.title(config)} on {config['model']['path'] or 'the bundled model'}",
         "",
         *words.answer(result),
+        *tasks.answer_of_run(result),
         "",
         *table.markdown(),
         "",
         f"{table.note} {words.speed(result)}",
         "",
+        *(("## Tasks", "", *scores.markdown(), "", scores.note, "") if scores else ()),
         *(line for name, caption in drawn for line in (f"![{caption}]({name})", "", caption, "")),
         "## Error",
         "",

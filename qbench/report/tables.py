@@ -1,6 +1,6 @@
-"""The tables beside the main one, each where runs have such data: methods, where LoRA began, what became of it."""
+"""The tables beside the main one, each where runs have such data: methods, where LoRA began, what became of it, tasks."""
 
-from . import low_rank, methods
+from . import low_rank, methods, tasks
 from .compare import Setting
 from .low_rank import Afterwards, Start
 from .methods import Claim, Series
@@ -58,6 +58,7 @@ def all_of(setting: Setting) -> list[Table]:
             "Merged into 16 bits nothing is lost but rounding, and nothing is saved; in the format again, the adapters'"
             " work passes through it once more.",
         ),
+        tasks.table(setting),
     )  # fmt: skip
     return [filled(table) for table in made if table.rows]
 

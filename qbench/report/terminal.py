@@ -6,24 +6,31 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import words
+from . import tasks, words
 
 
 def show(result: dict, folder: Path, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.print()
-    for sentence in words.answer(result):
+    for sentence in (*words.answer(result), *tasks.answer_of_run(result)):
         console.print(sentence)
-    found = words.table(result)
+    found, scores = words.table(result), tasks.of_run(result)
+    _print(found, console)
+    console.print(f"\n{found.note} {words.speed(result)}", style="dim")
+    if scores:
+        _print(scores, console)
+        console.print(f"\n{scores.note}", style="dim")
+    console.print(f"\nFigures in {os.path.relpath(folder)}/report.md, all numbers in result.json beside it.")
+
+
+def _print(found: words.Table, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for i, head in enumerate(found.columns):
-        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+        table.add_column(head, justify="right" if i else "left", no_wrap=bool(i))
     for row in found.rows:
         table.add_row(*row)
     console.print()
     console.print(table)
-    console.print(f"\n{found.note} {words.speed(result)}", style="dim")
-    console.print(f"\nFigures in {os.path.relpath(folder)}/report.md, all numbers in result.json beside it.")
 
 
 def show_line(result: dict, before: bool, console: Console | None = None) -> None:

@@ -86,6 +86,7 @@ def test_to_import_it_takes_no_time():
 
 def test_every_key_of_a_result_is_explained(tiny_llama, tmp_path):
     told = {**SHORT, "tune": {**SHORT["tune"], "init": "loftq", "merge": True, "adapter_format": "int8"}}
+    told["eval"] = {**SHORT["eval"], "tasks": ["qbench_docs", "qbench_grammar"], "limit": 3}
     result = qbench.run("quantile", model=tiny_llama, out=tmp_path / "out", **told)
     page = (DOCS / "result.md").read_text()
     heads = re.findall(r"^## (.*)", page, re.M)
@@ -97,4 +98,9 @@ def test_every_key_of_a_result_is_explained(tiny_llama, tmp_path):
             k for key, value in found.items() if isinstance(value, dict) and key not in free for k in keys(value)
         }
 
-    assert keys(result) - explained == set()
+    tasks = result.metrics["tasks"]
+    assert list(tasks) == ["baseline", "quantized", "tuned"]
+    assert "| qbench_grammar acc |" in result._repr_markdown_() and "task scores" in result.answer[-1]
+    scores = [score for stage in tasks.values() for found in stage.values() for score in found.values()]
+    result.metrics["tasks"] = {}  # by stages, and by names of tasks and metrics
+    assert set().union(keys(result), *map(keys, scores)) - explained == set()

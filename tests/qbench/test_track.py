@@ -36,6 +36,16 @@ def test_tensorboard(tiny_llama, tmp_path, monkeypatch):
     assert found.Scalars("quality/tuned/nll")[0].value == pytest.approx(metrics["quality"]["tuned"]["nll"])
 
 
+def test_a_metric_with_a_filter_has_a_name_that_all_accept(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with track.tracks(("tensorboard",), tmp_path, {"seed": 0}) as tracks:
+        tracks.result({"tasks": {"tuned": {"cases": {"exact_match,first": {"value": 0.5, "documents": [0, 1]}}}}}, 3)
+    found = EventAccumulator(str(tmp_path / "qbench"))
+    found.Reload()
+    assert found.Tags()["scalars"] == ["tasks/tuned/cases/exact_match-first/value"]
+
+
 def test_mlflow(tiny_llama, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     metrics = run(tmp_path, tiny_llama, "mlflow", monkeypatch)["metrics"]

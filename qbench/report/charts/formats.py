@@ -10,7 +10,6 @@ from ..chosen import frontier, usual_block
 from ..compare import Configuration, Setting, difference
 from ..differences import corrected
 from ..figures import GREY
-from ..findings import when
 from ..words import count
 from .look import SIXTEEN, Chart, Look
 
@@ -157,7 +156,7 @@ def pairs(setting: Setting) -> Chart | None:
     figure.colorbar(image, ax=axes, label="nll of the row less that of the column, nats", shrink=0.7)
     return Chart(
         "pairs",
-        f"Every two against each other {when(setting, stage)}, the best first; ≈: not distinguishable (paired, corrected"
+        f"Every two against each other {setting.when(stage)}, the best first; ≈: not distinguishable (paired, corrected"
         f" for {len(upper)} tests).",
         figure,
     )

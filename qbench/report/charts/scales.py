@@ -6,7 +6,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 
 from ..compare import Configuration, Setting
-from ..findings import effects, when
+from ..findings import effects
 from ..keys import text
 from .look import SIXTEEN, Chart, Look, forest
 
@@ -59,7 +59,7 @@ def _over(setting: Setting, key: str, label: str, measured: str, value: Callable
         axes.xaxis.minorticks_off()
         if key == "block":
             axes.axhline(0, **SIXTEEN)
-        axes.set_title(when(setting, stage))
+        axes.set_title(setting.when(stage))
     look.legend(figure, **{"16 bit": SIXTEEN})
     return replace(chart, figure=figure)
 
@@ -70,7 +70,7 @@ def double(setting: Setting) -> Chart | None:
     if not any(found.values()):
         return None
     panels = {
-        when(setting, stage): [(c.title.replace(" + dq", ""), c.format, d) for c, _, d in pairs]
+        setting.when(stage): [(c.title.replace(" + dq", ""), c.format, d) for c, _, d in pairs]
         for stage, pairs in found.items()
     }
     return Chart(
