@@ -322,13 +322,6 @@ def test_a_run_asks_for_no_network_and_writes_nothing_else(tiny_llama, local, tm
     assert "tasks of the quantized model" in done.stderr and "task scores" in done.stdout
 
 
-def test_without_tasks_lm_eval_is_not_imported():
-    code = "import sys; sys.modules['bitsandbytes'] = None; import qbench.jobs, qbench.run"
-    code += "; print({'lm_eval', 'datasets'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
-
-
 def test_the_documents_are_made_again_byte_for_byte(tmp_path, monkeypatch):
     folder = ROOT / "experiments" / "tasks"
     monkeypatch.syspath_prepend(str(folder))
