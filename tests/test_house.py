@@ -57,11 +57,12 @@ ORDER = [
 HYDRAS = (("quantize", "__main__"), ("plan", "__main__"))
 
 
-def imported(file: Path) -> set[str]:
-    """Full names of the modules that a file imports, relative ones resolved."""
+def imported(file: Path, at_once: bool = False) -> set[str]:
+    """Full names of the modules that a file imports, relative ones resolved; all, or those that it imports when it is."""
     package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -92,6 +93,16 @@ def test_the_readme_has_every_format_and_conf_none():
     page = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in page for name in formats.names())
     assert not (CONF / "format").exists(), "a format is one file"
+
+
+def test_lm_eval_is_imported_only_where_tasks_are_asked_for():
+    """It takes seconds, and most runs do without."""
+    slow = {"qbench.measure.tasks", "qbench.measure.task_scores"}
+    for file in (ROOT / "qbench").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if name not in slow and not name.startswith("qbench.tasks."):
+            tops = imported(file, at_once=True)
+            assert not slow & tops and not {"lm_eval", "datasets"} & {top.partition(".")[0] for top in tops}, file
 
 
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))

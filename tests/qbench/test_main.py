@@ -119,6 +119,10 @@ BAD = {
     "launcher": (["-m", "+format=nf4", "hydra/launcher=ray"], r"'ray' is unknown; .*pip install 'qbench\[ray\]'"),
     "experiment": (["+experiments=none_such"], r"'none_such' is unknown; accepted: .*table2"),
     "optimizer": (["+format=nf4", "tune.optimizer=lion"], r"tune\.optimizer: 'lion'.*adamw"),
+    "tasks": (
+        ["+format=nf4", "eval.tasks=[./nowhere]"],
+        r"eval\.tasks: '\./nowhere' is no .*accepted: qbench_cont.*a folder",
+    ),
     "budget": (
         ["+format=nf4", "tune.optimizer=paged_adamw", "tune.optimizer_budget=1MB"],
         r"tune\.optimizer_budget: '1MB' is not accepted; null or at least one page, tune\.optimizer_page=2MiB",

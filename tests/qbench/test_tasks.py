@@ -285,12 +285,6 @@ def test_a_task_that_nobody_knows(tmp_path, tiny_llama):
     assert result["status"] == "failed" and result["error"]["type"] == "InputError" and not result["metrics"]["quality"]
 
 
-def test_where_lm_eval_is_not_installed(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match=r"^eval\.tasks: lm_eval is not installed; pip install 'qbench\[tasks\]'"):
-        run(settings(tiny_llama, tasks=["qbench_docs"]), tmp_path)
-
-
 NO_SOCKETS = """import socket
 def refuse(*_, **__):
     open({told!r}, "a").write("asked\\n")
@@ -326,13 +320,6 @@ def test_a_run_asks_for_no_network_and_writes_nothing_else(tiny_llama, local, tm
     lines = done.stderr.splitlines()
     assert all(re.fullmatch(r".* +\d+\.\d s", line) for line in lines if line), "lm-eval says nothing"
     assert "tasks of the quantized model" in done.stderr and "task scores" in done.stdout
-
-
-def test_without_tasks_lm_eval_is_not_imported():
-    code = "import sys; sys.modules['bitsandbytes'] = None; import qbench.jobs, qbench.experiment"
-    code += "; print({'lm_eval', 'datasets'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_the_documents_are_made_again_byte_for_byte(tmp_path, monkeypatch):
