@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from formats import Format, QuantizedTensor
 
-from . import checkpoint
+from . import checkpoint, recipe
 from .checkpoint import LoadedModel, reading
 from .errors import InputError
 from .interop import gguf
@@ -161,6 +161,10 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     with reading(f"model.path: {path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+    if getattr(model.config, recipe.KEY, None) is not None:
+        raise InputError(
+            f"model.path: {path!r} is quantized already; accepted: a 16-bit checkpoint, or a packed one on disk"
+        )
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")

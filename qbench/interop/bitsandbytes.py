@@ -172,7 +172,7 @@ def find(folder: Path) -> dict | None:
     plain = recipe.plain_config(folder).get(KEY)
     if not is_one(plain):
         return None
-    where, kind = f"{folder / CONFIG}: {KEY}", plain.get("bnb_4bit_quant_type")
+    where, kind = f"{folder / CONFIG}: {KEY}", plain.get("bnb_4bit_quant_type", "fp4")
     if plain.get("load_in_8bit"):
         raise InputError(f"{where}: load_in_8bit, which is LLM.int8, is not supported; accepted: load_in_4bit")
     if kind not in TYPES:
@@ -184,7 +184,7 @@ class Folder(Foreign):
     def __str__(self) -> str:
         plain = find(self.path)
         nested = " with double quantization" if plain.get("bnb_4bit_use_double_quant") else ""
-        return f"{plain['bnb_4bit_quant_type']} by bitsandbytes{nested}"
+        return f"{plain.get('bnb_4bit_quant_type', 'fp4')} by bitsandbytes{nested}"
 
     def hold(self, model: PreTrainedModel) -> Held:
         found = shards.contents(self.path)

@@ -312,3 +312,12 @@ def test_a_run_names_what_can_be_done_with_it(whole):
         models.refuse_packed(str(whole))
     with pytest.raises(InputError, match=r"packed already, as nf4 by bitsandbytes"):
         quantize(whole, whole / "out")
+
+
+def test_what_transformers_loads_packed_is_refused(whole, monkeypatch):
+    """As of a hub id, whose files are looked at by transformers alone."""
+    monkeypatch.setattr(checkpoint, "find", lambda path: None)
+    with pytest.raises(
+        InputError, match=r"is quantized already; accepted: a 16-bit checkpoint, or a packed one on disk"
+    ):
+        models.load(str(whole), torch.bfloat16, CPU)
