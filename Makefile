@@ -16,9 +16,10 @@ CLOSEST = tests/qbench/test_transformers.py tests/qbench/test_checkpoint.py test
 run: $(VENV)/.run
 	$(BIN)/python -m qbench $(ARGS)
 
+# a process a core, of one thread; what times something is for `pytest tests/test_speed.py`
 test: $(VENV)/.test
 	$(BIN)/ruff check formats qbench tests experiments
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --benchmark-disable
 
 test-lowest: $(VENV)-lowest/.test
 	$(VENV)-lowest/bin/python -m pytest $(CLOSEST)
