@@ -112,7 +112,7 @@ def _train(turn: Connection, threads: int, side: str, device: torch.device, shap
     windows = torch.randint(shape["vocab_size"], size, generator=torch.Generator().manual_seed(SEED))
     model = build(_llama(device, shape), settings)
 
-    def advance(loss: float, tokens_s: float) -> None:
+    def advance(step: int, loss: float, tokens_s: float) -> None:
         turn.send((loss, tokens_s))
         turn.recv()
 
