@@ -40,7 +40,7 @@ SHAPES = {
 }
 WINDOW = {"cpu": 256, "cuda": 1024}
 
-Advance = Callable[[float, float], None]  #: is told the loss and the tokens/s of each step
+Advance = Callable[[int, float, float], None]  #: is told the loss and the tokens/s of each step
 
 
 def measure(device: torch.device, steps: int, report: Callable[[str], None], shape: dict | None = None) -> dict:
@@ -161,7 +161,7 @@ def _usual_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed:
     warmup = min(settings.warmup, settings.steps - 1)
     schedule = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, settings.steps)
     model.train()
-    for _ in range(settings.steps):
+    for step in range(settings.steps):
         started = time.perf_counter()
         loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         loss.backward()
@@ -170,7 +170,7 @@ def _usual_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed:
         schedule.step()
         optimizer.zero_grad()
         norm.item()  # waits for the device
-        advance(loss.item(), windows.numel() / (time.perf_counter() - started))
+        advance(step + 1, loss.item(), windows.numel() / (time.perf_counter() - started))
 
 
 BUILD = {"ours": (_ours, train), "theirs": (_theirs, _usual_loop)}
