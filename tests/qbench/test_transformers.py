@@ -236,10 +236,10 @@ def test_a_bad_packed_checkpoint_is_refused_in_a_line(packed, case):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("case", set(BAD_SOURCES) & {
+@pytest.mark.parametrize("case", sorted(set(BAD_SOURCES) & {
     "a missing file", "a file cut short", "a header cut short", "NaN in a weight", "Inf in what is copied",
     "another shape", "integers", "no such weight", "a tensor too many", "twice, in a file", "twice, in two",
-})  # fmt: skip
+}))  # fmt: skip
 def test_a_bad_checkpoint_in_16_bit_is_refused_in_a_line(copied, case):
     spoil, message = BAD_SOURCES[case]
     spoil(copied)
