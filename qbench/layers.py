@@ -1,5 +1,8 @@
 """QuantLinear, the layer that holds a packed weight, and the layers of a model in whose place it goes."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,7 +24,7 @@ def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
 
     weight: one to take for the layer's own, as that is kept.
     """
-    weight = layer.weight if weight is None else weight
+    weight = layer.get_parameter("weight") if weight is None else weight
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
@@ -34,17 +37,26 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
+def packed_layers(model: nn.Module) -> dict[str, "QuantLinear"]:
+    """Those that are packed, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
 def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
-    """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go."""
+    """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go.
+
+    `checkpoint.save` writes such a model; its own `save_pretrained` does where it was loaded packed.
+    """
     for name, weight in packed.items():
         layer = model.get_submodule(name)
         conv1d = layer.conv1d if isinstance(layer, QuantLinear) else isinstance(layer, Conv1D)
-        model.set_submodule(name, QuantLinear(weight, layer.bias, conv1d))
+        model.set_submodule(name, QuantLinear(weight, layer._parameters["bias"], conv1d))
 
 
 def unpack(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
     """Put a Linear with the dequantized weight in the place of the QuantLinear `name`."""
     layer = model.get_submodule(name)
+    assert isinstance(layer, QuantLinear)
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     plain.weight = nn.Parameter(layer.packed.dequantize(dtype), requires_grad=False)
     plain.bias = layer.bias
@@ -54,6 +66,7 @@ def unpack(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> Non
 def to_conv1d(model: nn.Module, name: str) -> None:
     """Put transformers' `Conv1D` in the place of the Linear `name`."""
     layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
     with torch.device("meta"):
         conv = Conv1D(layer.out_features, layer.in_features)
     conv.weight = nn.Parameter(layer.weight.t().contiguous(), layer.weight.requires_grad)
@@ -61,10 +74,18 @@ def to_conv1d(model: nn.Module, name: str) -> None:
     model.set_submodule(name, conv)
 
 
+def unpack_all(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put in the place of each QuantLinear what stood there before it, with the dequantized weight."""
+    for name, layer in packed_layers(model).items():
+        unpack(model, name, dtype)
+        if layer.conv1d:
+            to_conv1d(model, name)
+
+
 class Dequantized(Tensor):
     """What is computed from a packed weight: read like any tensor, but `data` cannot be set, as that would be lost."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what comes of it is a tensor like any other
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what comes of it is a tensor like any other
 
     @property
     def data(self) -> Tensor:
@@ -85,6 +106,8 @@ class QuantLinear(nn.Linear):
     leaves the packed weight as it is.
     """
 
+    codes: Tensor
+    levels: Tensor | None
     _is_hf_initialized = True  # to transformers, which would draw random numbers for a weight that is not kept
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, conv1d: bool = False):
@@ -97,7 +120,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("levels", weight.levels, persistent=weight.own_levels)
         self._scale = self._register("scale", weight.scale)
         self._shift = self._register("shift", weight.shift)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def _register(self, name: str, stored: tuple[Tensor, ...]) -> list[str]:
         names = [name, f"{name}_absmax", f"{name}_offset"][: len(stored)]
@@ -105,12 +128,13 @@ class QuantLinear(nn.Linear):
             self.register_buffer(buffer, tensor)
         return names
 
-    def _apply(self, fn, recurse=True):
-        packed = dict(self._buffers)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        packed = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, tensor in packed.items():  # `model.to(torch.bfloat16)` must not round scales and levels
-            if tensor is not None and self._buffers[name].dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(self._buffers[name].device)
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
         return self
 
     @property
@@ -119,10 +143,10 @@ class QuantLinear(nn.Linear):
         return len(self._scale) == 3
 
     def _stored(self, names: list[str]) -> list[Tensor]:
-        return [self._buffers[name] for name in names]
+        return [getattr(self, name) for name in names]
 
     @property
-    def weight(self) -> Dequantized:
+    def weight(self) -> Dequantized:  # type: ignore[override]  # computed: nothing could set it
         """W [out_features, in_features], dequantized anew each time."""
         return self.packed.dequantize().as_subclass(Dequantized)
 

@@ -1,8 +1,10 @@
 """LoRA on packed layers: what PEFT puts there, whoever calls it."""
 
+from typing import Any
+
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraModel
-from torch import Tensor
+from peft.tuners.lora import LoraConfig, LoraModel
+from torch import Tensor, nn
 
 from .functions import add_low_rank
 from .layers import QuantLinear
@@ -21,23 +23,24 @@ class LoraQuantLinear(LoraLinear):
     def fan_in_fan_out(self, said: bool) -> None:
         pass
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
         plain = not (self.disable_adapters or self.lora_variant or self.merged or args or kwargs)
         if not plain or len(active) != 1 or self.lora_B[active[0]].bias is not None:
             return super().forward(x, *args, **kwargs)
         name = active[0]
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
         return add_low_rank(self.base_layer(x), self.lora_dropout[name](x), a, b, self.scaling[name])
 
 
 _create_new_module = LoraModel._create_new_module
 
 
-def _knowing(lora_config, adapter_name, target, **kwargs):
+def _knowing(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
     # PEFT knows further layers from a config alone, so each is told as it is used
     lora_config._register_custom_module({QuantLinear: LoraQuantLinear})
     return _create_new_module(lora_config, adapter_name, target, **kwargs)
 
 
-LoraModel._create_new_module = staticmethod(_knowing)
+LoraModel._create_new_module = staticmethod(_knowing)  # type: ignore[method-assign]  # it has no other door

@@ -10,9 +10,9 @@ transformers is half imported when this module is, so its models are imported wh
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,6 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import shards
 from .errors import InputError
 from .recipe import METHOD, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(METHOD)
@@ -29,18 +32,22 @@ class QBenchConfig(QuantizationConfigMixin):
     format, block, dq and options: what `formats.get` takes. Raises InputError where that does.
     """
 
-    quant_method = METHOD
+    quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers, open to names registered with it
 
-    def __init__(self, format: str, block: int = 64, dq: bool = False, **options):
+    def __init__(self, format: str, block: int = 64, dq: bool = False, **options: Any) -> None:
         self.recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Raises InputError for what is no recipe."""
-        recipe = Recipe.read(config_dict)
+        config = cls.of(Recipe.read(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "QBenchConfig":
         config = cls(recipe.arguments["name"])
         config.recipe = recipe
-        return (config, kwargs) if return_unused_kwargs else config
+        return config
 
     def to_dict(self) -> dict:
         return self.recipe.plain()
@@ -57,6 +64,7 @@ class QBenchQuantizer(HfQuantizer):
 
     is_trainable = True  # adapters are
     is_compileable = True
+    quantization_config: QBenchConfig
 
     def is_serializable(self) -> bool:
         return True
@@ -65,8 +73,10 @@ class QBenchQuantizer(HfQuantizer):
     def recipe(self) -> Recipe:
         return self.quantization_config.recipe
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        from . import checkpoint, names
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        from . import names, skeleton
 
         if not checkpoint_files:
             raise InputError("a state_dict is not accepted; a checkpoint in safetensors is")
@@ -77,16 +87,16 @@ class QBenchQuantizer(HfQuantizer):
                 raise InputError(f"{self.where}: {file} is in another folder; files of the same are accepted")
         contents = shards.headers(files)
         if self.pre_quantized:
-            checkpoint.pack(model, self.recipe.layers(model))
+            skeleton.pack(model, self.recipe.layers(model))
         _, found = names.named(model, contents)
-        checkpoint.match(model, found, self.where)
-        self.waiting = set() if self.pre_quantized else set(checkpoint.layers_of(model, found, self.where))
+        skeleton.match(model, found, self.where)
+        self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, found, self.where))
         self.refused: InputError | None = None
 
-    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+    def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
         return param_name.removesuffix(".weight") in self.waiting and param_name.endswith(".weight")
 
-    def param_element_size(self, model, param_name: str, param: Tensor) -> float:
+    def param_element_size(self, model: "PreTrainedModel", param_name: str, param: Tensor) -> float:
         """Bytes a weight, for `device_map="auto"`."""
         if self.param_needs_quantization(model, param_name):
             return self.recipe.format.count_bytes(param.numel()) / param.numel()
@@ -95,7 +105,9 @@ class QBenchQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> "QBenchQuantizer":
         return self
 
-    def convert(self, input_dict: dict, model=None, missing_keys: set[str] | None = None, **kwargs) -> dict:
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Put a weight that has been read in its place, packed."""
         from .layers import replace, weight_of
 
@@ -110,34 +122,44 @@ class QBenchQuantizer(HfQuantizer):
             self.refused = InputError(str(error))
         return {}
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        from .checkpoint import finite
-        from .layers import QuantLinear
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from . import skeleton
+        from .layers import packed_layers
 
         if self.refused:
             raise self.refused
         for name, tensor in model.state_dict().items():
-            if not tensor.is_meta and not finite(tensor):
+            if not tensor.is_meta and not skeleton.finite(tensor):
                 raise InputError(f"{self.where}: {name} holds NaN or Inf; finite values are accepted")
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        layers = packed_layers(model)
         devices = getattr(model, "hf_device_map", {}).values()
         for name, layer in layers.items():
             if layer.codes.is_meta and "disk" in devices:  # where some releases round what they put
                 raise InputError(f"{name} is on disk; accepted: offload_buffers=False")
-            if not layer.own_levels and layer.levels is not None:  # no tensor of the checkpoint
-                layer.levels = self.recipe.format.empty(torch.Size([0]), layer.dtype, layer.levels.device).levels
+            if layer.levels is not None:
+                skeleton.restore_levels(layer, self.recipe.format, layer.levels.device)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}
             self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes)
-        self.layers = list(layers)
         return model
 
-    def get_state_dict_and_metadata(self, model) -> tuple[None, dict]:
-        """Raises InputError where `from_pretrained` could not read back what would be saved."""
-        from .layers import QuantLinear
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
+        """What is saved. Raises InputError where it could not be read back."""
+        from . import skeleton
 
-        only_adapters = getattr(model, "_hf_peft_config_loaded", False)
-        for name in [] if only_adapters else self.layers:
-            if not isinstance(layer := model.get_submodule(name), QuantLinear):
-                raise InputError(f"{name} is a {type(layer).__name__}; accepted: a model as it was loaded")
-        return None, {}
+        if getattr(model, "_hf_peft_config_loaded", False):  # the adapters alone are saved
+            return None, {}
+        return skeleton.checked(model, self.recipe), {}
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
+        from .layers import unpack_all
+
+        unpack_all(model, dtype)
+        return model
+
+
+def tell(model: "PreTrainedModel", recipe: Recipe) -> None:
+    """Have the `save_pretrained` of a model write it as a recipe says, as if it had been loaded so."""
+    config = QBenchConfig.of(recipe)
+    model.config.quantization_config = config
+    vars(model)["hf_quantizer"] = QBenchQuantizer(config, pre_quantized=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Recipe:
     dtype: torch.dtype | None
     others: dict[str, torch.dtype]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             self.format  # noqa: B018  raises where there is none of these arguments
         except (KeyError, TypeError, ValueError) as error:
@@ -60,7 +60,9 @@ class Recipe:
         return formats.get(**self.arguments)
 
     def dtype_of(self, layer: str) -> torch.dtype:
-        return self.others.get(layer, self.dtype)
+        dtype = self.others.get(layer, self.dtype)
+        assert dtype, "the weights have not been seen"
+        return dtype
 
     def layers(self, model: "PreTrainedModel") -> dict[str, tuple[Format, torch.dtype]]:
         """Of the layers of a model that are packed the format and the dtype that the weight had, by name."""
@@ -121,7 +123,7 @@ def plain_config(folder: Path) -> dict:
     return config
 
 
-def is_one(plain: object) -> bool:
+def is_one(plain: object) -> TypeGuard[dict]:
     """Whether the quantization_config of a model is a recipe, of whatever version."""
     return isinstance(plain, dict) and plain.get("quant_method") == METHOD
 

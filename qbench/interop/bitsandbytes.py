@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import formats
 from formats import Format, QuantizedTensor
@@ -122,6 +123,7 @@ class Recipe(recipe.Recipe):
             if dtype not in _DTYPES.values():
                 raise InputError(f"layout: {name} is {word(dtype)}; bitsandbytes accepts {', '.join(_DTYPES)}")
         before = getattr(model.config, KEY, None) if model else None
+        before = before.to_dict() if isinstance(before, QuantizationConfigMixin) else before
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=base.dtype).to_dict()
         config |= before if is_one(before) else {}
         config |= {"bnb_4bit_quant_type": fmt.name, "bnb_4bit_use_double_quant": fmt.dq}
@@ -181,6 +183,8 @@ def find(folder: Path) -> dict | None:
 
 
 class Folder(Foreign):
+    recipe = Recipe
+
     def __str__(self) -> str:
         plain = find(self.path)
         nested = " with double quantization" if plain.get("bnb_4bit_use_double_quant") else ""

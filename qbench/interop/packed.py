@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from formats import Format
 
 from .. import shards
+from ..recipe import Recipe
 from ..shards import Contents
 
 
@@ -41,7 +43,9 @@ class Packed(ABC):
 
 
 class Foreign(Packed):
-    """One in the layout of others."""
+    """One in the layout of others. recipe: tells how a model that was read from it is saved."""
+
+    recipe: ClassVar[type[Recipe]] = Recipe
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(self.path, local_files_only=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from .. import checkpoint, models, names, recipe, shards
+from .. import checkpoint, models, names, recipe, shards, skeleton
 from ..errors import InputError
 from ..shards import Contents
 
@@ -48,9 +48,9 @@ def read(path: str | None) -> Source:
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise InputError(f"model.path: {path!r} is quantized already, by {method}; accepted: a 16-bit checkpoint")
     with checkpoint.reading(f"model.path: {path!r}"):
-        model = checkpoint.skeleton(AutoConfig.from_pretrained(folder, local_files_only=True), torch.bfloat16)
+        model = skeleton.bare(AutoConfig.from_pretrained(folder, local_files_only=True), torch.bfloat16)
     contents = shards.contents(folder)
     called, found = names.named(model, contents)
-    checkpoint.match(model, found, folder)
-    layers = {f"{name}.weight": layer for name, layer in checkpoint.layers_of(model, found, folder).items()}
+    skeleton.match(model, found, folder)
+    layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(model, found, folder).items()}
     return Source(folder, config, contents, called, {t: layers[name] for t, name in called.items() if name in layers})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from formats import QuantizedTensor
 
-from .. import checkpoint, files, record, shards
+from .. import checkpoint, files, record, shards, skeleton
 from ..errors import InputError
 from ..layers import QuantLinear, weight_of
 from ..recipe import CONFIG, Recipe
@@ -156,7 +156,7 @@ def _tensors(
             yield from _packed(source, recipe, tensor, packed).items()
             del weight, packed
         else:
-            if not checkpoint.finite(values):
+            if not skeleton.finite(values):
                 raise InputError(f"{file}: {tensor} holds NaN or Inf; finite weights are accepted")
             yield source.names[tensor], values
         del values

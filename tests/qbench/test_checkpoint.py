@@ -9,7 +9,7 @@ import transformers
 from safetensors import safe_open
 
 import formats
-from qbench import checkpoint, models, shards
+from qbench import models, shards, skeleton
 from qbench.errors import InputError
 from qbench.layers import QuantLinear
 from qbench.measure.memory import PeakMemory
@@ -162,9 +162,9 @@ def test_loading_never_holds_the_model_in_16_bit(packed, tmp_path):
     )
     folder = make_model("llama", tmp_path / "model")  # its tokenizer
     config.save_pretrained(folder)
-    skeleton = checkpoint.skeleton(config, torch.bfloat16).state_dict()
-    specs = {name: shards.Spec.of(tensor) for name, tensor in skeleton.items()}
-    zeros = ((name, torch.zeros_like(tensor, device="cpu")) for name, tensor in skeleton.items())
+    expected = skeleton.bare(config, torch.bfloat16).state_dict()
+    specs = {name: shards.Spec.of(tensor) for name, tensor in expected.items()}
+    zeros = ((name, torch.zeros_like(tensor, device="cpu")) for name, tensor in expected.items())
     shards.write(folder / shards.SINGLE, specs, zeros)
     quantize(folder, tmp_path / "out", {"name": "nf4", "block": 64, "dq": True})
     size = sum(spec.nbytes for spec in specs.values())

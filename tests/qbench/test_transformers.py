@@ -285,13 +285,24 @@ def test_what_cannot_be_packed_is_refused(copied, tmp_path):
 def test_only_what_can_be_loaded_is_saved(sharded_llama, tmp_path):
     model = load(sharded_llama, NF4)
     get_peft_model(model, LoraConfig(target_modules=["up_proj"]))
-    with pytest.raises(InputError, match=f"{UP} is a LoraQuantLinear; accepted: a model as it was loaded"):
+    with pytest.raises(InputError, match=f"{UP} is a LoraQuantLinear; accepted: a QuantLinear"):
         model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").iterdir())
     model = load(sharded_llama, NF4)
     model.add_adapter(LoraConfig(target_modules=["up_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_is_dequantized_where_it_stands(any_model, tmp_path):
+    packed = load(any_model, NF4, dtype=torch.float32)
+    expected = logits(packed)
+    plain = packed.dequantize()
+    assert not any(isinstance(module, QuantLinear) for module in plain.modules())
+    plain.save_pretrained(tmp_path / "plain")
+    again = load(tmp_path / "plain", dtype=torch.float32)
+    assert not hasattr(again.config, "quantization_config")
+    assert torch.allclose(logits(again), expected, atol=1e-5)
 
 
 def test_weights_stay_as_they_are_in_any_dtype(packed_nf4):

@@ -133,7 +133,8 @@ def test_a_llama(llama, tmp_path, kind):
     assert found.config.rope_parameters["rope_theta"] == 50000.0 and found.config.rms_norm_eps == pytest.approx(3e-5)
     bits = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}[kind]
     assert {layer.packed.bits_per_parameter for layer in layers.values()} == {bits}
-    checkpoint.save(found, tmp_path / "packed", AutoTokenizer.from_pretrained(BUNDLED))
+    found.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(tmp_path / "packed")
     again = checkpoint.load(tmp_path / "packed", CPU, torch.float32).model
     assert torch.equal(logits(again), logits(found))
 

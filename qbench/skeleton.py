@@ -1,0 +1,112 @@
+"""A causal LM before its weights are there: what it holds, which of it is packed, and whether a checkpoint is that."""
+
+import copy
+import re
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from formats import Format
+
+from .errors import InputError
+from .layers import QuantLinear, linear_layers, packed_layers, replace, weight_of
+from .recipe import Recipe, word
+from .shards import Spec
+
+_OF_OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # in older checkpoints; models compute them now
+
+
+def bare(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM of a config without its weights: parameters are on the meta device, buffers real."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+
+
+def match(
+    model: PreTrainedModel, found: dict[str, Spec], where: Path | str, called: dict[str, str] | None = None
+) -> set[str]:
+    """Hold the tensors of a checkpoint against those of a model, by name and shape, the packed ones by dtype as well.
+
+    called: names in the file, where they are others than the model's. Returns what is not there because the model ties it
+    to what is. Raises InputError that names the first tensor that is missing, misshapen, or has no place; one that the
+    model is known to leave aside may be there.
+    """
+    expected = {name: Spec.of(tensor) for name, tensor in model.state_dict().items()}
+    packed, called = packed_names(model), called or {}
+    aside = [*_OF_OLD, *(model._keys_to_ignore_on_load_unexpected or ())]
+    for name, spec in found.items():
+        if name not in expected:
+            if not any(re.search(pattern, name) for pattern in aside):
+                raise InputError(f"{where}: {called.get(name, name)} has no place in a {type(model).__name__}")
+        elif spec.shape != expected[name].shape or (name in packed and spec != expected[name]):
+            raise InputError(f"{where}: {called.get(name, name)} is {spec}; accepted: {expected[name]}")
+    present = set(found)
+    for _ in range(2):  # of three that are tied, the pair without the one that is there may come first
+        for pair in model.all_tied_weights_keys.items():
+            present |= set(pair) if present & set(pair) else set()
+    for name in expected:
+        if name not in present:
+            raise InputError(f"{where}: {called.get(name, name)} is missing")
+    return expected.keys() - found.keys()
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    """The names of the tensors that the packed weights of a model are."""
+    layers = packed_layers(model).items()
+    return {f"{name}.{key}" for name, layer in layers for key in layer.state_dict() if key != "bias"}
+
+
+def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> dict[str, nn.Module]:
+    """The layers of a model to quantize, by name. Raises InputError for one whose weight is tied, or not of floats."""
+    layers = linear_layers(model)
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    for weight in (f"{name}.weight" for name in layers):
+        if weight in tied:
+            raise InputError(f"{where}: {weight} is tied to another tensor; accepted: linear layers of their own")
+        if not found[weight].dtype.is_floating_point:
+            raise InputError(f"{where}: {weight} is {word(found[weight].dtype)}; accepted: floating point")
+    return layers
+
+
+def pack(model: PreTrainedModel, layers: dict[str, tuple[Format, torch.dtype]]) -> None:
+    """Put an empty QuantLinear in the place of each of these layers: `state_dict` then tells what a checkpoint holds."""
+    shapes = {name: weight_of(model.get_submodule(name)).shape for name in layers}
+    replace(model, {name: fmt.empty(shapes[name], dtype) for name, (fmt, dtype) in layers.items()})
+    for layer in packed_layers(model).values():
+        if layer.levels is not None:  # one that many share, transformers would move to the device of the first alone
+            layer.levels = torch.empty_like(layer.levels)
+
+
+def restore_levels(layer: QuantLinear, fmt: Format, device: torch.device) -> None:
+    """Give a layer the levels that its format has for every tensor, and that no checkpoint holds."""
+    if not layer.own_levels and layer.levels is not None:
+        layer.levels = fmt.empty(torch.Size([0]), layer.dtype, device).levels
+
+
+def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
+    """The tensors of the checkpoint of a model. Raises InputError where they could not be read back by this recipe."""
+    empty, tensors = bare(model.config, model.dtype), model.state_dict()
+    pack(empty, recipe.layers(empty))
+    modules = dict(model.named_modules())
+    for name in packed_layers(empty):
+        if not isinstance(layer := modules.get(name), QuantLinear):
+            raise InputError(f"{name} is a {type(layer).__name__}; accepted: a QuantLinear")
+    match(empty, {name: Spec.of(tensor) for name, tensor in tensors.items()}, type(model).__name__)
+    for name, layer in packed_layers(model).items():
+        levels = recipe.format.empty(torch.Size([0]), layer.dtype, layer.codes.device).levels
+        if levels is not None and not (layer.own_levels or layer.levels is None or torch.equal(layer.levels, levels)):
+            raise InputError(f"{name} has other levels than {recipe.format!r}; accepted: the arguments of its format")
+        for part in layer.state_dict():
+            del tensors[f"{name}.{part}"]
+        tensors |= recipe.tensors(name, layer)
+    return tensors
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor Inf; looks at a part at a time, to take no memory for it."""
+    return not tensor.is_floating_point() or all(
+        bool(part.isfinite().all()) for part in tensor.reshape(-1).split(2**24)
+    )
