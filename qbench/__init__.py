@@ -5,6 +5,7 @@ knows of them is imported after they are.
 """
 
 from importlib import import_module
+from typing import Any
 
 from .imports import after
 
@@ -18,7 +19,8 @@ after("transformers.quantizers.auto", "qbench.pretrained")
 after("peft", "qbench.lora")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    globals()[name] = found = getattr(import_module(_LATER[name]), name)
+    return found

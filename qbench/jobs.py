@@ -27,7 +27,7 @@ CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
 INTERRUPTED = 130
 #: launchers that Hydra knows once an extra is installed
-LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 

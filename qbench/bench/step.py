@@ -52,7 +52,7 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
     process held before it had a model}. Raises InputError where bitsandbytes is missing.
     """
     if not find_spec("bitsandbytes"):
-        raise InputError("step: bitsandbytes is not installed; the extra `test` brings it")
+        raise InputError("step: bitsandbytes is not installed; pip install 'qbench[bnb]' brings it")
     shape, tokens = shape or SHAPES[device.type], BATCH * WINDOW[device.type]
     sides = {side: {"loss": [], "seconds": []} for side in BUILD}
     with ExitStack() as stack:

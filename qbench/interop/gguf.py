@@ -47,7 +47,9 @@ def package() -> ModuleType:
     try:
         return import_module("gguf")
     except ImportError:
-        raise InputError("gguf, the package that reads GGUF files, is not installed; `pip install gguf` does") from None
+        raise InputError(
+            "gguf, the package that reads GGUF files, is not installed; pip install 'qbench[gguf]' brings it"
+        ) from None
 
 
 @dataclass(frozen=True)

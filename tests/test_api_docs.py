@@ -1,0 +1,37 @@
+"""The API docs are built from the docstrings, and every link in them leads somewhere."""
+
+import re
+import subprocess
+import sys
+from os.path import normpath
+from pathlib import Path
+
+import pytest
+
+import qbench
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[Path, str]:
+    folder = tmp_path_factory.mktemp("api")
+    command = [sys.executable, "docs/api/build.py", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return {file.relative_to(folder): file.read_text() for file in folder.rglob("*.html")}
+
+
+def test_every_module_has_a_page(pages):
+    files = [file.relative_to(ROOT) for name in ("qbench", "formats") for file in (ROOT / name).rglob("*.py")]
+    inside = [file for file in files if (ROOT / file.parent / "__init__.py").exists() and file.stem != "__main__"]
+    modules = {file.parent if file.stem == "__init__" else file.with_suffix("") for file in inside}
+    assert set(pages) == {Path(f"{module}.html") for module in modules} | {Path("index.html")}
+    for name in qbench.__all__:
+        assert f'id="{name}"' in pages[Path("qbench.html")]
+
+
+def test_every_link_leads_somewhere(pages):
+    for page, text in pages.items():
+        for target in set(re.findall(r'href="([^"$#]+)', text)):
+            assert re.match(r"https?:|data:", target) or Path(normpath(page.parent / target)) in pages, (page, target)
