@@ -48,7 +48,7 @@ def package() -> ModuleType:
         return import_module("gguf")
     except ImportError:
         raise InputError(
-            "gguf, the package that reads GGUF files, is not installed; pip install 'qbench[gguf]' brings it"
+            "gguf, which reads GGUF files, is not installed; pip install 'qbench[gguf]' brings it"
         ) from None
 
 
