@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import formats
-from qbench import QBenchConfig, checkpoint, data, models
+from qbench import QBenchConfig, adapters, checkpoint, data, models
 from qbench.errors import InputError
 from qbench.layers import QuantLinear, linear_layers, replace
 from qbench.measure import quality
 from qbench.models import BUNDLED
 from qbench.quantize.__main__ import main
+from qbench.settings import TuneSettings
+from qbench.tune import train
 from tests.qbench.checkpoints import CPU, assert_same, edit_recipe, in_memory, logits, quantize, sharded, tensors
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the test extra")
@@ -187,6 +190,29 @@ def test_perplexity_is_that_of_the_format_quantized_here(tmp_path):
     replace(ours, models.quantize(layers, formats.get("nf4", block=64, dq=True)))
     found, expected = (quality.evaluate(model, windows).metrics() for model in (loaded.model, ours))
     assert found == expected and 50 < found["perplexity"] < 200
+
+
+def test_an_adapter_trained_here_serves_in_plain_peft(tmp_path):
+    """On the model as bitsandbytes has it, where it does what it does here, and on the one in 16 bit."""
+    loaded = models.load(None, torch.bfloat16, CPU)
+    text, vocabulary = data.read("kjv"), loaded.model.config.vocab_size
+    held_out, training = (
+        data.windows(part, loaded.tokenizer, vocabulary, 128, count, seed=0)
+        for part, count in ((text.held_out, 3), (text.train, 32))
+    )
+    targets = linear_layers(loaded.model)
+    replace(loaded.model, models.quantize(targets, formats.get("nf4", block=64, dq=True)))
+    settings = TuneSettings(steps=8, batch=4, rank=8, lr=1e-2, warmup=1)
+    model = adapters.add(loaded.model, list(targets), settings, seed=0)
+    train(model, training, settings, seed=0)
+    model.save_pretrained(tmp_path)
+    sixteen = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16)
+    found = {"here": model, "bnb": exact(theirs(BUNDLED)), "before": theirs(BUNDLED), "16 bit": sixteen}
+    found |= {key: PeftModel.from_pretrained(found[key], tmp_path).eval() for key in ("bnb", "16 bit")}
+    perplexity = {key: quality.evaluate(one, held_out).metrics()["perplexity"] for key, one in found.items()}
+    assert perplexity["bnb"] == pytest.approx(perplexity["here"], rel=2e-3)
+    assert perplexity["16 bit"] == pytest.approx(perplexity["here"], rel=0.05)
+    assert max(perplexity[key] for key in ("here", "bnb", "16 bit")) < 0.8 * perplexity["before"]
 
 
 def test_neither_bitsandbytes_nor_16_bits_are_needed(plain, tmp_path):
