@@ -5,8 +5,13 @@ knows of them is imported after they are.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .imports import after
+
+if TYPE_CHECKING:
+    from .api import Result, load, run
+    from .pretrained import QBenchConfig
 
 __all__ = ["QBenchConfig", "Result", "load", "run"]
 
@@ -18,7 +23,7 @@ after("transformers.quantizers.auto", "qbench.pretrained")
 after("peft", "qbench.lora")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)
