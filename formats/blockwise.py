@@ -7,6 +7,7 @@ for a device are registered on the same ops by whoever has them; `load_kernels` 
 "formats.kernels", so that this package needs to know nobody.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
 from math import prod
@@ -34,7 +35,7 @@ def block_count(n: int, block: int) -> int:
     return -(n // -block)
 
 
-def reduce_blocks(w: Tensor, block: int, reduce) -> Tensor:
+def reduce_blocks(w: Tensor, block: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """`reduce` ([m, b] -> [m]) over the blocks of flat `w` [n], the tail as a block of its own: [ceil(n/block)]."""
     full = w.numel() // block * block
     parts = [reduce(w[:full].view(-1, block))] if full else []
@@ -53,7 +54,10 @@ def normalize(w: Tensor, block: int, scale: Tensor, shift: Tensor | None) -> Ten
     return torch.cat([head.reshape(-1), w[full:] / spread[full // block :]])
 
 
-def quantize_reference(w, boundaries, order, bits, block, scale=None, shift=None):
+def quantize_reference(
+    w: Tensor, boundaries: Tensor, order: Tensor, bits: int, block: int, scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes and scales of `w`.
 
     w: any float dtype, any shape, n elements. boundaries: fp32 [2^bits − 1], ascending; a normalized value takes the
@@ -72,7 +76,10 @@ def quantize_reference(w, boundaries, order, bits, block, scale=None, shift=None
     return pack(order[ranks], bits, fill=int(zero)), scale.clone()
 
 
-def dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype):
+def dequantize_reference(
+    codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """s · L[c] (+ z) in fp32, rounded once to `dtype`. scale, shift: stored scales (`scales`); an empty shift is none."""
     n = prod(shape)
     w = levels[unpack(codes, bits, n).int()] * decode_scales(scale).repeat_interleave(block)[:n]
@@ -86,7 +93,10 @@ library.impl("dequantize", dequantize_reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qbench::quantize", lib=library)
-def _(w, boundaries, order, bits, block, scale=None, shift=None):
+def _(
+    w: Tensor, boundaries: Tensor, order: Tensor, bits: int, block: int, scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     n = w.numel()
     return (
         w.new_empty(packed_bytes(n, bits), dtype=torch.uint8),
@@ -95,7 +105,10 @@ def _(w, boundaries, order, bits, block, scale=None, shift=None):
 
 
 @torch.library.register_fake("qbench::dequantize", lib=library)
-def _(codes, levels, scale, shift, bits, block, shape, dtype):
+def _(
+    codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     return codes.new_empty(shape, dtype=dtype)
 
 

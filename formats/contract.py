@@ -11,6 +11,7 @@ from collections.abc import Callable
 from math import isfinite
 from numbers import Real
 from re import fullmatch
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ class BrokenContract(AssertionError, ValueError):
     """A format does not do what all must. To a test a failed assertion, to a command line a value that it refuses."""
 
 
+_Asked = TypeVar("_Asked")
+_Given = TypeVar("_Given")
 Property = Callable[[Format, Tensor], None]
 PLAIN = ("format", "bits", "block", "own_levels", "shape", "dtype")  #: what a quantized tensor says of itself
 TINY = 10 * SMALLEST  #: as good as zero: the scale of a short last block of zeros, where no level is zero
 
 
-def expect(holds: bool, found: object, expected: object) -> None:
+def expect(holds: object, found: object, expected: object) -> None:
     if not holds:
         raise BrokenContract(f"{found}; expected {expected}")
 
@@ -48,8 +51,8 @@ def sourced(fmt: Format, w: Tensor) -> None:
 def width(fmt: Format, w: Tensor) -> None:
     """`bits` is an integer from 1 to 8, or 16 where a code is the weight itself."""
     bits = getattr(fmt, "bits", None)
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    expect(whole and (1 <= bits <= 8 or bits == 16), f"bits is {bits!r}", "an integer from 1 to 8")
+    usual = isinstance(bits, int) and not isinstance(bits, bool) and (1 <= bits <= 8 or bits == 16)
+    expect(usual, f"bits is {bits!r}", "an integer from 1 to 8")
 
 
 def table(fmt: Format, w: Tensor) -> None:
@@ -61,7 +64,7 @@ def table(fmt: Format, w: Tensor) -> None:
         return
     n = 2**fmt.bits
     if not fmt.own_levels:
-        levels = getattr(fmt, "levels", None)
+        levels: Any = getattr(fmt, "levels", None)
         numbers = isinstance(levels, tuple | list) and all(isinstance(x, Real) and isfinite(x) for x in levels)
         expect(numbers, f"levels are {levels!r:.60}", "finite numbers")
         expect(len(levels) == n, f"there are {len(levels)} levels", f"{n}, one a code of {fmt.bits} bits")
@@ -117,7 +120,7 @@ def declared(fmt: Format, w: Tensor) -> None:
     for part in PLAIN:
         found, wanted = getattr(e, part), getattr(q, part)
         expect(found == wanted, f"{part} of empty is {found!r}", f"{wanted!r}, as quantized")
-    if q.levels is not None and not q.own_levels:
+    if q.levels is not None and e.levels is not None and not q.own_levels:
         expect(torch.equal(e.levels, q.levels), "empty has other levels than what is quantized", "the same")
 
 
@@ -137,7 +140,7 @@ def zeros(fmt: Format, w: Tensor) -> None:
 BRIEF = (naming, sourced, width, table, round_trip, counted, declared, zeros)
 
 
-def failure(prop: Property, fmt: Format, w: Tensor, on: str) -> BrokenContract | None:
+def failure(prop: Callable[[_Asked, _Given], None], fmt: _Asked, w: _Given, on: str) -> BrokenContract | None:
     """How a format breaks a property on a tensor, in a line; None where it keeps it."""
     try:
         prop(fmt, w)
@@ -163,7 +166,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
-def _tensors(part: object) -> list:
+def _tensors(part: object) -> list[object]:
     return [] if part is None else list(part) if isinstance(part, tuple | list) else [part]
 
 

@@ -8,9 +8,10 @@ are arguments of the constructor, with defaults, and told by the name: see `fp4.
 `contract.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Codebook:
     order: Tensor
 
     @classmethod
-    def of(cls, levels, boundaries=None) -> "Codebook":
+    def of(cls, levels: Tensor | Sequence[float], boundaries: Tensor | Sequence[float] | None = None) -> "Codebook":
         levels = torch.as_tensor(levels, dtype=torch.float32)
         order = torch.argsort(levels, stable=True)
         ranked = levels[order]
@@ -91,7 +92,7 @@ class QuantizedTensor:
     @property
     def stored(self) -> list[Tensor]:
         """Every tensor that must be kept for this one."""
-        levels = [self.levels] if self.own_levels else []
+        levels = [self.levels] if self.own_levels and self.levels is not None else []
         return [self.codes, *levels, *self.scale, *self.shift]
 
     @property
@@ -119,7 +120,7 @@ class Format:
     shifted: bool = False  #: whether blocks carry a shift z
     own_levels: bool = False  #: whether each tensor carries a table of its own
     fixed: ClassVar[dict[str, object]] = {}  #: block and dq, where there is one choice: a sweep over them is one run
-    arguments: dict | None = None  #: what `formats.get` was given for it
+    arguments: dict[str, Any] | None = None  #: what `formats.get` was given for it
 
     def __init__(self, block: int = 64, dq: bool = False):
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:

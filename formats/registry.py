@@ -6,19 +6,21 @@ cannot be loaded takes nothing from the others: who asks for its formats is told
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, isclass, ismodule, signature
 from pkgutil import iter_modules
+from typing import Any, TypeGuard, TypeVar
 
 from . import contract
 from .contract import BrokenContract, first_line
 from .format import Format
 
 HOUSE = __name__.partition(".")[0]
+_Class = TypeVar("_Class", bound=type[Format])
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -27,10 +29,10 @@ class Entry:
     """What a name stands for. given: the options that the name settles. package: who brings it."""
 
     cls: type[Format]
-    given: dict = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
     package: str = ""
 
-    def make(self, **arguments) -> Format:
+    def make(self, **arguments: Any) -> Format:
         """The format; where it has block or dq fixed, with those."""
         return self.cls(**arguments | self.given | self.cls.fixed)
 
@@ -56,9 +58,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Lent(Entry):
-    fmt: Format | None = None
+    fmt: Format = field(kw_only=True)
 
-    def make(self, **arguments) -> Format:
+    def make(self, **arguments: Any) -> Format:
         return self.fmt
 
 
@@ -69,14 +71,14 @@ _problems: dict[str, str] = {}
 _discovered = False
 
 
-def register(*names: str, **options):
+def register(*names: str, **options: Any) -> Callable[[_Class], _Class]:
     """Decorate a `Format` class: each of `names` gets it with these options.
 
     Raises ValueError for a name that is taken, unless by what this class was before its cell or module ran again, and for
     one that a command line could not tell from something else.
     """
 
-    def add(cls: type[Format]) -> type[Format]:
+    def add(cls: _Class) -> _Class:
         for name in names:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"format name {name!r}: letters, digits, _ and - are accepted")
@@ -89,7 +91,7 @@ def register(*names: str, **options):
     return add
 
 
-def get(name: str, block: int = 64, dq: bool = False, **options) -> Format:
+def get(name: str, block: int = 64, dq: bool = False, **options: Any) -> Format:
     """The format `name`, with a block size, with or without double quantization, and options of its own.
 
     name: a registered one, or `module.Class`. Where the format has block or dq fixed, that is what it gets. Options that
@@ -122,7 +124,7 @@ def get(name: str, block: int = 64, dq: bool = False, **options) -> Format:
 
 def _check_name(entry: Entry, fmt: Format, expected: str | None) -> None:
     own = getattr(fmt, "name", None)
-    other = _entries.get(own)
+    other = _entries.get(own) if isinstance(own, str) else None
     why = f"; expected {expected!r}" if expected and own != expected else ""
     if other and other.path != entry.path:
         why = f", which is taken, by {other.path}"
@@ -191,7 +193,7 @@ def _target(name: str) -> Entry:
     return Entry(cls, {}, module.partition(".")[0])
 
 
-def _is_format(found: object) -> bool:
+def _is_format(found: object) -> TypeGuard[type[Format]]:
     return isclass(found) and issubclass(found, Format) and found is not Format
 
 

@@ -12,6 +12,7 @@ The paper speaks of an 8-bit float; the code released with it uses the *dynamic 
 does this one, to the same bits as bitsandbytes.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -34,7 +35,7 @@ def encode_scales(values: Tensor, dq: bool, dtype: torch.dtype = torch.float32) 
     return codes, absmax, offset
 
 
-def decode_scales(stored: Stored) -> Tensor:
+def decode_scales(stored: Sequence[Tensor]) -> Tensor:
     """The fp32 values [n] of `stored`."""
     if len(stored) == 1:
         return stored[0].float()

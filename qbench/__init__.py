@@ -5,9 +5,13 @@ knows of them is imported after they are.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .imports import after
+
+if TYPE_CHECKING:
+    from .api import Result, load, run
+    from .pretrained import QBenchConfig
 
 __all__ = ["QBenchConfig", "Result", "load", "run"]
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException
@@ -21,9 +22,8 @@ def main() -> int:
         from qbench import catalog
 
         return catalog.show()
-    sys.modules.setdefault(
-        "bitsandbytes", None
-    )  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     jobs.codes.clear()

@@ -1,22 +1,25 @@
 """What a fine-tune trains: one of PEFT's adapters on a quantized model, or all of a 16-bit one."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .layers import QuantLinear, replace, unpack
+from .layers import QuantLinear, replace, unpack, weight_of
 from .settings import FULL, TuneSettings
 from .starts import Start
 
-_LOW_RANK = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}  # and their LoraConfig's keys
+# and their LoraConfig's keys
+_LOW_RANK: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 _PROMPTS = {"prefix": PrefixTuningConfig, "p_tuning": PromptEncoderConfig}
 
 
@@ -26,7 +29,7 @@ def add(
     settings: TuneSettings,
     seed: int,
     starts: dict[str, Start] | None = None,
-) -> nn.Module:
+) -> PreTrainedModel | PeftModel:
     """Adapters in fp32 on the named layers, or with `tune.method=full` all of the model, ready to train.
 
     LoRA starts with B at zero, so that the model's output is what it was, or from `starts`, which bring their own packed
@@ -45,34 +48,35 @@ def add(
     for name, start in (starts or {}).items():
         if name not in targets or not start.a.any():
             continue
-        layer = adapted.base_model.model.get_submodule(name)
+        layer = adapted.get_base_model().get_submodule(name)
+        assert isinstance(layer, LoraLayer)
         root = layer.scaling["default"] ** 0.5
-        layer.lora_A["default"].weight.data.copy_(start.a / root)
-        layer.lora_B["default"].weight.data.copy_(start.b / root)
+        layer.get_parameter("lora_A.default.weight").data.copy_(start.a / root)
+        layer.get_parameter("lora_B.default.weight").data.copy_(start.b / root)
     return adapted
 
 
-def check_rank(layers: dict[str, nn.Module], settings: TuneSettings) -> None:
+def check_rank(layers: Mapping[str, nn.Module], settings: TuneSettings) -> None:
     """Raises InputError for a rank that one of the layers does not have."""
     ranks = {name: rank for name, layer in layers.items() if (rank := _full_rank(layer)) > 1}
-    least = min(ranks, key=ranks.get)
+    least = min(ranks, key=ranks.__getitem__)
     if settings.method in _LOW_RANK and settings.rank > ranks[least]:
         raise InputError(f"tune.rank: {settings.rank} is more than {least} has; accepted: up to {ranks[least]}")
 
 
 def _full_rank(layer: nn.Module) -> int:
-    return min(layer.weight.shape) if not isinstance(layer, QuantLinear) else min(layer.in_features, layer.out_features)
+    return min(layer.in_features, layer.out_features) if isinstance(layer, QuantLinear) else min(weight_of(layer).shape)
 
 
 def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> peft.PeftConfig:
     if settings.method in _LOW_RANK:
+        options = {**_LOW_RANK[settings.method], "lora_alpha": settings.alpha}  # to PEFT an int, though it takes any
         return LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             target_modules=targets,
             task_type="CAUSAL_LM",
-            **_LOW_RANK[settings.method],
+            **options,
         )
     if settings.method in _PROMPTS:
         return _PROMPTS[settings.method](task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens)

@@ -82,11 +82,12 @@ def run(
         result = qbench.run(format="nf4", block=64, dq=True, tune={"steps": 100, "lr": 3e-4})
         result.metrics["quality"]["tuned"]["perplexity"]
     """
-    given = {"model": _keys(model), "data": _keys(data), "eval": dict(eval or {}), "tune": {}}
-    method = tune
+    given: dict[str, Any] = {"model": _keys(model), "data": _keys(data), "eval": dict(eval or {}), "tune": {}}
     if isinstance(tune, Mapping):
         given["tune"] = {key: value for key, value in tune.items() if key != "method"}
         method = tune.get("method", "lora")
+    else:
+        method = tune
     name = "none" if isinstance(format, Format) else format
     config = _composed(name, method or "none", {"block": block, "dq": dq, "seed": seed, "device": device, **given})
     chosen = format if isinstance(format, Format) else groups.format_of(config)

@@ -5,8 +5,10 @@ import hashlib
 import json
 import lzma
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +53,9 @@ def read(path: str) -> Text:
         raise InputError(
             f"data.path: {path!r} does not exist; accepted: a UTF-8 text or .jsonl file (.gz, .xz too), or {names}"
         )
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)
+    openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
     try:
-        with opener(file, "rb") as stream:
+        with openers.get(file.suffix, open)(file, "rb") as stream:
             raw = stream.read()
         text = raw.decode()
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:

@@ -1,11 +1,12 @@
 """One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
-from transformers import set_seed
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
 
 import formats
 from formats import QuantizedTensor
@@ -16,7 +17,7 @@ from .measure import distribution, error, quality, task_files, throughput
 from .measure.statistics import paired
 from .phases import Phases
 from .report import run_page, words
-from .settings import FULL, PROMPTS, Settings
+from .settings import FULL, PROMPTS, Settings, TuneSettings
 from .task_stages import TaskStages
 from .tune import train
 
@@ -47,10 +48,10 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
             experiment.quantize()
             experiment.measure("quantized")
             if settings.tune:
-                experiment.add_adapters()
-                experiment.tune()
+                experiment.add_adapters(settings.tune)
+                experiment.tune(settings.tune)
                 experiment.measure("tuned")
-                experiment.merge()
+                experiment.merge(settings.tune)
             record.write(folder, result)
             with experiment.phases("report", "write the report"):
                 run_page.write(folder, record.read(folder))
@@ -62,6 +63,10 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
 
 class Experiment:
     """The steps of a run, and what they hand on: each writes what it found into `metrics`."""
+
+    tracks: track.Tracks
+    model: PreTrainedModel | PeftModel
+    training: list[Tensor] | Tensor
 
     def __init__(self, settings: Settings, result: dict, folder: Path):
         models.refuse_packed(settings.model.path)
@@ -147,14 +152,15 @@ class Experiment:
         with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
             scores = quality.evaluate(self.model, self.held_out, logits, name == "baseline", advance)
         # PEFT puts virtual tokens before each call, so only `generate` could decode after them
-        virtual = name == "tuned" and self.settings.tune.method in PROMPTS
+        tune = self.settings.tune if name == "tuned" else None
+        virtual = tune is not None and tune.method in PROMPTS
         with self.phases(f"time_{name}", f"time the {name} model"):
             return scores, throughput.generation_rates(self.model, self.held_out[0], decodes=0 if virtual else 16)
 
     def quantize(self) -> None:
         settings, metrics, layers = self.settings, self.metrics, self.layers
-        weights = sum(layer.weight.numel() for layer in layers.values())
-        before = sum(layer.weight.nbytes for layer in layers.values())
+        weights = sum(weight_of(layer).numel() for layer in layers.values())
+        before = sum(weight_of(layer).nbytes for layer in layers.values())
         with self.phases("quantize", f"quantize to {words.title(self.result['config'])}", weights) as advance:
             packed = models.quantize(layers, settings.format, advance)
         with self.phases("error", "measure the error", len(layers)) as advance:
@@ -163,7 +169,8 @@ class Experiment:
             metrics["weights"] = distribution.normalized_weights(layers, packed)
         with self.phases("time_format", "time the format"):
             metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, self.dtype)
-        self.starts = self._start(layers, packed) if settings.tune and settings.tune.init != "default" else None
+        tune = settings.tune
+        self.starts = self._start(tune, layers, packed) if tune and tune.init != "default" else None
         replace(self.model, packed)
         stored = sum(q.nbytes for q in packed.values())
         metrics["memory"]["weights_bytes"] = stored
@@ -178,17 +185,20 @@ class Experiment:
         self.targets = list(packed)
         del self.layers
 
-    def _start(self, layers: dict[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict[str, starts.Start]:
+    def _start(
+        self, settings: TuneSettings, layers: Mapping[str, nn.Module], packed: dict[str, QuantizedTensor]
+    ) -> dict[str, starts.Start]:
         """Where LoRA starts on each layer, and the error that is left there."""
-        settings, found, rows = self.settings.tune, {}, []
+        found: dict[str, starts.Start] = {}
+        rows: list[tuple[str, error.Sums, error.Sums]] = []
         with self.phases("init", f"initialise by {settings.init}", len(layers)) as advance:
             for name, layer in layers.items():
                 w = weight_of(layer)
                 found[name] = starts.find(
                     w, self.settings.format, settings.rank, settings.init, settings.init_rounds, f"{name}.weight"
                 )
-                sums = [error.compare_weights(w, q.dequantize()) for q in (packed[name], found[name])]
-                rows.append((name, *sums))
+                before, after = (error.compare_weights(w, q.dequantize()) for q in (packed[name], found[name]))
+                rows.append((name, before, after))
                 advance()
         self.metrics["init"] = {
             "method": settings.init,
@@ -198,9 +208,9 @@ class Experiment:
         }
         return found
 
-    def add_adapters(self) -> None:
+    def add_adapters(self, settings: TuneSettings) -> None:
         """The adapters, and where they do not start at nothing, what the model is before the first step."""
-        settings = self.settings.tune
+        assert isinstance(self.model, PreTrainedModel)
         self.model = adapters.add(self.model, self.targets, settings, self.settings.seed, self.starts)
         if self.starts:
             del self.starts
@@ -208,8 +218,7 @@ class Experiment:
                 scores = quality.evaluate(self.model, self.held_out, self.baseline.logits, advance=advance)
             self.metrics["quality"]["initial"] = scores.metrics(self.baseline.scores)
 
-    def tune(self) -> None:
-        settings = self.settings.tune
+    def tune(self, settings: TuneSettings) -> None:
         with self.phases("tune", f"fine-tune {settings.method}", settings.steps) as advance:
 
             def told(step: int, loss: float, rate: float) -> None:
@@ -218,20 +227,22 @@ class Experiment:
 
             log = train(self.model, self.training, settings, self.settings.seed, told)
         if settings.method == FULL:
-            self.model.to(self.dtype).requires_grad_(False)
+            self.model.to(self.dtype).requires_grad_(False)  # type: ignore[arg-type]  # typed as no method
         self.metrics["tune"] = asdict(log)
         self.metrics["throughput"]["tune_tokens_s"] = throughput.summary(log.tokens_s)
-        self.model.save_pretrained(self.folder / "adapter")
+        self.model.save_pretrained(str(self.folder / "adapter"))
 
-    def merge(self) -> None:
+    def merge(self, settings: TuneSettings) -> None:
         """What the trained adapters cost when they are quantized, or merged."""
-        settings, found = self.settings.tune, {}
+        found = {}
         if settings.adapter_format:
+            assert isinstance(self.model, PeftModel)
             fmt = formats.get(settings.adapter_format, block=settings.adapter_block)
             with merge.quantized_adapters(self.model, fmt) as held:
                 trained = sum(p.nbytes for n, p in self.model.named_parameters() if "lora_" in n)
                 found["adapters"] = self._merged("adapters", models.held_bytes(self.model) - trained + held)
         if settings.merge:
+            assert isinstance(self.model, PeftModel)
             self.model = merge.merged(self.model)
             found["16bit"] = self._merged("16bit", models.held_bytes(self.model))
             self.model = merge.requantized(self.model, self.targets, self.settings.format)

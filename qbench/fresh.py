@@ -57,7 +57,7 @@ def call(function: Callable[[], int]) -> int:
 
 
 def _child(function: Callable[[], int]) -> None:
-    def interrupt(*_) -> None:
+    def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of the same Ctrl-C, has nothing to add
         raise KeyboardInterrupt
 

@@ -4,6 +4,9 @@ Left to autograd, these keep fp32 copies of what the model holds in 16 bit, and 
 spend more time on the copies than on the arithmetic.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,14 +41,14 @@ def next_token_loss(logits: Tensor, tokens: Tensor, targets: int | None = None) 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, a, b, scale):
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         inner = _rows(x).to(a.dtype) @ a.t() * scale
         ctx.save_for_backward(x, inner, a, b)
         ctx.scale = scale
         return torch.addmm(_rows(y).to(a.dtype), inner, b.t()).to(y.dtype).view_as(y)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
         g_rows = _rows(g).to(a.dtype)
         g_inner = g_rows @ b * ctx.scale
@@ -61,13 +64,13 @@ class _CrossEntropy(torch.autograd.Function):
     """The sum over rows of logits [n, vocabulary], a few at a time; a negative target counts nothing."""
 
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Any:
         ctx.save_for_backward(logits, targets)
         parts = _split(logits, logits, targets)
         return sum(F.cross_entropy(some.float(), target, reduction="sum") for some, target in parts)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         grad = torch.empty_like(logits)
         column, weight = targets.clamp(min=0)[:, None], (g * (targets >= 0))[:, None]
@@ -78,6 +81,6 @@ class _CrossEntropy(torch.autograd.Function):
         return grad, None
 
 
-def _split(logits: Tensor, *tensors: Tensor):
+def _split(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows = max(1, LOGITS[logits.device.type] // logits.shape[1])
     return zip(*(t.split(rows) for t in tensors), strict=True)

@@ -1,31 +1,36 @@
 """What follows the import of another library's module, so that a library which takes seconds to import need not be."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 class _Follow:
     """A finder of modules, which finds what others find, and once that has been imported, imports what is to follow it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.followers: dict[str, str] = {}
 
-    def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in self.followers:
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, found), None)
-        if spec is not None:
-            execute = spec.loader.exec_module
+        loader: Any = spec and spec.loader  # none of a folder without an __init__
+        if loader is not None:
+            execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 if follower := self.followers.pop(module.__name__, None):
                     import_module(follower)
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
@@ -22,6 +23,9 @@ from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
 from qbench.groups import GROUP, format_of, settle, unknown
 
+if TYPE_CHECKING:
+    from qbench.settings import Settings
+
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
@@ -33,8 +37,9 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def plain(config: DictConfig) -> dict:
     """The resolved config, without Hydra's own part."""
-    keys = [key for key in config if key != "hydra"]
-    return settle(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+    keys = [str(key) for key in config if key != "hydra"]
+    found: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    return settle(found)
 
 
 def config_hash(*, _root_: DictConfig) -> str:
@@ -49,7 +54,7 @@ def config_hash(*, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
 
-def settings_of(config: dict, fmt: formats.Format | None = None):
+def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
     """The typed settings of a resolved config; fmt: one to take for what it says. Raises InputError."""
     from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
 
@@ -83,25 +88,25 @@ codes: list[int] = []  #: what came of the jobs of this process: 0 done, 1 faile
 
 def job(config: DictConfig) -> None:
     """One run, into the folder that Hydra names, in a process of its own where that can be."""
-    hydra, config = HydraConfig.get(), plain(config)
+    hydra, settled = HydraConfig.get(), plain(config)
     folder, sweep, started = Path(hydra.runtime.output_dir), None, record.now()
     if hydra.mode == RunMode.MULTIRUN:
         sweep = Path(hydra.sweep.dir)
     with stderr.status("starting"):  # transformers and PEFT take seconds to import
         from qbench import fresh, models
         from qbench.experiment import run  # noqa: F401  so that a child has it
-    attempt = partial(_attempt, config, folder, sweep, started)
+    attempt = partial(_attempt, settled, folder, sweep, started)
     if not fresh.possible():
         codes.append(attempt())
     else:
-        models.remember_digests(config["model"]["path"])
+        models.remember_digests(settled["model"]["path"])
         gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
         try:
             codes.append(fresh.call(attempt))
         finally:
             gc.unfreeze()
         if codes[-1] < 0:
-            codes[-1] = 0 if _done(folder, started) else _killed(-codes[-1], config, folder)
+            codes[-1] = 0 if _done(folder, started) else _killed(-codes[-1], settled, folder)
         elif codes[-1] == 0 and sweep and (done := _done(folder, started)):
             with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
                 models.keep(**done["config"]["model"])
@@ -170,7 +175,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
-    def stop(*_) -> None:
+    def stop(*_: object) -> None:
         raise RunTimeout(f"the run took longer than timeout={seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
-from torch import nn
+from transformers import PreTrainedModel
 
 from formats import Format
 
@@ -31,10 +31,10 @@ def quantized_adapters(model: PeftModel, fmt: Format) -> Iterator[int]:
             p.data = kept[name]
 
 
-def merged(model: PeftModel) -> nn.Module:
+def merged(model: PeftModel) -> PreTrainedModel:
     """The model without its adapters, their product added to the weights, in the dtype that these had before they were
     quantized; it can be saved as any other. `model` is used up."""
-    inner = model.base_model.model
+    inner = model.get_base_model()
     packed = {name: layer.conv1d for name, layer in inner.named_modules() if isinstance(layer, QuantLinear)}
     for name in packed:
         unpack(inner, name)
@@ -46,7 +46,7 @@ def merged(model: PeftModel) -> nn.Module:
     return whole
 
 
-def requantized(model: nn.Module, names: list[str], fmt: Format) -> nn.Module:
+def requantized(model: PreTrainedModel, names: list[str], fmt: Format) -> PreTrainedModel:
     """The merged model with the named layers in the format, in place."""
     replace(model, models.quantize({name: model.get_submodule(name) for name in names}, fmt))
     return model

@@ -1,7 +1,7 @@
 """Models: load a Hugging Face causal LM from disk or hub, and quantize its layers."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -69,7 +69,7 @@ def locate(path: str | None) -> Path | str:
                 f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote"
             )
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")) or folder.parent.is_dir():
+    if path is None or path.count("/") != 1 or path.startswith((".", "/", "~")) or folder.parent.is_dir():
         raise InputError(
             f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
         )
@@ -151,7 +151,7 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     it is, see `checkpoint`. Raises InputError if it cannot be loaded.
     """
     if _kept and (kept := _kept.pop((path, dtype, revision, digest(path, revision)), None)):
-        kept.model.to(device)
+        kept.model.to(device)  # type: ignore[arg-type]  # which transformers types as no method
         return kept
     source = locate(path)
     if isinstance(source, Path) and checkpoint.find(source):
@@ -168,14 +168,14 @@ def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: s
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")
-    model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # as above
     return LoadedModel(model, tokenizer)
 
 
 def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
     """Tokens a window: `auto` is the usual, or as many as the model has positions. Raises InputError for more."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if seq == "auto":
+    if isinstance(seq, str):  # auto
         return min(usual, positions or usual)
     if positions and seq > positions:
         raise InputError(
@@ -185,7 +185,7 @@ def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
 
 
 def quantize(
-    layers: dict[str, nn.Module], fmt: Format, advance: Callable[[int], None] = lambda n: None
+    layers: Mapping[str, nn.Module], fmt: Format, advance: Callable[[int], None] = lambda n: None
 ) -> dict[str, QuantizedTensor]:
     """The weight of each layer in the format; `advance` is told the number of weights done. Raises InputError."""
     packed = {}

@@ -201,11 +201,12 @@ def format_digest(fmt: Format) -> str | None:
     """SHA-256 over the Python files of the module or the package that a format comes from; None for one of `formats`,
     which `code_digest` has, and of a notebook, which has no file."""
     top = sys.modules.get(type(fmt).__module__.partition(".")[0])
-    if ours(type(fmt)) or not (getattr(top, "__file__", None) or getattr(top, "__path__", None)):
-        return None
+    file: Any = getattr(top, "__file__", None)
     roots = [Path(folder) for folder in getattr(top, "__path__", [])]
+    if ours(type(fmt)) or not (file or roots):
+        return None
     if not roots:
-        return _digest(Path(top.__file__).parent, [Path(top.__file__)])
+        return _digest(Path(file).parent, [Path(file)])
     return "".join(_digest(root, root.rglob("*.py")) for root in roots)
 
 

@@ -35,7 +35,7 @@ class DataSettings:
     path: str = "kjv"
     seq: int | str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.seq != "auto":
             integer("data.seq", self.seq, at_least=2)
 
@@ -52,7 +52,7 @@ class EvalSettings:
     limit: int | None = None
     batch: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         integer("eval.tokens", self.tokens)
         integer("eval.batch", self.batch)
         if self.limit is not None:
@@ -109,7 +109,7 @@ class TuneSettings:
     adapter_format: str | None = None
     adapter_block: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "rank", "virtual_tokens", "init_rounds", "adapter_block"):
             integer(f"tune.{name}", getattr(self, name))
         for name in ("group_by_length", "checkpointing", "merge"):
@@ -155,7 +155,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         integer("seed", self.seed, at_least=0)
         if self.tune and self.tune.method == FULL and self.format.name != "none":
             raise InputError(
@@ -166,8 +166,9 @@ class Settings:
     @property
     def formats(self) -> list[Format]:
         """All that have a part in the numbers."""
-        adapters = self.tune and self.tune.adapter_format
-        return [self.format, *([formats.get(adapters, block=self.tune.adapter_block)] if adapters else [])]
+        if self.tune and self.tune.adapter_format:
+            return [self.format, formats.get(self.tune.adapter_format, block=self.tune.adapter_block)]
+        return [self.format]
 
     def plain(self, **found: str | int) -> dict:
         """The configuration as JSON holds it; `found` tells device, dtype and seq once they are no longer `auto`."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -141,7 +142,9 @@ def write(file: Path, specs: dict[str, Spec], tensors: Iterable[tuple[str, Tenso
 
     Raises ValueError where they are not those, OSError naming the file.
     """
-    places, end, told = {}, 0, {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    told: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for tensor in sorted(specs, key=lambda tensor: (-specs[tensor].dtype.itemsize, tensor)):  # so that each is aligned
         spec = specs[tensor]
         places[tensor], end = end, end + spec.nbytes
@@ -155,7 +158,7 @@ def write(file: Path, specs: dict[str, Spec], tensors: Iterable[tuple[str, Tenso
             if specs.get(tensor) != Spec.of(values):
                 raise ValueError(f"{tensor}: {Spec.of(values)} where {specs.get(tensor)} was to come")
             stream.seek(start + places.pop(tensor))
-            stream.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del values  # before the next is read
         if places:
             raise ValueError(f"{next(iter(places))} has not come")

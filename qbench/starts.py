@@ -43,7 +43,8 @@ def find(w: Tensor, fmt: Format, rank: int, init: str, rounds: int, name: str = 
     if init == "pissa":
         b, a = low_rank(w, rank)
         return Start(quantize(w - b @ a), a, b)
-    packed, best, least = quantize(w), None, float("inf")
+    packed, least = quantize(w), float("inf")
+    best: Start | None = None
     for _ in range(rounds):
         b, a = low_rank(w - packed.dequantize(torch.float32), rank)
         start = Start(packed, a, b)
@@ -51,6 +52,7 @@ def find(w: Tensor, fmt: Format, rank: int, init: str, rounds: int, name: str = 
         if error < least:
             best, least = start, error
         packed = quantize(w - b @ a)
+    assert best, "there is one round at least"
     return best
 
 

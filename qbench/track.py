@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Number
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -36,7 +37,7 @@ def checked(names: object) -> tuple[str, ...]:
 class Tracks:
     """What a run tells its trackers: the loss step by step, and in the end every number of the result."""
 
-    def __init__(self, accelerator=None):
+    def __init__(self, accelerator: Any = None):
         self._accelerator = accelerator
 
     def step(self, step: int, **values: float) -> None:

@@ -5,15 +5,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from . import optim
 from .functions import NOTHING, logits_of, next_token_loss
 from .settings import FULL, SCHEDULES, TuneSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -34,8 +38,8 @@ class TuneLog:
 
 
 def train(
-    model: nn.Module,
-    examples: Sequence[Tensor],
+    model: "PreTrainedModel | PeftModel",
+    examples: Sequence[Tensor] | Tensor,
     settings: TuneSettings,
     seed: int,
     advance: Callable[[int, float, float], None] = lambda step, loss, tokens_s: None,
@@ -100,7 +104,8 @@ def train(
 def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
     """Which example comes when: shuffled anew each epoch, or with `group_by_length` so that a batch is of alike length."""
     generator = torch.Generator().manual_seed(seed)
-    needed, order = settings.steps * settings.batch, []
+    needed = settings.steps * settings.batch
+    order: list[int] = []
     if settings.group_by_length:
         from transformers.trainer_pt_utils import LengthGroupedSampler  # seconds to import
 
@@ -114,7 +119,7 @@ def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
 
 
 @contextmanager
-def _training_mode(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+def _training_mode(model: "PreTrainedModel | PeftModel", checkpointing: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a new name for it
         if checkpointing:

@@ -17,6 +17,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -93,6 +94,7 @@ def state_key(layer: str, kind: str) -> str:
 
 def parts(layer: str, q: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of a packed layer, but for its state and its bias."""
+    assert q.levels is not None  # of nf4 and fp4
     found = {"weight": q.codes.unsqueeze(1), "weight.absmax": q.scale[0], "weight.quant_map": q.levels.clone()}
     if len(q.scale) == 3:  # tables are copies, as files of tensors take none that are shared
         found |= {"weight.nested_absmax": q.scale[1], "weight.nested_quant_map": dynamic_map(q.device).clone()}
@@ -163,7 +165,7 @@ def _skipped(model: PreTrainedModel) -> list[str] | None:
     return None if usual else names
 
 
-def is_one(plain: object) -> bool:
+def is_one(plain: object) -> TypeGuard[dict[str, Any]]:
     """Whether the quantization_config of a model is bitsandbytes'; old ones do not say whose they are."""
     old = isinstance(plain, dict) and "quant_method" not in plain and plain.keys() & {"load_in_4bit", "load_in_8bit"}
     return bool(old) or (isinstance(plain, dict) and plain.get("quant_method") == METHOD)
@@ -187,6 +189,7 @@ class Folder(Foreign):
 
     def __str__(self) -> str:
         plain = find(self.path)
+        assert plain is not None
         nested = " with double quantization" if plain.get("bnb_4bit_use_double_quant") else ""
         return f"{plain.get('bnb_4bit_quant_type', 'fp4')} by bitsandbytes{nested}"
 
@@ -200,7 +203,7 @@ class Folder(Foreign):
         rest = dict(files)
         for layer in sorted({match[1] for match in map(_PART.fullmatch, files) if match}):
             name = rename(f"{layer}.weight", self.path).removesuffix(".weight")
-            if not replaceable(modules.get(name)):
+            if name not in modules or not replaceable(modules[name]):
                 raise InputError(f"{self.path}: {layer} is no linear layer of a {type(model).__name__}")
             state = states[name] = self._state(layer, files, weight_of(modules[name]).shape)
             empty = state.format.empty(state.shape, state.dtype, "cpu")

@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Kept:
     """A tensor of a file. tensor: as the package gives it. rows: which of its rows are wanted, in order; None for all."""
 
     path: Path
-    tensor: object
+    tensor: Any
     rows: np.ndarray | None = None
 
     @property
@@ -118,7 +119,7 @@ class File(Foreign):
         return f"{' and '.join(kinds)} in a GGUF file"
 
     @cached_property
-    def reader(self):
+    def reader(self) -> Any:
         gguf = package()
         try:
             return gguf.GGUFReader(self.path)

@@ -1,5 +1,7 @@
 """How the weights lie within their blocks, to be seen against the levels of the format."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ BINS = 160
 SAMPLE = 2**22  # weights of the whole model
 
 
-def normalized_weights(layers: dict[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict:
+def normalized_weights(layers: Mapping[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict:
     """Histogram of (w − z)/s over all layers, as far as the levels L reach that such values are rounded to.
 
     Returns edges [BINS + 1], density [BINS], and levels, sorted: one list, or, where tensors have tables of their own, a

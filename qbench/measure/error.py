@@ -1,7 +1,7 @@
 """The error that quantization makes: of the weights, and of the layers' outputs on real activations."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ def _squares(t: Tensor) -> float:
 @torch.inference_mode()
 def layer_errors(
     model: nn.Module,
-    layers: dict[str, nn.Module],
+    layers: Mapping[str, nn.Module],
     packed: dict[str, QuantizedTensor],
     windows: Tensor,
     advance: Callable[[], None] = lambda: None,
@@ -81,8 +81,8 @@ def layer_errors(
     """
     sums: dict[str, Sums] = {}
 
-    def hook_of(name: str):
-        def hook(layer, inputs, output):
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
             sums[name] = _compare(weight_of(layer), packed[name], inputs[0])
             advance()
 

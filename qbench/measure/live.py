@@ -51,11 +51,11 @@ class LiveBytes(TorchDispatchMode):
         self._forget(storage._cdata)
         self._keep(storage, kind, storage.nbytes() if nbytes is None else nbytes)
 
-    def answer(self, func, args: tuple, kwargs: dict) -> Any:
+    def answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The result of an operation that no kernel stands for."""
         return func(*args, **kwargs)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):  # of which those unknown were made outside
             if tensor.untyped_storage()._cdata not in self._storages:

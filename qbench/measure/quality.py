@@ -7,7 +7,8 @@ with it on the same tokens, and nothing is lost between.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Scores:
         """nll (nats a token), its stderr, perplexity, tokens, and the mean of each window; against a baseline, paired:
         delta_nll, its stderr and p value, kl_mean, kl_p99, top1_agreement."""
         nll, stderr = clustered_mean(self.nll)
-        result = {
+        result: dict[str, Any] = {
             "nll": nll,
             "perplexity": math.exp(min(nll, 700)),
             "stderr": stderr,
@@ -40,6 +41,7 @@ class Scores:
             "windows": self.nll.mean(1, dtype=np.float64).tolist(),
         }
         if baseline is not None:
+            assert self.kl is not None and self.agree is not None, "these scores have no baseline"
             result["against_baseline"] = {
                 **paired(self.nll, baseline.nll),
                 "kl_mean": float(self.kl.mean(dtype=np.float64)),
@@ -55,7 +57,7 @@ class BaselineLogits:
     dtype, shape: those of one window, for a file that holds them already.
     """
 
-    def __init__(self, file: BinaryIO, dtype: torch.dtype | None = None, shape: Sequence[int] = ()):
+    def __init__(self, file: BufferedIOBase, dtype: torch.dtype | None = None, shape: Sequence[int] = ()):
         self._file, self._dtype, self._shape = file, dtype, tuple(shape)
 
     @property
@@ -66,9 +68,10 @@ class BaselineLogits:
     def write(self, logits: Tensor) -> None:
         """Append logits [windows, seq − 1, vocabulary]. Raises OSError where the disk is full."""
         self._dtype, self._shape = logits.dtype, tuple(logits.shape[1:])
-        self._file.write(memoryview(logits.cpu().contiguous().view(torch.uint8).numpy()))
+        self._file.write(logits.cpu().contiguous().view(torch.uint8).numpy().data)
 
     def read(self, at: int, windows: int) -> Tensor:
+        assert self._dtype is not None, "nothing has been written"
         window = math.prod(self._shape) * self._dtype.itemsize
         self._file.seek(at * window)
         raw = bytearray(windows * window)
@@ -96,14 +99,15 @@ def evaluate(
     device = next(model.parameters()).device
     n, seq = windows.shape
     nll, kl, agree = (np.zeros((n, seq - 1), t) for t in (np.float32, np.float32, bool))
-    batch = max(1, BATCH_LOGITS // (seq * model.config.get_text_config().vocab_size))
+    config: Any = model.config  # which transformers gives it, and PEFT
+    batch = max(1, BATCH_LOGITS // (seq * config.get_text_config().vocab_size))
     for at in range(0, n, batch):
         tokens = windows[at : at + batch].to(device)
         logits = logits_of(model, tokens)[:, :-1]
         here = slice(at, at + len(tokens))
         log_p = logits.float().log_softmax(-1)
         nll[here] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
-        if is_baseline:
+        if baseline and is_baseline:
             baseline.write(logits)
         elif baseline:
             reference = baseline.read(at, len(tokens)).to(device).float().log_softmax(-1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval.api.metrics import mean, perplexity, weighted_perplexity
@@ -37,7 +37,7 @@ class Score:
     log: bool = False
 
     def metrics(self, baseline: "Score | None") -> dict:
-        found = {"value": self.value, "stderr": self.stderr, "n": len(self.ids), "log": self.log}
+        found: dict[str, Any] = {"value": self.value, "stderr": self.stderr, "n": len(self.ids), "log": self.log}
         found["documents"] = None if self.documents is None else self.documents.tolist()
         if baseline and baseline.ids == self.ids and self.documents is not None and baseline.documents is not None:
             delta, stderr, p = paired_mean(self.documents[:, None], baseline.documents[:, None])
@@ -152,5 +152,5 @@ def _samples(folder: Path, stage: str, task: str) -> Path:
     return folder / f"{stage}_{sanitize_task_name(task)}.jsonl"
 
 
-def _text(content: dict, **options) -> str:
+def _text(content: dict, **options: Any) -> str:
     return json.dumps(content, default=handle_non_serializable, ensure_ascii=False, **options)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import datasets
@@ -97,7 +98,9 @@ def _load(entry: str) -> dict:
     return TaskManager(include_path=path.parent if group else None, include_defaults=group).load([str(path)])
 
 
-def _dataset(load_dataset: Callable, scratch: Path | None, path: str, *args, **options) -> datasets.DatasetDict:
+def _dataset(
+    load_dataset: Callable, scratch: Path | None, path: str, *args: Any, **options: Any
+) -> datasets.DatasetDict:
     """`load_dataset`, which for local files would leave a copy of them in the home directory."""
     local = Path(path).exists() or ("/" not in path and {"data_files", "data_dir"} & options.keys())
     if not local:
@@ -167,25 +170,25 @@ class _Live(HFLM):
     def _expect(self, requests: list[Instance], rows: int) -> None:
         self._share = len({(request.task_name, request.doc_id) for request in requests}) / rows
 
-    def loglikelihood(self, requests, disable_tqdm=False):
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._expect(requests, len(requests))
         return super().loglikelihood(requests, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows = [math.ceil(len(self.tok_encode(request.args[0])) / self.max_length) for request in requests]
         self._expect(requests, sum(windows))
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         self._expect(requests, len(requests))
         return super().generate_until(requests, disable_tqdm)
 
-    def _model_call(self, inps: Tensor, *args, **options) -> Tensor:
+    def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
         logits = super()._model_call(inps, *args, **options)
         self._advance(self._share * len(inps))
         return logits
 
-    def _model_generate(self, context: Tensor, *args, **options) -> Tensor:
+    def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Tensor:
         tokens = super()._model_generate(context, *args, **options)
         self._advance(self._share * len(context))
         return tokens

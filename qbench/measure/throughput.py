@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +37,21 @@ def _wait(device: torch.device) -> None:
 
 
 def weights_rates(
-    layers: dict[str, nn.Module], packed: dict[str, QuantizedTensor], fmt: Format, dtype: torch.dtype, repeats: int = 3
+    layers: Mapping[str, nn.Module],
+    packed: dict[str, QuantizedTensor],
+    fmt: Format,
+    dtype: torch.dtype,
+    repeats: int = 3,
 ) -> dict:
     """Weights a second, over all layers, to quantize and to dequantize to `dtype`."""
     device = next(iter(packed.values())).device
     count = sum(q.numel for q in packed.values())
 
-    def quantize():
+    def quantize() -> None:
         for layer in layers.values():
             fmt.quantize(weight_of(layer))
 
-    def dequantize():
+    def dequantize() -> None:
         for q in packed.values():
             q.dequantize(dtype)
 

@@ -4,15 +4,18 @@
 Written as LLVM vector code, since a permute by a vector of indices is the one thing here that numba cannot be led to.
 """
 
+from typing import Any
+
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 from .team import shared
 
+intrinsic: Any = _intrinsic  # whose types do not know that numba passes the first argument
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 AHEAD = 2048  # bytes of codes that a product asks for before it needs them: memory is far
@@ -37,7 +40,7 @@ def _splat(builder, value, n: int):
     return builder.shuffle_vector(vector, vector, ir.Constant(_vector(I32, n), [0] * n))
 
 
-def _constant(element: ir.Type, n: int, value: int):
+def _constant(element: ir.Type, n: int, value: float):
     return ir.Constant(_vector(element, n), [value] * n)
 
 

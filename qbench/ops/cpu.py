@@ -14,11 +14,14 @@ up where it is used (twice the time of decoding the weight first).
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numba import prange
+from numpy import ndarray
+from torch import Tensor
 
 from formats.blockwise import SMALLEST, block_count, library
 from formats.packing import pack, packed_bytes, unpack
@@ -41,10 +44,10 @@ CELLS = 1 << 12  # of the grid that finds a rank among many levels
 # two dimensions, blocks × weights, and the loops over a whole row.
 
 
-_kept: list[np.ndarray] = []
+_kept: list[ndarray] = []
 
 
-def _memory(n: int, dtype: type) -> np.ndarray:
+def _memory(n: int, dtype: type) -> ndarray:
     """An uninitialised array for one decoded weight; once the tensor made of it is gone, the next weight gets its memory.
 
     The pages of fresh memory take longer to come by than a weight takes to decode, and a model decodes layer after layer.
@@ -56,12 +59,12 @@ def _memory(n: int, dtype: type) -> np.ndarray:
     raw = _kept.pop() if _kept else None
     if raw is None or not nbytes <= raw.nbytes <= 2 * nbytes:
         raw = np.empty(nbytes, np.uint8)
-    lent = raw[:nbytes].view(dtype)
+    lent: ndarray = raw[:nbytes].view(dtype)
     weakref.finalize(lent, _keep, raw).atexit = False
     return lent
 
 
-def _keep(raw: np.ndarray) -> None:
+def _keep(raw: ndarray) -> None:
     if not _kept:
         _kept.append(raw)
 
@@ -76,7 +79,7 @@ def _parts(start: int, stop: int, block: int) -> Iterator[tuple[int, int, slice,
 
 
 @kernel
-def _absmax(w, scale):
+def _absmax(w: ndarray, scale: ndarray) -> None:
     """By the order of the bits as integers: a NaN or an Inf is then larger than any number, and shows."""
     bits, top_bits = w.view(np.uint32), scale.view(np.uint32)
     for b in range(bits.shape[0]):
@@ -88,7 +91,7 @@ def _absmax(w, scale):
 
 
 @kernel
-def _normalize(w, scale, shift, smallest, tail, x):
+def _normalize(w: ndarray, scale: ndarray, shift: ndarray, smallest: np.float32, tail: bool, x: ndarray) -> None:
     """x = (w − z) · (1/s), in the tail (w − z) / s."""
     for b in range(w.shape[0]):
         s = smallest if abs(scale[b]) < smallest else scale[b]
@@ -103,13 +106,13 @@ def _normalize(w, scale, shift, smallest, tail, x):
 
 
 @kernel
-def _below(edge, x):
+def _below(edge: np.float32, x: np.float32) -> np.uint32:
     """1 if edge < x, else 0: the sign of a difference, which stays in vector registers where a comparison does not."""
     return np.float32(edge - x).view(np.uint32) >> np.uint32(31)
 
 
 @kernel
-def encode_few(x, e, order, codes):
+def encode_few(x: ndarray, e: ndarray, order: ndarray, codes: ndarray) -> None:
     """codes[i] = order[rank], the rank how many of the boundaries e[:15] lie below x[i], by asking all of them."""
     e0, e1, e2, e3, e4, e5, e6, e7 = e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]
     e8, e9, e10, e11, e12, e13, e14 = e[8], e[9], e[10], e[11], e[12], e[13], e[14]
@@ -123,13 +126,13 @@ def encode_few(x, e, order, codes):
 
 
 @kernel
-def _density(e, cells):
+def _density(e: ndarray, cells: int) -> np.float32:
     """Cells a unit of x, where `cells` equal parts reach from the first of the boundaries to the last."""
     return np.float32(cells) / max(e[-2] - e[0], np.float32(SMALLEST))
 
 
 @kernel
-def _cell(x, start, density, cells):
+def _cell(x: np.float32, start: np.float32, density: np.float32, cells: int) -> np.uint32:
     """Which cell holds x; what lies outside, or is NaN, goes to an end."""
     t = (x - start) * density
     t = t if t < np.float32(cells - 1) else np.float32(cells - 1)
@@ -138,7 +141,7 @@ def _cell(x, start, density, cells):
 
 
 @kernel
-def encode_many(x, e, order, first, codes):
+def encode_many(x: ndarray, e: ndarray, order: ndarray, first: ndarray, codes: ndarray) -> None:
     """As `encode_few` for any number of boundaries, an Inf at their end: first[c] of them lie in cells before c."""
     density = _density(e, len(first))
     for i in range(len(x)):
@@ -150,7 +153,7 @@ def encode_many(x, e, order, first, codes):
 
 
 @kernel
-def _first_in_cells(e, first):
+def _first_in_cells(e: ndarray, first: ndarray) -> None:
     density = _density(e, len(first))
     for k in range(len(e) - 1):
         for c in range(_cell(e[k], e[0], density, len(first)) + 1, len(first)):
@@ -158,7 +161,10 @@ def _first_in_cells(e, first):
 
 
 @shared
-def encode_rows(shares, w, scale, scale_given, shift, smallest, tail, edges, order, first, pairs, codes):
+def encode_rows(
+    shares: int, w: ndarray, scale: ndarray, scale_given: bool, shift: ndarray, smallest: np.float32, tail: bool,
+    edges: ndarray, order: ndarray, first: ndarray, pairs: bool, codes: ndarray,
+) -> None:  # fmt: skip
     """Rows of w, a block each, to their scales, unless given, and their codes, a byte each or, as `pairs`, two to a byte.
 
     A `tail` is a row of its own, treated as bitsandbytes treats it: its scale is at least `smallest`, and divides.
@@ -192,14 +198,16 @@ def encode_rows(shares, w, scale, scale_given, shift, smallest, tail, edges, ord
 
 
 @kernel
-def _bf16(value):
+def _bf16(value: np.float32) -> np.uint16:
     """The upper half of an fp32, rounded to nearest even."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @shared
-def decode_pairs(shares, codes, levels, scale, shift, bf16, out):
+def decode_pairs(
+    shares: int, codes: ndarray, levels: ndarray, scale: ndarray, shift: ndarray, bf16: bool, out: ndarray
+) -> None:
     """Bytes of two 4-bit codes to s · L[c] (+ z): the 16 values of a block are made once, then looked up."""
     for share in prange(shares):
         start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
@@ -215,7 +223,9 @@ def decode_pairs(shares, codes, levels, scale, shift, bf16, out):
 
 
 @shared
-def decode_single(shares, codes, levels, scale, shift, bf16, out):
+def decode_single(
+    shares: int, codes: ndarray, levels: ndarray, scale: ndarray, shift: ndarray, bf16: bool, out: ndarray
+) -> None:
     """Bytes of one code to s · L[c] (+ z)."""
     for share in prange(shares):
         start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
@@ -227,7 +237,9 @@ def decode_single(shares, codes, levels, scale, shift, bf16, out):
 
 
 @shared
-def decode_nested(shares, codes, levels, absmax, offset, block, out):
+def decode_nested(
+    shares: int, codes: ndarray, levels: ndarray, absmax: ndarray, offset: np.float32, block: int, out: ndarray
+) -> None:
     """See `formats.scales.decode_scales`."""
     for share in prange(shares):
         start, stop = len(absmax) * share // shares, len(absmax) * (share + 1) // shares
@@ -236,7 +248,7 @@ def decode_nested(shares, codes, levels, absmax, offset, block, out):
                 out[i] = levels[codes[i]] * absmax[b] + offset
 
 
-def _decode_scales(stored: list[torch.Tensor]) -> np.ndarray:
+def _decode_scales(stored: Sequence[Tensor]) -> ndarray:
     """The fp32 scales of `stored`; of nothing, none."""
     if not stored:
         return np.empty(0, np.float32)
@@ -249,12 +261,15 @@ def _decode_scales(stored: list[torch.Tensor]) -> np.ndarray:
     return out
 
 
-def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
+def quantize(
+    w: Tensor, boundaries: Tensor, order: Tensor, bits: int, block: int, scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `formats.blockwise.quantize_reference`."""
     w = w.detach().reshape(-1).contiguous()
     n = w.numel()
     given = scale is not None
-    scales = scale.numpy().copy() if given else np.empty(block_count(n, block), np.float32)
+    scales = np.empty(block_count(n, block), np.float32) if scale is None else scale.numpy().copy()
     shifts = shift.numpy() if shift is not None else np.empty(0, np.float32)
     few = len(boundaries) <= 15
     edges = np.full(32 if few else len(boundaries) + 1, np.inf, np.float32)
@@ -284,7 +299,10 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
     return packed, torch.from_numpy(scales)
 
 
-def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
+def dequantize(
+    codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """See `formats.blockwise.dequantize_reference`."""
     n = math.prod(shape)
     scales, shifts = _decode_scales(scale), _decode_scales(shift)
@@ -303,7 +321,10 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
     return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
 
-def linear(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+def linear(
+    x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
     """See `qbench.ops.linear`: a few rows of x meet the codes as they are, more are worth decoding the weight for."""
     rows = x.numel() // max(in_features, 1)
     few = 0 < rows <= FEW_ROWS and x.dtype != torch.float64
@@ -321,12 +342,12 @@ def linear(x, codes, levels, scale, shift, bits, block, out_features, in_feature
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def linear_dx(g, *weight):
+def linear_dx(g: Tensor, *weight: Any) -> Tensor:
     """See `qbench.ops.linear`."""
     return decoded_linear_dx(g.to(_product_dtype(g)), *weight).to(g.dtype)
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
+def _product_dtype(x: Tensor) -> torch.dtype:
     """fp32 for a product of 16 bit that has no matrix unit: it is then faster by a half, and as accurate at least.
 
     For fewer rows the larger decoded weight takes longer than the product gains.

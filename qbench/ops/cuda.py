@@ -6,7 +6,10 @@ allocator hands its memory to the next layer's. The same input takes the same pa
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @lru_cache
-def _kernels(device: torch.device):
+def _kernels(device: torch.device) -> ModuleType | None:
     """The module of kernels, or None where this device cannot run them: then a warning, once, says why."""
     try:
         from . import kernels
@@ -52,18 +55,21 @@ def _device(device: torch.device) -> tuple[dict, int]:
     return choices(properties.name, properties.major), properties.multi_processor_count
 
 
-def _launch(launch: Launch, on: Tensor, *arguments) -> None:
+def _launch(launch: Launch, on: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(on):
         kernel = getattr(_kernels(on.device), launch.kernel)
         kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
-def _scales(stored: Stored) -> Stored:
+def _scales(stored: Sequence[Tensor]) -> Stored:
     """As the kernels take them: double-quantized ones with the map of their codes."""
     return (*stored, dynamic_map(stored[0].device)) if len(stored) == 3 else tuple(stored)
 
 
-def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
+def quantize(
+    w: Tensor, boundaries: Tensor, order: Tensor, bits: int, block: int, scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `formats.blockwise.quantize_reference`; to the same bits."""
     if not w.numel() or block > launches.LARGEST_BLOCK or _kernels(w.device) is None:
         return quantize_reference(w, boundaries, order, bits, block, scale, shift)
@@ -71,7 +77,7 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
     w = w if w.dtype in DTYPES else w.float()
     n, blocks = w.numel(), w.numel() // block
     given = scale is not None
-    scale = scale.clone() if given else w.new_empty(block_count(n, block), dtype=torch.float32)
+    scale = w.new_empty(block_count(n, block), dtype=torch.float32) if scale is None else scale.clone()
     pairs = bits == 4 and block % 2 == 0
     codes = w.new_empty(packed_bytes(n, bits) if pairs else n, dtype=torch.uint8)
     for first, count, size in (0, blocks, block), (blocks, n % block > 0, n % block):
@@ -87,7 +93,10 @@ def quantize(w, boundaries, order, bits, block, scale=None, shift=None):
     return codes, scale
 
 
-def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
+def dequantize(
+    codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """See `formats.blockwise.dequantize_reference`; to the same bits."""
     n = math.prod(shape)
     if not n or _kernels(codes.device) is None:
@@ -99,18 +108,18 @@ def dequantize(codes, levels, scale, shift, bits, block, shape, dtype):
 
 
 @plain.checked
-def linear(x, *weight):
+def linear(x: Tensor, *weight: Any) -> Tensor:
     """See `qbench.ops.linear.linear`."""
     return product("linear", x, *weight)
 
 
 @plain.checked
-def linear_dx(g, *weight):
+def linear_dx(g: Tensor, *weight: Any) -> Tensor:
     """See `qbench.ops.linear.linear_dx`."""
     return product("linear_dx", g, *weight)
 
 
-def product(op: str, x: Tensor, *weight, choice: dict | None = None) -> Tensor:
+def product(op: str, x: Tensor, *weight: Any, choice: dict | None = None) -> Tensor:
     """One of the two products, along the path chosen for its number of rows, or along a given one."""
     codes, levels, scale, shift, bits, block, n, k = weight
     m = x.shape[:-1].numel()

@@ -103,11 +103,11 @@ def quantize(
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     at = row[:, None] * size + column[None, :]
-    if EVEN:
-        mask, there = None, None
-    else:
+    if not EVEN:
         there = first + row < blocks
         mask = there[:, None] & (column < size)[None, :]
+    else:
+        mask, there = None, None
     x = _load(w + first * size + at, mask).to(tl.float32)
     if GIVEN:
         s = _load(scale + first + row, there)

@@ -5,7 +5,9 @@ frozen layer costs its backward no copy. The kernels here, for every device, are
 product of the library that the device has.
 """
 
+from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +23,17 @@ library.define(f"linear(Tensor x, {_WEIGHT}) -> Tensor")
 library.define(f"linear_dx(Tensor g, {_WEIGHT}) -> Tensor")
 
 
-def checked(product):
+def checked(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`product`, a `linear` or `linear_dx` for some device, that names what does not fit before it begins.
 
     Raises ValueError for sizes or devices that do not match, TypeError for a dtype that is not a float.
     """
 
     @wraps(product)
-    def call(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+    def call(
+        x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int,
+        block: int, out_features: int, in_features: int,
+    ) -> Tensor:  # fmt: skip
         name, features = product.__name__, out_features if product.__name__ == "linear_dx" else in_features
         if x.dim() == 0 or x.shape[-1] != features:
             raise ValueError(f"{name}: {list(x.shape)} ends in another size than the {features} features of the weight")
@@ -52,17 +57,20 @@ def _same_device(name: str, x: Tensor, *weight: Tensor) -> None:
             raise ValueError(f"{name}: a tensor on {x.device} meets a weight on {tensor.device}")
 
 
-def _decode(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+def _decode(
+    x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
     shape = [out_features, in_features]
     return torch.ops.qbench.dequantize(codes, levels, scale, shift, bits, block, shape, x.dtype)
 
 
-def linear(x: Tensor, *weight) -> Tensor:
+def linear(x: Tensor, *weight: Any) -> Tensor:
     """x [..., in_features], any float dtype, times the weight [out_features, in_features], transposed."""
     return torch.nn.functional.linear(x, _decode(x, *weight))
 
 
-def linear_dx(g: Tensor, *weight) -> Tensor:
+def linear_dx(g: Tensor, *weight: Any) -> Tensor:
     """The gradient for x of `linear`, from g [..., out_features]."""
     return g @ _decode(g, *weight)
 
@@ -72,24 +80,30 @@ library.impl("linear_dx", checked(linear_dx), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qbench::linear", lib=library)
-def _(x, codes, levels, scale, shift, bits, block, out_features, in_features):
+def _(
+    x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
     _same_device("linear", x, codes, levels, *scale, *shift)  # of tensors that are partly on meta, this is what runs
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("qbench::linear_dx", lib=library)
-def _(g, codes, levels, scale, shift, bits, block, out_features, in_features):
+def _(
+    g: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
     _same_device("linear_dx", g, codes, levels, *scale, *shift)
     return g.new_empty(*g.shape[:-1], in_features)
 
 
-def _keep_weight(ctx, inputs, output):
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features = inputs
     ctx.scales = len(scale)
     ctx.save_for_backward(codes, levels, *scale, *shift)
 
 
-def _backward(ctx, g):
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     codes, levels, *rest = ctx.saved_tensors
     scale, shift = rest[: ctx.scales], rest[ctx.scales :]
     dx = torch.ops.qbench.linear_dx(

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 
-def load(file: str, **metadata) -> dict[str, Dataset]:
+def load(file: str, **metadata: Any) -> dict[str, Dataset]:
     """The documents of a task, in memory. metadata: the task's, which lm-eval passes too."""
     lines = (Path(__file__).parent / file).read_text("utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}

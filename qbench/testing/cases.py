@@ -26,7 +26,9 @@ KINDS = {
 }
 
 
-def make(kind: str, shape: tuple[int, ...], generator: Generator, power: int = 0, dtype=torch.float32) -> Tensor:
+def make(
+    kind: str, shape: tuple[int, ...], generator: Generator, power: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """A tensor of a kind, times ten to the power, within the range of its dtype."""
     w = KINDS[kind](torch.randn(shape, generator=generator), generator) * 10.0**power
     largest = min(torch.finfo(t).max for t in (dtype, torch.float32))

@@ -41,7 +41,7 @@ ASKED_OF_OTHER_BLOCKS = dict.fromkeys(ANY, cases.shapes)
 
 def properties() -> dict[str, str]:
     """What is asked of a format, in words, by name."""
-    asked = {prop.__name__: prop.__doc__ for prop in (is_made, refuses_blocks, *ASKED)}
+    asked = {prop.__name__: prop.__doc__ or "" for prop in (is_made, refuses_blocks, *ASKED)}
     return {name: " ".join(words.split()) for name, words in asked.items()}
 
 
@@ -57,7 +57,8 @@ def check_format(f: Format | type[Format] | str) -> None:
     """
     broken: dict[str, BrokenContract] = {}
     alone = isinstance(f, Format)
-    for fmt in [f] if alone else _made(find(f) if isinstance(f, str) else Entry(f), broken):
+    made = [f] if isinstance(f, Format) else _made(find(f) if isinstance(f, str) else Entry(f), broken)
+    for fmt in made:
         label = f"block={fmt.block} dq={fmt.dq}".lower()
         asked = ASKED if alone or fmt.block == BLOCKS[0] or "block" in fmt.fixed else ASKED_OF_OTHER_BLOCKS
         for prop, inputs in asked.items():
@@ -77,7 +78,7 @@ def _made(entry: Entry, broken: dict[str, BrokenContract]) -> Iterator[Format]:
     if found := failure(is_made, entry, None, f"block={BLOCKS[0]}"):
         broken["is_made"] = found
         return
-    made = {}
+    made: dict[tuple[int, bool], Format] = {}
     for block in BLOCKS:
         for dq in (False, True):
             with suppress(ValueError):

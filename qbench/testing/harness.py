@@ -4,10 +4,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from formats import Format
+from formats import Format, QuantizedTensor
 from formats.contract import expect
 from formats.registry import lent
 
@@ -29,10 +29,10 @@ def layered(fmt: Format, w: Tensor) -> None:
         x = torch.randn(*rows, w.shape[1], generator=generator).to(w.dtype).requires_grad_()
         g = torch.randn(*rows, w.shape[0], generator=generator).to(w.dtype)
         y = layer(x)
-        y.backward(g)
+        (dx,) = torch.autograd.grad(y, x, g)
         for what, found, right in (
             ("product", y.detach(), x.detach().double() @ exact.t() + layer.bias.double()),
-            ("gradient", x.grad, g.double() @ exact),
+            ("gradient", dx, g.double() @ exact),
         ):
             expect(found.dtype == w.dtype, f"the {what} of {w.dtype} is {found.dtype}", w.dtype)
             error = float((found.double() - right).norm() / right.norm().clamp(min=1e-30))
@@ -47,24 +47,28 @@ def saved(fmt: Format, w: Tensor) -> None:
         arguments = {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
         checkpoint.save(model, Path(folder) / "model", AutoTokenizer.from_pretrained(models.BUNDLED), arguments)
         loaded = checkpoint.load(Path(folder) / "model", CPU, torch.float32).model
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            before, after = (m.get_submodule(name).packed for m in (model, loaded))
-            expect(
-                len(after.stored) == len(before.stored), f"{name} has {len(after.stored)} tensors", len(before.stored)
-            )
-            same = all(torch.equal(a, b) for a, b in zip(before.stored, after.stored, strict=True))
-            expect(same, f"what {name} stores is loaded as other bytes", "the same")
+    after = _packed(loaded)
+    for name, q in _packed(model).items():
+        stored = after[name].stored
+        expect(len(stored) == len(q.stored), f"{name} has {len(stored)} tensors", len(q.stored))
+        same = all(torch.equal(a, b) for a, b in zip(q.stored, stored, strict=True))
+        expect(same, f"what {name} stores is loaded as other bytes", "the same")
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         same = torch.equal(model(tokens).logits, loaded(tokens).logits)
     expect(same, "the loaded model computes something else", "the same")
 
 
+def _packed(model: nn.Module) -> dict[str, QuantizedTensor]:
+    return {name: layer.packed for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+
+
 def _tiny_model() -> PreTrainedModel:
     """Its rows are no whole blocks."""
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, **sizes), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval().requires_grad_(False)

@@ -246,6 +246,9 @@ class Fails(Custom):
 class Int8(Custom):
     name = "int8"
 
+class Listed(Custom):
+    name = ["custom_1"]
+
 class Unsourced(Custom):
     source = None
 def function(): ...
@@ -258,11 +261,12 @@ BAD_TARGETS = {
     "no part": (["format.target=mine.sub.F"], r"mine\.sub cannot be imported: there is no such module here"),
     "a module that fails": (["format.target=fails.F"], r"fails cannot be imported: SyntaxError: '\(' was never closed"),
     "a module that ends": (["format.target=ends.F"], r"ends cannot be imported: SystemExit: 3"),
-    "no attribute": (["format.target=mine.F"], r"mine has no F; accepted: Custom, Fails, Int8, Unsourced"),
+    "no attribute": (["format.target=mine.F"], r"mine has no F; accepted: Custom, Fails, Int8, Listed, Unsourced"),
     "no format": (["format.target=mine.function"], r"mine has function, which is none; accepted: Custom, "),
     "no class": (["format.target=mine.sys"], r"mine has sys, which is none; accepted: Custom, "),
     "a constructor": (["format.target=mine.Fails"], r"mine\.Fails cannot be made: ZeroDivisionError: division by zero"),
     "a taken name": (["format.target=mine.Int8"], r"naming: name is 'int8', which is taken, by formats\.int8\.Int8"),
+    "a name that is none": (["format.target=mine.Listed"], r"mine\.Listed breaks .* naming: .* name is \['custom_1'\]"),
     "a property": (
         ["format.target=mine.Unsourced"],
         r"mine\.Unsourced breaks the contract .* sourced: .* source is None",
