@@ -50,7 +50,7 @@ def configurations(capability: int) -> list[Configuration]:
     processors, _ = DEVICES[capability]
     found = []
 
-    def add(name: str, launch: Launch, dtype: str = "bf16", **stored) -> None:
+    def add(name: str, launch: Launch, dtype: str = "bf16", /, **stored: bool) -> None:
         found.append(Configuration(name, capability, launch, dtype, **stored))
 
     for bits in (4, 8):
@@ -103,7 +103,8 @@ def compile_one(job: Configuration) -> Compiled:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, and there is nothing to compile")
     constants = job.launch.constants
     signature = {n: "constexpr" if n in constants else _type(n, job) for n in kernel.arg_names}
-    multiples = {}  # every pointer and size of these weights is a multiple of 16, as a launch would find
+    # every pointer and size of these weights is a multiple of 16, as a launch would find
+    multiples: dict[tuple[int, ...], list] = {}
     for i, type in enumerate(signature.values()):
         places = [(i, j) for j in range(len(type))] if isinstance(type, tuple) else [(i,)]
         if type in ("constexpr", "fp32"):
@@ -116,18 +117,20 @@ def compile_one(job: Configuration) -> Compiled:
         Path(file.name).write_bytes(built.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None  # which are told of every kernel
     threads = 32 * built.metadata.num_warps
     return Compiled(
         name=job.name,
         capability=job.capability,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=int(registers[1]),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=built.metadata.shared,
         instructions=longest(code) * threads / weights(job.launch),
     )
 
 
-def _type(name: str, job: Configuration):
+def _type(name: str, job: Configuration) -> str | tuple[str, ...]:
     """The type of a kernel's argument, as Triton writes it."""
     if name in ("scale", "shift"):
         if job.launch.kernel == "quantize":

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from ..report.figures import BLUE, GREY, ORANGE, STYLE
 from .products import OPS, times
@@ -153,7 +154,7 @@ def markdown(table: list[list[str]]) -> list[str]:
     return [head, "|---" * len(table[0]) + "|", *body, ""]
 
 
-def speed_over_rows(result: dict, name: str, dq: bool):
+def speed_over_rows(result: dict, name: str, dq: bool) -> Figure:
     """A panel a layer, forward above backward: speed in that of bf16 weights over M."""
     layers = list(dict.fromkeys((case["model"], case["layer"]) for case in result["cases"]))
     curves = [(title(name, dq), ratios(result, name, dq, "bf16"), BLUE, "o")]

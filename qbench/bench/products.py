@@ -4,11 +4,12 @@ The peers run in the same process on the same weights: bf16 weights through the 
 where it is installed and has the format. No weight is left in the last cache from one call to the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as pairs
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,27 +59,28 @@ def measure(plan: Plan, device: torch.device, found: Callable[[dict, str], None]
     samples: seconds a call}. The peers' cases are of the formats "bf16" and "bitsandbytes nf4"; `op` is linear, linear_dx
     or dequantize (to bf16).
     """
-    result = {"environment": environment(device), "ceilings": ceilings(device), "plan": vars(plan), "cases": []}
+    cases: list[dict] = []
+    result = {"environment": environment(device), "ceilings": ceilings(device), "plan": vars(plan), "cases": cases}
     for model in plan.models:
         for layer, shape in SHAPES[model].items():
             place = {"model": model, "layer": layer, "shape": list(shape)}
             torch.manual_seed(0)
             w = torch.randn(shape, device=device).to(DTYPE)
-            result["cases"] += [place | case for case in _dense(w, plan)]
+            cases += [place | case for case in _dense(w, plan)]
             found(result, f"{model} {layer}, bf16")
             for name, dq in pairs(plan.formats, plan.dq):
-                result["cases"] += [place | case for case in _packed(name, dq, w, plan)]
+                cases += [place | case for case in _packed(name, dq, w, plan)]
                 found(result, f"{model} {layer}, {name}{' + dq' * dq}")
     return result
 
 
-def _inputs(w: Tensor, plan: Plan):
+def _inputs(w: Tensor, plan: Plan) -> Iterator[tuple[str, int, Tensor]]:
     """(op, M, x of M rows) for every op and M."""
     for op, rows in pairs(OPS, plan.rows):
         yield op, rows, torch.randn(rows, w.shape[1 if op == "linear" else 0], device=w.device).to(DTYPE)
 
 
-def _dense(w: Tensor, plan: Plan):
+def _dense(w: Tensor, plan: Plan) -> Iterator[dict]:
     copies = [w] + [w.clone() for _ in range(turns(w.device, w.nbytes) - 1)]
     for op, rows, x in _inputs(w, plan):
         multiply = torch.nn.functional.linear if op == "linear" else torch.matmul
@@ -86,7 +88,7 @@ def _dense(w: Tensor, plan: Plan):
         yield _case("bf16", False, w.nbytes, op, rows, seconds(w.device, calls, plan.repeats))
 
 
-def _packed(name: str, dq: bool, w: Tensor, plan: Plan):
+def _packed(name: str, dq: bool, w: Tensor, plan: Plan) -> Iterator[dict]:
     q = formats.get(name, block=plan.block, dq=dq).quantize(w)
     exact = q.dequantize(torch.float32).double()
     copies = [q] + [_copy(q) for _ in range(turns(w.device, q.nbytes) - 1)]
@@ -94,16 +96,14 @@ def _packed(name: str, dq: bool, w: Tensor, plan: Plan):
     samples = seconds(w.device, [partial(c.dequantize, DTYPE) for c in copies], plan.repeats)
     yield _case(name, dq, q.nbytes, "dequantize", 0, samples, relative_error(q.dequantize(DTYPE), exact))
     if peers:
-        yield _case(
-            peers.name, dq, q.nbytes, "dequantize", 0, seconds(w.device, peers.calls("dequantize"), plan.repeats)
-        )
+        yield _case(peers.name, dq, q.nbytes, "dequantize", 0, seconds(w.device, peers.dequantize(), plan.repeats))
     for op, rows, x in _inputs(w, plan):
         expected = x.double() @ (exact.t() if op == "linear" else exact)
-        calls = [partial(_multiply, op, x, c) for c in copies]
+        calls: list[Callable[[], Tensor]] = [partial(_multiply, op, x, c) for c in copies]
         error = relative_error(calls[0](), expected)
         yield _case(name, dq, q.nbytes, op, rows, seconds(w.device, calls, plan.repeats), error)
         if peers:
-            calls = peers.calls(op, x)
+            calls = peers.multiply(op, x)
             error = relative_error(calls[0](), expected)
             yield _case(peers.name, dq, q.nbytes, op, rows, seconds(w.device, calls, plan.repeats), error)
 
@@ -140,25 +140,32 @@ class _Bitsandbytes:
         if name not in ("nf4", "fp4"):
             return None
 
-        def quantize():
+        def quantize() -> tuple[Tensor, Any]:
             return functional.quantize_4bit(w, blocksize=plan.block, compress_statistics=dq, quant_type=name)
 
         codes, state = quantize()
         others = [quantize() for _ in range(turns(w.device, codes.nbytes) - 1)]
         return cls(f"bitsandbytes {name}", [(codes, state), *others])
 
-    def calls(self, op: str, x: Tensor | None = None) -> list[Callable[[], Tensor]]:
+    def dequantize(self) -> list[Callable[[], Tensor]]:
+        from bitsandbytes import functional
+
+        return [partial(functional.dequantize_4bit, c, s) for c, s in self.copies]
+
+    def multiply(self, op: str, x: Tensor) -> list[Callable[[], Tensor]]:
         import bitsandbytes
         from bitsandbytes import functional
 
-        if op == "dequantize":
-            return [partial(functional.dequantize_4bit, c, s) for c, s in self.copies]
         if op == "linear":
             return [partial(bitsandbytes.matmul_4bit, x, c.t(), quant_state=s) for c, s in self.copies]
-        return [lambda c=c, s=s: x @ functional.dequantize_4bit(c, s).to(x.dtype) for c, s in self.copies]
+
+        def backward(codes: Tensor, state: Any) -> Tensor:
+            return x @ functional.dequantize_4bit(codes, state).to(x.dtype)
+
+        return [partial(backward, c, s) for c, s in self.copies]
 
 
-def times(result: dict, **where) -> dict[tuple, float]:
+def times(result: dict, **where: object) -> dict[tuple, float]:
     """Median seconds by (model, layer, op, rows) of the cases that have the given values, such as format="nf4"."""
     return {
         (case["model"], case["layer"], case["op"], case["rows"]): median(case["samples"])

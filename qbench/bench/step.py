@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -54,7 +55,7 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
     if not find_spec("bitsandbytes"):
         raise InputError("step: bitsandbytes is not installed; pip install 'qbench[bnb]' brings it")
     shape, tokens = shape or SHAPES[device.type], BATCH * WINDOW[device.type]
-    sides = {side: {"loss": [], "seconds": []} for side in BUILD}
+    sides: dict[str, dict[str, Any]] = {side: {"loss": [], "seconds": []} for side in BUILD}
     with ExitStack() as stack:
         turns = {side: stack.enter_context(_process(side, device, shape, steps + 1)) for side in sides}
         for step in range(steps + 1):
@@ -68,8 +69,8 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
         for side, turn in turns.items():
             turn.send("end")
             sides[side]["peak_bytes"] = turn.recv()
-    for side in sides.values():
-        side["tokens_s"] = tokens / median(side["seconds"])
+    for found in sides.values():
+        found["tokens_s"] = tokens / median(found["seconds"])
     ratio = sides["ours"]["tokens_s"] / sides["theirs"]["tokens_s"]
     return {"environment": environment(device), "model": shape, "tokens": tokens, **sides, "ratio": ratio}
 
@@ -87,7 +88,7 @@ def answer(result: dict) -> list[str]:
 
 
 @contextmanager
-def _process(*what) -> Iterator[Connection]:
+def _process(*what: object) -> Iterator[Connection]:
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_train, args=(there, torch.get_num_threads(), *what), daemon=True)
@@ -127,7 +128,9 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=WINDOW[device.type])
     torch.manual_seed(SEED)
     with device:
-        return LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+        model = LlamaForCausalLM(config)
+    model.to(DTYPE)  # type: ignore[arg-type]  # transformers wraps `to`, and its self gets lost
+    return model.requires_grad_(False)
 
 
 def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
@@ -141,12 +144,18 @@ def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
 
     layers = linear_layers(model)
     for name, layer in layers.items():
+        assert isinstance(layer, nn.Linear)  # a Llama has no other
         packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=DTYPE, device="meta")
         packed.weight = Params4bit(
             layer.weight.data, requires_grad=False, quant_type="nf4", blocksize=BLOCK, compress_statistics=True
         )
         model.set_submodule(name, packed.to(layer.weight.device))  # which quantizes
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(layers), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by r, any number will do
+        target_modules=list(layers),
+        task_type="CAUSAL_LM",
+    )
     torch.manual_seed(SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,4 +182,6 @@ def _usual_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed:
         advance(step + 1, loss.item(), windows.numel() / (time.perf_counter() - started))
 
 
-BUILD = {"ours": (_ours, train), "theirs": (_theirs, _usual_loop)}
+Build = Callable[[PreTrainedModel, TuneSettings], nn.Module]
+#: by side, what readies a model, and its loop, which takes what `_usual_loop` does
+BUILD: dict[str, tuple[Build, Callable[..., object]]] = {"ours": (_ours, train), "theirs": (_theirs, _usual_loop)}

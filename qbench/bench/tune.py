@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product as pairs
 from math import inf
 from statistics import geometric_mean, median
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def tune(device: torch.device, models: tuple[str, ...], advance: Callable[[str],
     weights = [formats.get("nf4", dq=True).quantize(torch.randn(shape, device=device).to(DTYPE)) for shape in shapes]
     found, timings = {}, []
     for op in OPS:
-        rules = []
+        rules: list[dict[str, Any]] = []
         for rows in ROWS:
             timed = [(_time(op, rows, choice, weights, device, repeats), choice) for choice in candidates(op, rows)]
             timings += [{"op": op, "rows": rows, "choice": choice, "seconds": time} for time, choice in timed]

@@ -1,6 +1,6 @@
 """Optimizers by name; `paged_adamw` and the 8-bit ones are QLoRA's fourth part."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 
@@ -12,10 +12,12 @@ from .paging import PAGE, checked
 
 __all__ = ["OPTIMIZERS", "PAGE", "PAGED", "PYTORCH", "PagedAdamW", "build", "checked", "footprint"]
 
-PYTORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+Optimizers = dict[str, Callable[..., torch.optim.Optimizer]]
+
+PYTORCH: Optimizers = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 #: those that take a budget
-PAGED = {"paged_adamw": PagedAdamW, "paged_adamw_8bit": partial(PagedAdamW, bits=8)}
-OPTIMIZERS = {**PYTORCH, "adamw_8bit": partial(PagedAdamW, bits=8), **PAGED}
+PAGED: Optimizers = {"paged_adamw": PagedAdamW, "paged_adamw_8bit": partial(PagedAdamW, bits=8)}
+OPTIMIZERS: Optimizers = {**PYTORCH, "adamw_8bit": partial(PagedAdamW, bits=8), **PAGED}
 
 
 def build(

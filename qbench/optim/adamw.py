@@ -1,5 +1,6 @@
 """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on states that are paged, in 8 bits, both or neither."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -105,8 +106,8 @@ class PagedAdamW(Optimizer):
                 copies.append((p, flat))
         for pager, pages in work.items():
             for page, memory in pager.visit(pages):
-                for piece in pages[page]:
-                    _update_piece(memory, *piece)
+                for task in pages[page]:
+                    _update_piece(memory, *task)
         for p, flat in copies:
             _put(p, flat, like=p)
         return loss
@@ -139,7 +140,7 @@ class PagedAdamW(Optimizer):
         """As torch.optim.AdamW's, the tensors on the CPU."""
         kept = self.state
         try:
-            self.state = {p: self._told(p) for p in kept}
+            self.state = defaultdict(dict, {p: self._told(p) for p in kept})
             return super().state_dict()
         finally:
             self.state = kept
@@ -215,4 +216,5 @@ def _put(to: Tensor, flat: Tensor, like: Tensor) -> Tensor:
 
 
 def _order(t: Tensor) -> list[int]:
-    return sorted(range(t.dim()), key=lambda dim: -t.stride(dim))
+    strides = t.stride()
+    return sorted(range(t.dim()), key=lambda dim: -strides[dim])

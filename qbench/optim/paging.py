@@ -162,7 +162,7 @@ class Pager:
         n = self.used[page]
         memory, left = self._away.pop(page, (None, None))
 
-        def fill():
+        def fill() -> None:
             slot.memory[:n].zero_() if memory is None else slot.memory[:n].copy_(memory, non_blocking=True)
 
         slot.settled = self.lanes.beside("in", fill, slot.settled, left)

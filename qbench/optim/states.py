@@ -13,6 +13,7 @@ zero-point problem and takes zero out of the table. Here the table stays and its
 smallest level to zero: the error is then a step too short.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -87,7 +88,9 @@ class Dynamic8(Plain):
     def moments(self, stored: Stored) -> tuple[Tensor, Tensor]:
         return self._decode(*stored[:2], signed=True), self._decode(*stored[2:], signed=False)
 
-    def store(self, stored: Stored, exp_avg: Tensor, exp_avg_sq: Tensor, scales=(None, None)) -> None:
+    def store(
+        self, stored: Stored, exp_avg: Tensor, exp_avg_sq: Tensor, *, scales: Sequence[Tensor | None] = (None, None)
+    ) -> None:
         for moment, (values, scale) in enumerate(zip((exp_avg, exp_avg_sq), scales, strict=True)):
             book = codebook(values.device, moment == 0)
             found = torch.ops.qbench.quantize(values, book.boundaries, book.order, 8, BLOCK, scale, None)
@@ -101,9 +104,9 @@ class Dynamic8(Plain):
     def retell(self, stored: Stored, told: dict[str, Tensor], start: int, stop: int) -> None:
         blocks = slice(start // BLOCK, block_count(stop, BLOCK))
         scales = [told[f"{name}_absmax"][blocks] if f"{name}_absmax" in told else None for name in self.names]
-        self.store(stored, *(told[name][start:stop].float() for name in self.names), scales)
+        self.store(stored, *(told[name][start:stop].float() for name in self.names), scales=scales)
 
-    def _decode(self, codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    def _decode(self, codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
         levels = codebook(codes.device, signed).levels
         return torch.ops.qbench.dequantize(codes, levels, [absmax], [], 8, BLOCK, list(codes.shape), self.dtype)
 

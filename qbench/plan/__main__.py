@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.errors import HydraException
@@ -15,10 +16,15 @@ from qbench.errors import InputError
 from qbench.groups import format_of
 from qbench.jobs import CONF, one_line, plain, stderr
 
+if TYPE_CHECKING:
+    from formats import Format
+    from qbench.plan.settings import PlanSettings
+
 
 def main() -> int:
     """Print the plan that the command line asks for. 0: done, whether it fits or not; 2: bad input; 130: interrupted."""
-    sys.modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s
+    # PEFT would import it: 3 s; the stub does not know that None bars an import
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         stderr.print("qbench: --multirun: a plan is one at a time; accepted: sweep=true, which compares formats")
@@ -61,6 +67,7 @@ def answer(asked: dict) -> None:
         for key in ("sweep", "paper", "check"):
             if not isinstance(asked[key], bool):
                 raise InputError(f"{key}: {asked[key]!r} is not accepted; true or false is")
+        content: list[dict] | dict
         if asked["paper"]:
             found = paper.compare()
             plans, content = [one.plan for one in found], paper.plain(found)
@@ -75,7 +82,7 @@ def answer(asked: dict) -> None:
             if asked["check"]:
                 expected = check.comparable(shape, settings).needed
                 measured = {"expected": expected, "measured": check.measure(shape, settings)}
-            remedies = advice.changes(plans[0]) if (plans[0].margin or 0) < 0 else []
+            remedies = advice.changes(plans[0]) if not plans[0].fits else []
             content = words.plain(plans[0]) | {"check": measured}
     console = Console(highlight=False, markup=False)
     if asked["paper"]:
@@ -100,14 +107,14 @@ def answer(asked: dict) -> None:
         console.print(f"\nWritten: {', '.join(written)}")
 
 
-def settings_of(asked: dict, fmt=None):
-    """The typed settings of a resolved config. Raises InputError."""
-    from qbench.plan.settings import Dtypes, PlanSettings, size
+def settings_of(asked: dict, fmt: "Format | None" = None) -> "PlanSettings":
+    """The typed settings of a resolved config, without a format those of a sweep. Raises InputError."""
+    from qbench.plan.settings import UNQUANTIZED, Dtypes, PlanSettings, size
 
     names = set(PlanSettings.__dataclass_fields__) - {"format", "dtype", "gpu", "context", "targets"}
     targets = asked["targets"]
     return PlanSettings(
-        format=fmt,
+        format=UNQUANTIZED if fmt is None else fmt,
         dtype=Dtypes(**asked["dtype"]),
         gpu=None if asked["gpu"] is None else size("gpu", asked["gpu"]),
         context=None if asked["context"] is None else size("context", asked["context"]),

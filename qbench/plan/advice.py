@@ -33,9 +33,9 @@ def changes(plan: Plan) -> list[Change]:
     """
     fitting = []
     for ladder in ladders(plan.settings):
-        if changed(plan, ladder[-1]).margin >= 0:  # what saves most is asked first: most often it is not enough
+        if changed(plan, ladder[-1]).fits:  # what saves most is asked first: most often it is not enough
             tried = (changed(plan, rung) for rung in ladder)
-            fitting.append(next(other for other in tried if other.margin >= 0))
+            fitting.append(next(other for other in tried if other.fits))
     return [Change(_words(plan.settings, other.settings), other) for other in fitting or _together(plan)]
 
 
@@ -49,7 +49,7 @@ def _together(plan: Plan) -> list[Plan]:
     for ladder in ladders(plan.settings):
         found = changed(plan, ladder[-1])
         plan = found if found.needed < plan.needed else plan
-        if plan.margin >= 0:
+        if plan.fits:
             return [plan]
     return []
 
@@ -61,7 +61,7 @@ def _words(before: PlanSettings, after: PlanSettings) -> str:
         if getattr(after, key) != getattr(before, key):
             said.append(f"{key}={str(getattr(after, key)).lower()}")
     if after.format is not before.format:
-        other = after.format.name != getattr(before.format, "name", None)
+        other = after.format.name != before.format.name
         said.append(f"+format={after.format.name} " * other + f"dq={str(after.format.dq).lower()}")
     if after.dtype.adapters != before.dtype.adapters:
         said.append(f"dtype.adapters={after.dtype.adapters}")

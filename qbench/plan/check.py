@@ -40,11 +40,11 @@ def measure(shape: Shape, settings: PlanSettings) -> int:
     device = torch.device(settings.device)
     torch.manual_seed(0)
     built = shape.build(settings.dtype.of("compute"), ATTENTION[settings.attention], settings.device)
+    vocabulary = built.config.get_text_config().vocab_size
     model = prepare(built, settings, lambda layers: models.quantize(layers, settings.format))
     del built
     gc.collect()
-    vocabulary = model.config.get_text_config().vocab_size
-    windows = torch.randint(vocabulary, (STEPS * settings.batch, settings.seq))
+    windows = list(torch.randint(vocabulary, (STEPS * settings.batch, settings.seq)))
     tune = TuneSettings(
         steps=STEPS,
         batch=settings.batch,

@@ -71,6 +71,11 @@ class Plan:
         return None if self.settings.gpu is None else self.settings.gpu - self.needed
 
     @property
+    def fits(self) -> bool:
+        """Whether the GPU has what is needed; true without one."""
+        return self.margin is None or self.margin >= 0
+
+    @property
     def in_host(self) -> int:
         """Bytes of paged states for which the GPU has no room at the peak."""
         return 0 if self.margin is None else min(self.paged, max(0, self.paged - self.margin))

@@ -8,6 +8,7 @@ is thus arithmetic on a textbook's transformer, while LLaMA's MLP has three laye
 Nothing in the plan is set to agree with it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from .settings import Dtypes, PlanSettings
 from .shapes import find
 
 MIB = 2**20
+GPU = 24 * 10**9  # bytes, for 33B
 #: MiB, the total in GB as printed
 TABLE = {
     "llama-7b": {"model": 5046, "adapters": 298, "optimizer": 1152, "total": 6.9},
@@ -106,16 +108,16 @@ def show(found: list[Comparison], console: Console) -> None:
 def explain(found: list[Comparison]) -> list[str]:
     """Why lines differ, a sentence or two each; the starred ones are beyond 10%."""
 
-    def each(value) -> str:
+    def each(value: Callable[[Comparison], float]) -> str:
         return ", ".join(f"{value(one):,.0f}" for one in found)
 
     three = next(one for one in found if one.name == "llama-33b")
     fits = []
     for adapters in ("bfloat16", "float32"):
         for optimizer in ("adamw", "paged_adamw"):
-            settings = SETTINGS.but(optimizer=optimizer, dtype=Dtypes(adapters=adapters), gpu=24 * 10**9)
-            plan = count(three.plan.shape, settings)
-            fits.append(f"{plan.margin / 1e9:+.2f} GB with {optimizer} and {adapters} adapters".replace("-", "−"))
+            settings = SETTINGS.but(optimizer=optimizer, dtype=Dtypes(adapters=adapters), gpu=GPU)
+            margin = GPU - count(three.plan.shape, settings).needed
+            fits.append(f"{margin / 1e9:+.2f} GB with {optimizer} and {adapters} adapters".replace("-", "−"))
     return [
         "model: the plan is the bytes of 4.127 bits a linear weight, embeddings and head in 16 bits. The paper's line has"
         f" {each(lambda one: one.paper['model'] - one.ours['model'])} MiB more. Scales in fp32 rather than double"

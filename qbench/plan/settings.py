@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+import formats
 from formats import Format
 
 from ..errors import InputError, integer
@@ -14,6 +16,7 @@ METHODS = ("lora", "full", "none")
 OPTIMIZERS = ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}  #: what a model is told
 DEVICES = ("cuda", "cpu")
+UNQUANTIZED = formats.get("none")
 UNITS = {"B": 1} | {f"{p}B": 10 ** (3 * (i + 1)) for i, p in enumerate("KMGT")}
 UNITS |= {f"{p}IB": 2 ** (10 * (i + 1)) for i, p in enumerate("KMGT")}
 #: CUDA's context with cuBLAS' workspace, and what an allocator loses to rounding: of the order that GPUs of 2020 on show
@@ -42,7 +45,7 @@ class Dtypes:
     gradients: str | None = None
     states: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             missing = value is None and type(self).__dataclass_fields__[name].default is None
             if not missing and value not in DTYPES:
@@ -54,11 +57,12 @@ class Dtypes:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """format: None in a sweep. gpu, context: bytes. fragmentation: per cent of what is allocated. targets: `all`, or the
-    ends of the names of the layers that carry adapters. The rest is as in conf/plan/config.yaml. Raises InputError.
+    """format: in a sweep any, which it replaces. gpu, context: bytes. fragmentation: per cent of what is allocated.
+    targets: `all`, or the ends of the names of the layers that carry adapters. The rest is as in conf/plan/config.yaml.
+    Raises InputError.
     """
 
-    format: Format | None = None
+    format: Format = UNQUANTIZED
     method: str = "lora"
     rank: int = 16
     targets: str | tuple[str, ...] = "all"
@@ -75,7 +79,7 @@ class PlanSettings:
     context: int | None = None
     fragmentation: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("batch", 1), ("accumulate", 1), ("seq", 2)):
             integer(name, getattr(self, name), least)
         known = {"method": METHODS, "optimizer": OPTIMIZERS, "attention": ATTENTION, "device": DEVICES}
@@ -90,7 +94,7 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value < below):
                 raise InputError(f"{name}: {value!r} is not accepted; a number of at least 0 and below {below} is")
-        if self.method == "full" and self.format is not None and self.format.name != "none":
+        if self.method == "full" and self.format.name != "none":
             raise InputError(f"method: full trains 16-bit weights, not {self.format.name}; accepted with +format=none")
 
     @property
@@ -114,7 +118,7 @@ class PlanSettings:
     def fragmentation_percent(self) -> float:
         return self.fragmentation if self.fragmentation is not None else FRAGMENTATION * (self.device == "cuda")
 
-    def but(self, **changes) -> "PlanSettings":
+    def but(self, **changes: Any) -> "PlanSettings":
         return replace(self, **changes)
 
 

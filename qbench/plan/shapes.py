@@ -68,8 +68,7 @@ class Shape:
         return deepcopy(self._shortened(dtype, attention, depth))
 
     @lru_cache  # noqa: B019  a command has a handful of shapes, and asks for each again and again
-    def _shortened(self, *what) -> PreTrainedModel:
-        dtype, attention, depth = what
+    def _shortened(self, dtype: torch.dtype, attention: str, depth: int) -> PreTrainedModel:
         model = self.build(dtype, attention)
         del blocks(model)[depth:]
         return model
@@ -126,14 +125,14 @@ def _of_name(name: str) -> Shape:
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks: the list of modules with most linear layers. Raises InputError where there is none."""
-    found = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    counts = dict.fromkeys(found.values(), 0)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    counts = dict.fromkeys(found, 0)
     for layer in linear_layers(model):
         for name in counts:
             counts[name] += layer.startswith(f"{name}.")
     if not any(counts.values()):
         raise InputError(f"model: {type(model).__name__} has no list of decoder blocks")
-    return model.get_submodule(max(counts, key=counts.get))
+    return found[max(counts, key=lambda name: counts[name])]
 
 
 def _are_alike(model: PreTrainedModel) -> bool:

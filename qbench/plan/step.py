@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -41,7 +42,7 @@ from ..errors import InputError
 from ..layers import linear_layers, replace, weight_of
 from ..measure.live import DECODED, LiveBytes
 from ..settings import TuneSettings
-from .settings import ATTENTION, Dtypes, PlanSettings
+from .settings import ATTENTION, UNQUANTIZED, Dtypes, PlanSettings
 from .shapes import Shape, blocks
 
 MOMENTS = {
@@ -54,14 +55,14 @@ ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 KINDS = (ACTIVATIONS, LOGITS, DECODED, GRADIENTS)
 KERNELS = {"cpu": ops.cpu, "cuda": ops.linear}  #: on a GPU beyond 128 rows: decode the layer, then cuBLAS
 META = torch.device("meta")
-QUANTIZED, UNQUANTIZED = formats.get("nf4"), formats.get("none")
+QUANTIZED = formats.get("nf4")
 
 Peaks = dict[str, dict[str, int]]  #: by label, the most bytes that are alive at once, by kind
 
 
 def peaks(shape: Shape, settings: PlanSettings) -> Peaks:
     """What a step up to the optimizer's holds at its moments, without weights, adapters and states. Raises InputError."""
-    quantized = settings.format is None or settings.format.name != "none"
+    quantized = settings.format.name != "none"
     dtype = Dtypes(settings.dtype.compute, adapters=settings.dtype.adapters, gradients=settings.dtype.gradients)
     # the rest decides nothing here: one trace serves every format, every optimizer and every GPU
     decisive = settings.but(format=QUANTIZED if quantized else UNQUANTIZED, dtype=dtype, optimizer="adamw")
@@ -82,10 +83,10 @@ def _peaks(shape: Shape, settings: PlanSettings) -> Peaks:
 
 def trace(shape: Shape, settings: PlanSettings, depth: int) -> Peaks:
     """A step of the model's first `depth` blocks, run on the meta device."""
-    model = shape.shortened(settings.dtype.of("compute"), ATTENTION[settings.attention], depth)
-    decoder = blocks(model)
+    built = shape.shortened(settings.dtype.of("compute"), ATTENTION[settings.attention], depth)
+    decoder = blocks(built)
     model = prepare(
-        model, settings, lambda layers: {name: _empty(one, settings.format) for name, one in layers.items()}
+        built, settings, lambda layers: {name: _empty(one, settings.format) for name, one in layers.items()}
     )
     tokens = torch.zeros(settings.part, settings.seq, dtype=torch.long, device=META)
     live = _MetaStep(KERNELS[settings.device])
@@ -114,26 +115,31 @@ def _part(model: nn.Module, tokens: Tensor, live: LiveBytes, trains: bool) -> No
         loss.backward()
 
 
-def prepare(model: PreTrainedModel, settings: PlanSettings, pack: Callable[[dict], dict]) -> nn.Module:
+def prepare(
+    model: PreTrainedModel,
+    settings: PlanSettings,
+    pack: Callable[[dict[str, nn.Module]], dict[str, QuantizedTensor]],
+) -> nn.Module:
     """The model as the method trains it: layers packed, adapters on, checkpointing set.
 
     pack: linear layers, by name, to packed weights.
     """
+    trained: nn.Module = model
     model.requires_grad_(settings.method == "full")
     if settings.method != "full":
         layers = linear_layers(model)
         replace(model, pack(layers))
         if settings.method == "lora":
             lora = TuneSettings(rank=settings.rank, dropout=settings.dropout)
-            model = add_adapters(model, targets(list(layers), settings.targets), lora, seed=0)
-            for parameter in model.parameters():
+            trained = add_adapters(model, targets(list(layers), settings.targets), lora, seed=0)
+            for parameter in trained.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(settings.dtype.of("adapters"))
     if settings.checkpointing and settings.trains:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers has another name for it on the way
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train(settings.trains)
+    return trained.train(settings.trains)
 
 
 def targets(layers: list[str], wanted: str | tuple[str, ...]) -> list[str]:
@@ -186,7 +192,7 @@ def _copies(numels: tuple[int, ...], name: str, together: bool, dtype: torch.dty
 
 
 class _MetaStep(LiveBytes):
-    def answer(self, func, args, kwargs):
+    def answer(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         # a model asks whether its windows are whole: yes; an optimizer keeps its count of steps in real memory
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 0
@@ -198,11 +204,11 @@ def _labelled(model: nn.Module, decoder: nn.ModuleList, live: LiveBytes, setting
     """Have each moment of the step set its label, and each gradient its kind, as it comes."""
     ends = {0: "first", len(decoder) - 1: "last"}
 
-    def began(i: int, *_) -> None:
+    def began(i: int) -> None:
         if live.label.startswith("forward"):  # and not computed again in the backward
             live.label = f"forward, {ends.get(i, 'between')}"
 
-    def ended(i: int, _block, _inputs, output) -> None:
+    def ended(i: int, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
             hidden.register_hook(lambda _: returned(i))
@@ -211,13 +217,15 @@ def _labelled(model: nn.Module, decoder: nn.ModuleList, live: LiveBytes, setting
         live.label, live.kind = f"backward, {ends.get(i, 'between')}", ACTIVATIONS
 
     def arrived(parameter: Tensor) -> None:
-        itemsize = settings.dtype.of("gradients").itemsize if settings.dtype.gradients else parameter.grad.itemsize
-        live.tag(parameter.grad, GRADIENTS, parameter.grad.numel() * itemsize)
+        gradient = parameter.grad
+        assert gradient is not None  # it has just arrived
+        itemsize = settings.dtype.of("gradients").itemsize if settings.dtype.gradients else gradient.itemsize
+        live.tag(gradient, GRADIENTS, gradient.numel() * itemsize)
 
     handles = [p.register_post_accumulate_grad_hook(arrived) for p in model.parameters() if p.requires_grad]
     for i, block in enumerate(decoder):
         handles.append(block.register_forward_pre_hook(lambda *_, i=i: began(i)))
-        handles.append(block.register_forward_hook(lambda *found, i=i: ended(i, *found)))
+        handles.append(block.register_forward_hook(lambda _block, _inputs, output, i=i: ended(i, output)))
     try:
         yield
     finally:
@@ -230,7 +238,16 @@ def _standing_for(device: str) -> Iterator[None]:
     """The meta device takes the rows of a loss and the attention that a device would."""
     plain = F.scaled_dot_product_attention
 
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
         """PyTorch takes a fused kernel wherever a device has one; to the meta device it would give the plain one."""
         if dropout_p and device == "cpu":  # for which the CPU's has no dropout
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -53,11 +53,11 @@ def verdict(plan: Plan) -> str:
     what = f"{plan.shape.name} in {format_title(settings)}, {method_title(settings)},"
     where = {"forward": "at the end of the forward", "loss": "at the loss", "step": "in the optimizer's step"}
     when = where.get(plan.peak, "in the backward")
-    if plan.margin is None:
+    if settings.gpu is None:
         sentence = f"{what} needs {needed}, {when}; gpu=24GB asks whether that fits."
         return sentence + (f" {amount(plan.paged, plan.needed)} of states may be paged." if plan.paged else "")
-    there, margin = amount(settings.gpu, settings.gpu), amount(abs(plan.margin), settings.gpu)
-    if plan.margin < 0:
+    there, margin = amount(settings.gpu, settings.gpu), amount(abs(settings.gpu - plan.needed), settings.gpu)
+    if not plan.fits:
         return f"Does not fit {there}: {what} needs {needed}, {margin} too much, {when}."
     return f"Fits {there}, with {margin} to spare: {what} needs {needed}, {when}.{_paging(plan)}"
 
@@ -78,11 +78,13 @@ def remedies(plan: Plan, found: list[Change]) -> list[str]:
         frozen = amount(sum(lines[name] for name in HELD), plan.needed)
         return [f"No change of the keys below makes it fit: the weights alone take {frozen}."]
     alone = "on its own" if len(found) > 1 or " " not in found[0].words.replace(" dq=true", "") else "together"
-    lines = [f"What would change that, {alone}:"]
+    gpu = plan.settings.gpu
+    assert gpu is not None  # that it does not fit
+    said = [f"What would change that, {alone}:"]
     for change in found:
-        to_spare = amount(change.plan.margin, plan.settings.gpu)
-        lines.append(f"  {change.words}: {to_spare} to spare.{_paging(change.plan)}")
-    return lines
+        to_spare = amount(gpu - change.plan.needed, gpu)
+        said.append(f"  {change.words}: {to_spare} to spare.{_paging(change.plan)}")
+    return said
 
 
 def checkpointing(plan: Plan) -> str:
@@ -98,7 +100,7 @@ def checkpointing(plan: Plan) -> str:
 def show(plan: Plan, found: list[Change], console: Console) -> None:
     settings = plan.settings
     console.print(verdict(plan), style="bold")
-    if plan.margin is not None and plan.margin < 0:
+    if not plan.fits:
         for line in remedies(plan, found):
             console.print(line)
     console.print()
@@ -178,16 +180,16 @@ def show_sweep(plans: list[Plan], console: Console) -> None:
     if settings.gpu is None:
         answer = f"{subject} needs from {amount(first.needed, largest)} to {amount(largest, largest)}."
     else:
-        fitting = [plan for plan in plans if plan.margin >= 0]
+        fitting = [plan for plan in plans if plan.fits]
         answer = f"{len(fitting)} of {len(plans)} formats fit {amount(settings.gpu, settings.gpu)}: {subject}"
         if fitting:
-            best = max(fitting, key=lambda plan: (plan.bits, plan.margin))
+            best = max(fitting, key=lambda plan: (plan.bits, -plan.needed))
             answer += (
                 f"; the one with most bits is {format_title(best.settings)},"
-                f" {amount(best.margin, settings.gpu)} to spare."
+                f" {amount(settings.gpu - best.needed, settings.gpu)} to spare."
             )
         else:
-            short = amount(-first.margin, settings.gpu)
+            short = amount(first.needed - settings.gpu, settings.gpu)
             answer += f"; the smallest, {format_title(first.settings)}, is {short} too large."
     console.print(answer, style="bold")
     console.print()
@@ -201,7 +203,7 @@ def show_sweep(plans: list[Plan], console: Console) -> None:
         cells += [f"{plan.bits:.3f}", amount(plan.needed, largest)]
         if plan.margin is not None:
             cells.append(("+" if plan.margin >= 0 else "−") + amount(abs(plan.margin), largest))
-        style = "dim" if plan.margin is not None and plan.margin < 0 else None
+        style = None if plan.fits else "dim"
         table.add_row(format_names(alike), *cells, style=style)
     console.print(table)
     console.print("\nWhat is assumed, each a key:\n", style="dim")

@@ -8,22 +8,22 @@ from .keys import text
 
 
 def frontier(
-    configurations: Iterable[Configuration], stage: str, size=("bits", "per_parameter")
+    configurations: Iterable[Configuration], stage: str, size: tuple[str, ...] = ("bits", "per_parameter")
 ) -> list[Configuration]:
     """Those that nothing beats, by size ascending: none smaller is as good, and none as small distinguishably better."""
-    left = [(c.mean(*size), c.nll(stage), c) for c in configurations if c.nll(stage) is not None]
+    left = [(c.known(*size), nll, c) for c in configurations if (nll := c.nll(stage)) is not None]
     kept: list[Configuration] = []
-    best: Configuration | None = None  # of all that are smaller
+    best: float | None = None  # nll of all that are smaller
     for bits in sorted({bits for bits, _, _ in left}):
         alike = sorted((nll, i) for i, (b, nll, _) in enumerate(left) if b == bits)
-        first = left[alike[0][1]][2]
+        least, at = alike[0]
+        first = left[at][2]
         for nll, i in alike:
             c = left[i][2]
             against = None if c is first else difference(c, first, stage)
-            if (best is None or nll < best.nll(stage)) and not (against and against.distinguishable):
+            if (best is None or nll < best) and not (against and against.distinguishable):
                 kept.append(c)
-        if best is None or first.nll(stage) < best.nll(stage):
-            best = first
+        best = least if best is None or least < best else best
     return kept
 
 
@@ -32,11 +32,12 @@ def featured(setting: Setting, most: int) -> Setting:
     if len(setting.configurations) <= most:
         return setting
     last = setting.stages()[-1]
-    ranked = sorted(setting.configurations, key=lambda c: (c.nll(last) is None, c.nll(last)))
+    ranked = sorted(setting.configurations, key=lambda c: c.order(last))
     formats = [c for c in ranked if not c.is_16_bit]
     best = [c for stage in setting.stages() for c in frontier(formats, stage)]
-    kept = list(dict.fromkeys([setting.base(last), *best, *formats, *ranked]))[:most]
-    return Setting(setting.title, sorted(kept, key=lambda c: c.nll("quantized")), setting.varied)
+    base = setting.base(last) or setting.base("quantized")  # where that was never fine-tuned
+    kept = list(dict.fromkeys([*([base] if base else []), *best, *formats, *ranked]))[:most]
+    return Setting(setting.title, sorted(kept, key=lambda c: c.order("quantized")), setting.varied)
 
 
 def pairs_by(setting: Setting, key: str, stage: str) -> list[tuple[Configuration, Configuration]]:

@@ -5,11 +5,13 @@ fine-tune to come has no part in a score: there one configuration stands for all
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -62,6 +64,12 @@ class Configuration:
         values = self.values(*keys)
         return float(np.mean(values)) if values else None
 
+    def known(self, *keys: str) -> float:
+        """`mean` of what the runs compared all have, or all that are at a stage."""
+        found = self.mean(*keys)
+        assert found is not None, f"{self.title} lacks {'.'.join(keys)}"
+        return found
+
     def interval(self, *keys: str) -> float | None:
         """Half the 95% confidence interval of `mean` over seeds (Student's t); None of a single one."""
         values = self.values(*keys)
@@ -71,6 +79,11 @@ class Configuration:
 
     def nll(self, stage: str) -> float | None:
         return self.mean("quality", stage, "nll")
+
+    def order(self, stage: str) -> float:
+        """The nll, and where there is none infinity: what sorts configurations, the best first."""
+        found = self.nll(stage)
+        return math.inf if found is None else found
 
     def windows(self, *keys: str, each: str = "windows") -> Windows:
         """The mean nll of each window, or what `each` names, of the runs that have scores at that place in the metrics."""
@@ -119,10 +132,10 @@ class Setting:
 
     def base(self, stage: str) -> Configuration | None:
         """The best of 16 bit."""
-        return min((c for c in self.at(stage) if c.is_16_bit), key=lambda c: c.nll(stage), default=None)
+        return min((c for c in self.at(stage) if c.is_16_bit), key=lambda c: c.order(stage), default=None)
 
 
-def _at(found, keys: Sequence[str]):
+def _at(found: Any, keys: Sequence[str]) -> Any:
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found
@@ -158,7 +171,7 @@ def compare(results: dict[Path, dict]) -> list[Setting]:
         if not any(c.is_16_bit for c in found):
             found.append(_baseline_of(found[0]))
         _against_16_bit(found)
-        found.sort(key=lambda c: (c.nll("quantized"), c.nll("tuned") is None, c.nll("tuned")))
+        found.sort(key=lambda c: (c.order("quantized"), c.order("tuned")))
         settings.append(Setting(name(configs[0], varied), found, keys))
     return sorted(settings, key=lambda s: -len(s.configurations))
 
@@ -194,10 +207,10 @@ def references(some: Sequence[Configuration], stage: str) -> list[tuple[Configur
 
 def _against_16_bit(configurations: list[Configuration]) -> None:
     pairs = references(_without_fine_tunes(configurations), "quantized")
-    family = corrected([base and difference(c, base, "quantized") for c, base in pairs])
+    family = corrected([difference(c, base, "quantized") if base else None for c, base in pairs])
     before = {c.recipe: d for (c, _), d in zip(pairs, family, strict=True)}
     pairs = references(configurations, "tuned")
-    family = corrected([base and difference(c, base, "tuned") for c, base in pairs])
+    family = corrected([difference(c, base, "tuned") if base else None for c, base in pairs])
     for (c, _), after in zip(pairs, family, strict=True):
         found = {"quantized": before[c.recipe], "tuned": after}
         c.differences |= {stage: d for stage, d in found.items() if d}

@@ -1,6 +1,7 @@
 """The figures of a run, drawn from its result."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -8,8 +9,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from . import words
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 # Okabe & Ito, "Color Universal Design" (2008): told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
@@ -23,7 +28,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
 )
 CYCLE = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY]
 MARKERS = "osD^vP*X"
-STYLE = {
+STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,7 +55,7 @@ def draw(result: dict, folder: Path) -> list[tuple[str, str]]:
     return drawn
 
 
-def weights(result: dict):
+def weights(result: dict) -> tuple[Figure, str]:
     """Where the weights lie in their blocks, and where the levels are."""
     found = result["metrics"]["weights"]
     edges, density = np.array(found["edges"]), np.array(found["density"])
@@ -82,7 +87,7 @@ def _kinds(layers: list[dict]) -> dict[str, list[int]]:
     return kinds
 
 
-def errors(result: dict):
+def errors(result: dict) -> tuple[Figure | None, str]:
     """Error by layer: of the weights, and of the outputs."""
     layers = result["metrics"]["error"]["layers"]
     panels = [("sqnr_db", "SQNR of the weights, dB"), ("output_relative", "error of the layer's output, relative")]
@@ -102,7 +107,7 @@ def errors(result: dict):
     return figure, caption
 
 
-def quality(result: dict):
+def quality(result: dict) -> tuple[Figure, str]:
     """Perplexity before and after, with its uncertainty."""
     scores = result["metrics"]["quality"]
     names = list(scores)
@@ -133,7 +138,7 @@ def quality(result: dict):
     )
 
 
-def loss(result: dict):
+def loss(result: dict) -> tuple[Figure, str]:
     """The loss curve of the fine-tune."""
     tune, config = result["metrics"]["tune"], result["config"]["tune"]
     steps = np.arange(1, len(tune["loss"]) + 1)

@@ -49,7 +49,7 @@ def compared(setting: Setting) -> str:
 
 
 def _perplexity(c: Configuration, stage: str) -> str:
-    return f"{c.mean('quality', stage, 'perplexity'):.2f}"
+    return f"{c.known('quality', stage, 'perplexity'):.2f}"
 
 
 def _frontier(setting: Setting, stage: str) -> str:
@@ -62,7 +62,7 @@ def _frontier(setting: Setting, stage: str) -> str:
         against = ""
         if found:
             against = f", {found.percent}" if found.distinguishable else ", not distinguishable from 16 bit"
-        told.append(f"{c.title} ({c.mean('bits', 'per_parameter'):.3f} bits: {_perplexity(c, stage)}{against})")
+        told.append(f"{c.title} ({c.known('bits', 'per_parameter'):.3f} bits: {_perplexity(c, stage)}{against})")
     if len(best) == 1:
         return f"{_when(setting, stage)} {told[0]} alone is on the frontier of bits and perplexity."
     return f"{_when(setting, stage)} on the frontier of bits and perplexity are {listed(told, '; ')}."
@@ -87,7 +87,7 @@ def _equal(setting: Setting, stage: str) -> str:
         f"{_when(setting, stage)} {len(same)} of {len(tested)} quantized are not distinguishable from {reference}"
     )
     if same:
-        sentence += f": {listed([c.title for c in sorted(same, key=lambda c: c.mean('bits', 'per_parameter'))])}"
+        sentence += f": {listed([c.title for c in sorted(same, key=lambda c: c.known('bits', 'per_parameter'))])}"
     if better:
         sentence += f"; distinguishably better: {listed([c.title for c in better])}"
     worst = max(tested, key=lambda c: c.differences[stage].delta)
@@ -104,12 +104,12 @@ def effects(setting: Setting, key: str, stage: str) -> list[tuple[Configuration,
 
 
 def _effect(setting: Setting, key: str, name: str) -> list[str]:
-    sentences = []
+    sentences: list[str] = []
     for stage in setting.stages():
         found = effects(setting, key, stage)
         if not found:
             continue
-        saved = np.mean([b.mean("bits", "per_parameter") - a.mean("bits", "per_parameter") for a, b, _ in found])
+        saved = np.mean([b.known("bits", "per_parameter") - a.known("bits", "per_parameter") for a, b, _ in found])
         what = f"saves {saved:.3f} bits a weight on average; " if not sentences else ""
         told = tally([d for *_, d in found], "pair")
         sentences.append(f"{what}{setting.when(stage)} the perplexity is {told}")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..settings import LOW_RANK, TuneSettings
 from .words import INITS, UNTUNED, method
@@ -24,8 +25,8 @@ def text(config: dict, *keys: str) -> str:
     return json.dumps([config.get(key) for key in keys], sort_keys=True)
 
 
-def _flat(config: dict, parts: Iterable[str]) -> dict[str, object]:
-    flat = {}
+def _flat(config: dict, parts: Iterable[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for part in parts:
         value = config.get(part)
         flat |= {f"{part}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {part: value}
@@ -51,7 +52,7 @@ def told(config: dict, keys: Iterable[str]) -> list[str]:
     names = {
         "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}",
         "tune.method": method(config["tune"]),
-        "tune.init": INITS.get(flat.get("tune.init")) if config["tune"]["method"] in LOW_RANK else "",
+        "tune.init": INITS.get(flat.get("tune.init", "")) if config["tune"]["method"] in LOW_RANK else "",
         "tune.merge": "merged" if flat.get("tune.merge") else "",
         "tune.adapter_format": f"adapters in {packed}" if packed else "",
     }

@@ -97,9 +97,11 @@ def starts(setting: Setting) -> list[Start]:
     others = [c for c in some if init(c) != PLAIN and c.mean("init", "initial", "mse") != 0]
     pairs = [(c, plain.get(_alike(c))) for c in others]
     before = corrected(
-        [b and paired(c.windows("quality", _first(c)), b.windows("quality", _first(b))) for c, b in pairs]
+        [paired(c.windows("quality", _first(c)), b.windows("quality", _first(b))) if b else None for c, b in pairs]
     )
-    after = corrected([b and paired(c.windows("quality", "tuned"), b.windows("quality", "tuned")) for c, b in pairs])
+    after = corrected(
+        [paired(c.windows("quality", "tuned"), b.windows("quality", "tuned")) if b else None for c, b in pairs]
+    )
     bases = dict.fromkeys(b for _, b in pairs if b)
     rows = [Start(*row) for row in zip(others, before, after, strict=True)] + [Start(b, None, None) for b in bases]
     return sorted(rows, key=_order)

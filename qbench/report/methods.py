@@ -36,7 +36,7 @@ class Series:
 
         def nll(c: Configuration) -> float:
             runs = {seed: run for seed, run in c.runs.items() if seed in shared} or c.runs
-            return replace(c, runs=runs).nll("tuned")
+            return replace(c, runs=runs).order("tuned")
 
         return min(self.configurations, key=nll)
 
@@ -92,7 +92,7 @@ def series(setting: Setting) -> tuple[Series, ...]:
         Series(", ".join(told(next(iter(g.values())).config, keys)), sorted(g.values(), key=rate))
         for g in groups.values()
     ]
-    return tuple(sorted(some, key=lambda s: s.best.nll("tuned")))
+    return tuple(sorted(some, key=lambda s: s.best.order("tuned")))
 
 
 def at_best(setting: Setting) -> Setting:
@@ -117,9 +117,9 @@ def claims(setting: Setting) -> dict[str, list[Claim]]:
 
 
 def _tested(pairs: Iterable[tuple[Series, Series | None]]) -> list[Claim]:
-    pairs = [(ours, theirs) for ours, theirs in pairs if theirs]
-    family = corrected([difference(ours.best, theirs.best, "tuned") for ours, theirs in pairs])
-    return [Claim(*pair, d) for pair, d in zip(pairs, family, strict=True) if d]
+    known = [(ours, theirs) for ours, theirs in pairs if theirs]
+    family = corrected([difference(ours.best, theirs.best, "tuned") for ours, theirs in known])
+    return [Claim(*pair, d) for pair, d in zip(known, family, strict=True) if d]
 
 
 def plain(found: Sequence[Claim]) -> list[Claim]:

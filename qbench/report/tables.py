@@ -79,8 +79,8 @@ def _method(s: Series, same: Claim | None, full: Claim | None) -> list[Cell]:
         Cell(title(c.config)),
         Cell(f"{s.rate:g}{several}", s.rate),
         tuned(c),
-        difference(same and same.difference),
-        difference(full and full.difference),
+        difference(same.difference if same else None),
+        difference(full.difference if full else None),
         numeral(c.mean("throughput", "tune_tokens_s", "median"), ",.0f"),
     ]
 

@@ -61,8 +61,8 @@ class Compared:
 
     def difference(self, ours: Configuration, theirs: Configuration) -> Difference | None:
         """ours − theirs on the same documents, p uncorrected."""
-        ends = (c.windows(*self.place, each="documents") for c in (ours, theirs))
-        return paired(*ends, seeded=self.stage == "tuned")
+        first, second = (c.windows(*self.place, each="documents") for c in (ours, theirs))
+        return paired(first, second, seeded=self.stage == "tuned")
 
     def column(self) -> Column:
         head = f"{'tuned ' * (self.stage == 'tuned')}{self.task} {self.metric}"
@@ -88,7 +88,7 @@ def compare(setting: Setting) -> list[Compared]:
                 one = tasks[task][metric]
                 scored.setdefault(task, Compared(stage, task, metric, _better(one), one["log"]))
         pairs = [(one, c, base) for one in scored.values() for c, base in references(setting.at(stage), stage)]
-        family = corrected([base and one.difference(c, base) for one, c, base in pairs])
+        family = corrected([one.difference(c, base) if base else None for one, c, base in pairs])
         for (one, c, _), known in zip(pairs, family, strict=True):
             if known:
                 one.differences[c] = known

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from . import low_rank, methods
 from .compare import Configuration, Setting
-from .differences import tally
+from .differences import Difference, tally
 from .low_rank import Afterwards, Start
 from .methods import Claim, Series
 from .words import INITS, listed, plus_minus, title
@@ -30,7 +30,7 @@ def _together(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]
 def perplexity(c: Configuration) -> str:
     """After the fine-tune, with half its 95% interval over seeds."""
     keys = ("quality", "tuned", "perplexity")
-    return plus_minus(c.mean(*keys), c.interval(*keys), ".2f")
+    return plus_minus(c.known(*keys), c.interval(*keys), ".2f")
 
 
 def _rates(setting: Setting) -> list[str]:
@@ -119,10 +119,10 @@ def _starts(setting: Setting) -> list[str]:
 
 def _range(values: Iterable[float | None], form: str) -> str:
     """From the least to the greatest of those that there are."""
-    values = [value for value in values if value is not None]
-    if not values:
+    found = [value for value in values if value is not None]
+    if not found:
         return "?"
-    low, high = (f"{value:{form}}".replace("-", "−") for value in (min(values), max(values)))
+    low, high = (f"{value:{form}}".replace("-", "−") for value in (min(found), max(found)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -146,12 +146,13 @@ def _afterwards(setting: Setting) -> list[str]:
     rows = [row for row in rows if not row.configuration.is_16_bit] or rows
     apart = {row.configuration: row for row in rows if row.apart}
     sentences = []
-    for name, some in _together([row for row in rows if row.against], lambda row: row.name).items():
-        ours = _range([row.bits for row in some], ".3f")
-        theirs = _range([apart[row.configuration].bits for row in some], ".3f")
+    against = [(row, row.against) for row in rows if row.against]
+    for name, some in _together(against, lambda pair: pair[0].name).items():
+        ours = _range([row.bits for row, _ in some], ".3f")
+        theirs = _range([apart[row.configuration].bits for row, _ in some], ".3f")
         sentences.append(
             f"{_told(name)}, at {ours} bits a parameter of the whole model, against {theirs} with the adapters kept apart,"
-            f" the perplexity is {tally([row.against for row in some], 'configuration')}{_worst(some)}."
+            f" the perplexity is {tally([d for _, d in some], 'configuration')}{_worst(some)}."
         )
     return sentences
 
@@ -160,13 +161,12 @@ def _told(name: str) -> str:
     return {"merged": "Merged into 16 bits", "requantized": "Merged and in the format again"}.get(name, f"With {name}")
 
 
-def _worst(some: Sequence[Afterwards]) -> str:
+def _worst(some: Sequence[tuple[Afterwards, Difference]]) -> str:
     """Where the most is lost, and how much that is of what the fine-tune had won."""
-    sure = [row for row in some if row.against.distinguishable and row.against.delta > 0]
+    sure = [(row.configuration, d) for row, d in some if d.distinguishable and d.delta > 0]
     if not sure:
         return ""
-    worst = max(sure, key=lambda row: row.against.delta)
-    c = worst.configuration
-    won = c.nll("quantized") - c.nll("tuned")
-    share = f", {worst.against.delta / won:.0%} of what the fine-tune won" if won > 0 else ""
-    return f"; the most is lost on {c.title}, {worst.against.percent}{share}"
+    c, worst = max(sure, key=lambda pair: pair[1].delta)
+    won = c.known("quality", "quantized", "nll") - c.known("quality", "tuned", "nll")
+    share = f", {worst.delta / won:.0%} of what the fine-tune won" if won > 0 else ""
+    return f"; the most is lost on {c.title}, {worst.percent}{share}"

@@ -10,7 +10,7 @@ import pytest
 from qbench import record
 from qbench.report import findings, page
 from qbench.report.__main__ import main
-from qbench.report.chosen import frontier, pairs_by
+from qbench.report.chosen import featured, frontier, pairs_by
 from qbench.report.compare import compare
 
 from .results import browsed, by_file, finished, only
@@ -75,6 +75,13 @@ def test_on_the_frontier_is_what_nothing_beats():
     runs = [finished("small", 0, text + 0.3, block=128), *(finished(n, 0, nll) for n, nll in scores.items())]
     best = [c.format for c in frontier(only(runs).configurations, "quantized")]
     assert best[0] == "small" and set(best[1:-1]) == {"same", "noisy"} and best[-1] == "none"
+
+
+def test_what_is_featured_begins_with_16_bit_even_where_that_was_never_fine_tuned():
+    runs = [finished(f"f{i}", 0, [3.1 + i / 100, 3.2], [2 + i / 100, 2.1]) for i in range(5)]
+    some = featured(only(runs), 3).configurations
+    assert [c.format for c in some] == ["none", "f0", "f1"]
+    assert len(featured(only([*runs, finished("none", 0, [3.0, 3.1], [1.9, 2.0])]), 3).configurations) == 3
 
 
 def test_pairs_differ_in_one_thing():

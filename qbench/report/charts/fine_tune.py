@@ -53,7 +53,9 @@ def learning_rates(setting: Setting) -> Chart | None:
         rows, columns, figsize=(9.4 if columns > 1 else 7.6, 0.6 + 3.2 * rows), squeeze=False, sharex=True, sharey=True,
         layout="constrained",
     )  # fmt: skip
-    untuned = setting.base("quantized").mean("quality", "quantized", "perplexity")
+    base = setting.base("quantized")
+    assert base is not None  # every comparison has one
+    untuned = base.known("quality", "quantized", "perplexity")
     for axes, (name, some) in zip(grid.flat, panels.items(), strict=False):
         for s in some:
             heights = [c.mean(*TUNED) for c in s.configurations]
@@ -69,7 +71,7 @@ def learning_rates(setting: Setting) -> Chart | None:
         axes.remove()
     figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel("tuned perplexity", fontsize=9)
-    look.legend(figure, dq=False, **{"16 bit, untuned": SIXTEEN})
+    look.legend(figure, False, **{"16 bit, untuned": SIXTEEN})
     return Chart(
         "learning_rates",
         "Tuned perplexity over the learning rate, with 95% intervals over seeds; ringed is the best of a method. What"
@@ -93,7 +95,7 @@ def methods(setting: Setting) -> Chart | None:
     figure, axes = plt.subplots(figsize=(9.4, 0.9 + 0.24 * len(found)), layout="constrained")
     for i, s in enumerate(found):
         style = look.point(s.best)
-        axes.errorbar(s.best.mean(*TUNED), i, xerr=s.best.interval(*TUNED) or 0, elinewidth=0.8, **style)
+        axes.errorbar(s.best.known(*TUNED), i, xerr=s.best.interval(*TUNED) or 0, elinewidth=0.8, **style)
     axes.set_yticks(range(len(found)), [f"{s.title}, lr {s.rate:g}" for s in found])
     axes.invert_yaxis()
     axes.margins(y=margin(len(found)))

@@ -26,7 +26,9 @@ def pareto(setting: Setting) -> Chart | None:
     if len(formats) < 2:
         return None
     look = Look.of(setting)
-    measures = [("perplexity", ("quality", "quantized", "perplexity"), "quantized")]
+    measures: list[tuple[str, tuple[str, ...], str | None]] = [
+        ("perplexity", ("quality", "quantized", "perplexity"), "quantized")
+    ]
     if any(c.mean("quality", "quantized", "against_baseline", "kl_mean") for c in formats):
         measures.append(("KL from 16 bit, nats", ("quality", "quantized", "against_baseline", "kl_mean"), None))
     if setting.has_tuned:
@@ -50,13 +52,13 @@ def pareto(setting: Setting) -> Chart | None:
             if i == len(measures) - 1 and first:
                 axes.set_xlabel(label, loc="left")
             for members in _alike(at[stage or "quantized"]):
-                points = [(c.mean(*size), c.mean(*keys)) for c in members]
-                points = np.array([(x * scale, y) for x, y in points if y is not None]).reshape(-1, 2)
+                found = [(c.known(*size) * scale, y) for c in members if (y := c.mean(*keys)) is not None]
+                points = np.array(found).reshape(-1, 2)
                 axes.plot(*points.T, **look.point(members[0]), rasterized=len(formats) > 200)
             if stage:
                 best = frontier(at[stage], stage, size)
                 axes.plot(
-                    [c.mean(*size) * scale for c in best], [c.mean(*keys) for c in best], color=GREY, lw=0.9, zorder=0
+                    [c.known(*size) * scale for c in best], [c.mean(*keys) for c in best], color=GREY, lw=0.9, zorder=0
                 )
             if stage and (base := setting.base(stage)):
                 axes.axhline(base.mean(*keys), **SIXTEEN)
@@ -79,7 +81,7 @@ def _alike(formats: Sequence[Configuration]) -> list[list[Configuration]]:
 
 
 def _parts(formats: Sequence[Configuration], size: tuple[str, ...], scale: float) -> list[tuple[float, float]]:
-    return _split([c.mean(*size) * scale for c in formats])
+    return _split([c.known(*size) * scale for c in formats])
 
 
 def _split(values: Sequence[float]) -> list[tuple[float, float]]:
@@ -129,7 +131,7 @@ def layers(setting: Setting) -> Chart | None:
 def pairs(setting: Setting) -> Chart | None:
     """Every two configurations against each other, on the same windows and seeds."""
     stage = setting.stages()[-1]
-    some = sorted(setting.at(stage), key=lambda c: c.nll(stage))
+    some = sorted(setting.at(stage), key=lambda c: c.order(stage))
     if len(some) < 3:
         return None
     upper = [(i, j) for i in range(len(some)) for j in range(i + 1, len(some))]
@@ -165,19 +167,18 @@ def pairs(setting: Setting) -> Chart | None:
 def throughput(setting: Setting) -> Chart | None:
     """Tokens a second over the rows that meet each weight at once."""
     look = Look.of(setting)
-    some = [c for c in _plainest(setting) if _by_rows(c)]
+    some = [(c, found) for c in _plainest(setting) if (found := _by_rows(c))]
     if not some:
         return None
     figure, axes = plt.subplots(figsize=(7.6, 3.4), layout="constrained")
-    for c in sorted(some, key=lambda c: c.title):
-        rows, rates = _by_rows(c)
+    for c, (rows, rates) in sorted(some, key=lambda one: one[0].title):
         style = SIXTEEN | {"lw": 1.2} if c.is_16_bit else look.line(c.format)
         axes.plot(rows, rates, **style, label=c.title)
     axes.set(xscale="log", yscale="log", xlabel="M, tokens read at once", ylabel="tokens/s, quantized model")
     axes.set_xticks(rows, [f"{m}" for m in rows])
     axes.xaxis.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
-    device = next(iter(some[0].runs.values()))[1].get("environment") or {}
+    device = next(iter(some[0][0].runs.values()))[1].get("environment") or {}
     where = f" on {device.get('device')}, {count(device.get('threads') or 0, 'thread')}" if device else ""
     return Chart(
         "throughput", f"Forward throughput of the whole model over the number of tokens read at once{where}.", figure

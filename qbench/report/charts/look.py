@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from ..compare import Configuration, Setting
 from ..differences import Difference
 from ..figures import CYCLE, GREY, MARKERS
 
-SIXTEEN = {"color": "black", "ls": "--", "lw": 1}  #: a line at 16 bit
+SIXTEEN: dict[str, Any] = {"color": "black", "ls": "--", "lw": 1}  #: a line at 16 bit
 MOST = 40  #: configurations in the figures that give each a row or a line
 
 
@@ -18,7 +19,7 @@ MOST = 40  #: configurations in the figures that give each a row or a line
 class Chart:
     name: str
     caption: str
-    figure: Figure | None = None
+    figure: Figure
 
 
 class Look:
@@ -41,7 +42,7 @@ class Look:
         hollow = c.config["dq"] and not c.is_16_bit
         return {**line, "ls": "none", "mfc": "white" if hollow else line["color"], "mew": 1.1}
 
-    def legend(self, figure: Figure, dq: bool = True, **more) -> None:
+    def legend(self, figure: Figure, dq: bool = True, /, **more: dict[str, Any]) -> None:
         handles = [plt.Line2D([], [], **self.line(name) | {"lw": 0}, label=name) for name in self.names]
         if dq:
             handles.append(plt.Line2D([], [], color=GREY, marker="o", mfc="white", lw=0, ms=5, label="with dq"))

@@ -1,7 +1,7 @@
 """What one key of the configuration changes: block size, rank, double quantization."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -16,7 +16,7 @@ def blocks(setting: Setting) -> Chart | None:
     return _over(
         setting, "block", "block, weights under one scale", "Δ nll against 16 bit, nats a token",
         lambda c, stage: (found := c.differences.get(stage)) and (found.delta, found.half),
-        Chart("blocks", "What a larger block costs, with 95% intervals; dotted is with double quantization."),
+        "blocks", "What a larger block costs, with 95% intervals; dotted is with double quantization.",
     )  # fmt: skip
 
 
@@ -26,14 +26,16 @@ def ranks(setting: Setting) -> Chart | None:
         setting, "rank", "rank of LoRA", "perplexity",
         lambda c, stage: (value := c.mean("quality", stage, "perplexity"))
         and (value, c.interval("quality", stage, "perplexity") or 0),
-        Chart("ranks", "Perplexity over the rank, with 95% intervals over seeds; dotted is with double quantization."),
+        "ranks", "Perplexity over the rank, with 95% intervals over seeds; dotted is with double quantization.",
     )  # fmt: skip
 
 
-def _over(setting: Setting, key: str, label: str, measured: str, value: Callable, chart: Chart) -> Chart | None:
+def _over(
+    setting: Setting, key: str, label: str, measured: str, value: Callable, name: str, caption: str
+) -> Chart | None:
     """Lines over a key of the config, those alike in all else together; a panel before the fine-tune and one after."""
 
-    def at(c: Configuration):
+    def at(c: Configuration) -> Any:
         return (c.config | c.config["tune"]).get(key)
 
     look = Look.of(setting)
@@ -61,7 +63,7 @@ def _over(setting: Setting, key: str, label: str, measured: str, value: Callable
             axes.axhline(0, **SIXTEEN)
         axes.set_title(setting.when(stage))
     look.legend(figure, **{"16 bit": SIXTEEN})
-    return replace(chart, figure=figure)
+    return Chart(name, caption, figure)
 
 
 def double(setting: Setting) -> Chart | None:
