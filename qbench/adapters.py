@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .layers import QuantLinear, replace, unpack, weight_of
+from .layers import QuantLinear, replace, unpack_all, weight_of
 from .settings import FULL, TuneSettings
 from .starts import Start
 
@@ -88,8 +88,7 @@ def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) 
 
 def _unfrozen(model: PreTrainedModel) -> PreTrainedModel:
     """Every weight in fp32, to be trained: steps are too small for 16 bits to take up."""
-    for name in [name for name, layer in model.named_modules() if isinstance(layer, QuantLinear)]:
-        unpack(model, name)
+    unpack_all(model)
     return model.float().requires_grad_(True)
 
 

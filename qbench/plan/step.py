@@ -29,6 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -119,12 +120,12 @@ def prepare(
     model: PreTrainedModel,
     settings: PlanSettings,
     pack: Callable[[dict[str, nn.Module]], dict[str, QuantizedTensor]],
-) -> nn.Module:
+) -> PreTrainedModel | PeftModel:
     """The model as the method trains it: layers packed, adapters on, checkpointing set.
 
     pack: linear layers, by name, to packed weights.
     """
-    trained: nn.Module = model
+    trained: PreTrainedModel | PeftModel = model
     model.requires_grad_(settings.method == "full")
     if settings.method != "full":
         layers = linear_layers(model)

@@ -143,11 +143,10 @@ def _at(found: Any, keys: Sequence[str]) -> Any:
 
 def usable(result: dict) -> bool:
     """Whether a finished result has all that a comparison needs."""
-    config, score = result["config"], _at(result["metrics"], ("quality", "quantized", "nll"))
     keys = {"format", "block", "dq", "seed", "model", "data", "tune", "eval"}
-    base = _at(result["metrics"], ("quality", "baseline", "nll"))
-    numbers = all(isinstance(number, int | float) for number in (score, base))
-    return keys <= config.keys() and numbers and bool(_at(result["metrics"], ("bits", "per_parameter")))
+    scores = [_at(result["metrics"], ("quality", stage, "nll")) for stage in ("baseline", "quantized")]
+    bits = [_at(result["metrics"], ("bits", of)) for of in ("baseline", "per_parameter")]
+    return keys <= result["config"].keys() and all(isinstance(number, int | float) for number in scores + bits)
 
 
 def compare(results: dict[Path, dict]) -> list[Setting]:
