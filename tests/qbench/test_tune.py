@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import formats
 from qbench import adapters, merge, models, starts
@@ -65,10 +66,12 @@ def test_every_method_learns(any_model, method, tmp_path):
     assert log.loss[-1] < log.loss[0] and log.trainable == sum(p.numel() for p in trained)
     logits = logits_of(model, windows())
     assert logits.shape[:2] == windows().shape
+    model.save_pretrained(tmp_path)
     if method == "full":
         assert not any(isinstance(layer, QuantLinear) for layer in model.modules())
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert torch.allclose(logits_of(again, windows()), logits, atol=1e-5)
         return
-    model.save_pretrained(tmp_path)
     fresh, _ = quantized(any_model)
     after = fresh.state_dict()
     assert all(torch.equal(kept[key], after[key]) for key in kept)
