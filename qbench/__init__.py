@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 from .imports import after
 
 if TYPE_CHECKING:
-    from .api import Result, load, run
+    from .api import Result, run
     from .pretrained import QBenchConfig
+    from .record import load
 
 __all__ = ["QBenchConfig", "Result", "load", "run"]
 
 # imported once one is asked for, with all that it needs
-_LATER = {"QBenchConfig": "qbench.pretrained", **dict.fromkeys(("Result", "load", "run"), "qbench.api")}
+_LATER = {
+    "QBenchConfig": "qbench.pretrained",
+    "Result": "qbench.api",
+    "load": "qbench.record",
+    "run": "qbench.api",
+}
 
 
 after("transformers.quantizers.auto", "qbench.pretrained")

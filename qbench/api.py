@@ -1,9 +1,9 @@
-"""qbench in a notebook: the command `python -m qbench` as a function, and many results as one DataFrame."""
+"""qbench in a notebook: the command `python -m qbench` as a function."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -12,13 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from formats import Format
 
-from . import experiment, groups, jobs, record
+from . import experiment, groups, jobs
 from . import track as trackers
 from .errors import InputError
 from .report import tasks, words
-
-if TYPE_CHECKING:
-    import pandas
 
 Keys = Mapping[str, Any]
 
@@ -97,15 +94,6 @@ def run(
         recipe = f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}"
         out = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{recipe}"
     return Result(experiment.run(settings, Path(out), trackers=told), Path(out))
-
-
-def load(*paths: str | Path) -> "pandas.DataFrame":
-    """Every result at or under the paths, as runs and sweeps leave them, as one DataFrame.
-
-    A row a run; a column a number, named by its place in result.json (`metrics.quality.tuned.perplexity`), and `path`, the
-    folder. Numbers of layers, windows and steps are lists. Warns of files that could not be read.
-    """
-    return record.frame(*paths)
 
 
 def _keys(given: str | Path | Keys | None) -> dict[str, Any]:

@@ -152,11 +152,12 @@ def _compact(value: Any) -> Any:
     return tuple(sys.intern(item) for item in value) if kinds == {str} else value
 
 
-def frame(*paths: Path | str) -> "pandas.DataFrame":
-    """Every result at or under the paths as one DataFrame: a row a run, a column a number, named by its place in the JSON
-    (`metrics.quality.tuned.nll`), lists as in `collect`. Sorted by path, which is the column `path`.
+def load(*paths: Path | str) -> "pandas.DataFrame":
+    """Every result at or under the paths, as runs and sweeps leave them, as one DataFrame: `qbench.load`.
 
-    Warns of files that could not be read.
+    A row a run, sorted by `path`, its folder; a column a number, named by its place in result.json
+    (`metrics.quality.tuned.perplexity`; docs/result.md explains them all). Numbers of layers, windows and steps are lists,
+    as in `collect`. Warns of files that could not be read.
     """
     results, unreadable = collect(*paths)
     for reason in unreadable.values():
@@ -165,7 +166,7 @@ def frame(*paths: Path | str) -> "pandas.DataFrame":
 
 
 def as_frame(results: dict[Path, dict]) -> "pandas.DataFrame":
-    """What `collect` found, as `frame` gives it."""
+    """What `collect` found, as `load` gives it."""
     import pandas
 
     rows = pandas.json_normalize(list(results.values()))

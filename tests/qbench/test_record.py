@@ -84,11 +84,11 @@ def test_many_results_are_one_frame(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / record.FILE).write_text("{")
     with pytest.warns(UserWarning, match="broken"):
-        frame = record.frame(tmp_path)
+        frame = record.load(tmp_path)
     assert frame["config.format.name"].tolist() == ["int8", "nf4"]
     assert frame["metrics.windows"][0].tolist() == [1.0, 2.0]
     assert frame["metrics.layers.mse"][1].tolist() == [1.0, 2.0] and frame["metrics.layers.name"][1] == ("a", "b")
-    assert len(record.frame(tmp_path / "nf4", tmp_path / "nf4" / "result.json")) == 1
+    assert len(record.load(tmp_path / "nf4", tmp_path / "nf4" / "result.json")) == 1
 
 
 @pytest.mark.parametrize("status", ["done", "failed"])
