@@ -39,9 +39,8 @@ from .task_files import place, unknown
 from .task_scores import TaskScores
 
 BOOTSTRAPS = 1000  #: draws for the standard error of a metric that has none in closed form
-_environment = functools.cache(
-    collect_env.get_pretty_env_info
-)  # it takes seconds, and lm-eval tells it in every result
+# takes seconds, and lm-eval tells it in every result
+_environment = functools.cache(collect_env.get_pretty_env_info)
 
 
 @dataclass
@@ -198,18 +197,19 @@ class _Live(HFLM):
 def _apart(device: torch.device | None = None) -> Iterator[None]:
     """lm-eval without its voice, and without its hand on the seeds of whoever calls it, nor processes of its own."""
     bar, disabled, states = tqdm.__init__, logging.root.manager.disable, (random.getstate(), np.random.get_state())
+
+    def silent(self: tqdm, *args: Any, **options: Any) -> None:
+        bar(self, *args, **options | {"disable": True})
+
     logging.disable(logging.WARNING)
     try:
         with (
             warnings.catch_warnings(action="ignore"),
             redirect_stdout(io.StringIO()),
-            patch.object(
-                tqdm, "__init__", lambda self, *args, **options: bar(self, *args, **options | {"disable": True})
-            ),
+            patch.object(tqdm, "__init__", silent),
             patch.object(collect_env, "get_pretty_env_info", _environment),
-            patch.object(
-                evaluator, "get_git_commit_hash", lambda: None
-            ),  # of the working directory, and git says so aloud
+            # of the working directory, where there may be none, and git says so aloud
+            patch.object(evaluator, "get_git_commit_hash", lambda: None),
             patch.dict(os.environ, DISABLE_MULTIPROC="1"),
             torch.random.fork_rng([device] if device and device.type == "cuda" else []),
         ):
