@@ -20,7 +20,7 @@ run: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/ruff check formats qbench tests experiments docs
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 test-lowest: $(VENV)-lowest/.test
 	$(VENV)-lowest/bin/python -m pytest $(CLOSEST)

@@ -48,9 +48,7 @@ def write(bars: list[tuple[str, dict[str, int]]], title: str, gpu: int | None, f
     largest = max(sum(lines.values()) for _, lines in bars)
     divisor, unit = (1e9, "GB") if largest >= 2e9 else (1e6, "MB")
     with plt.rc_context({**STYLE, "hatch.linewidth": 0.5}):
-        figure, axes = plt.subplots(
-            figsize=(8, 1.4 + (0.36 if len(bars) > 4 else 0.3) * len(bars)), constrained_layout=True
-        )
+        figure, axes = plt.subplots(figsize=(8, 1.4 + (0.36 if len(bars) > 4 else 0.3) * len(bars)))
         starts = [0.0] * len(bars)
         for name, color, hatch, parts in PARTS:
             widths = [sum(lines.get(part, 0) for part in parts) / divisor for _, lines in bars]

@@ -36,7 +36,7 @@ STYLE: "dict[RcKeyType, Any]" = {
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
     "figure.dpi": 150,
-    "savefig.bbox": "tight",
+    "figure.constrained_layout.use": True,
     "axes.titlelocation": "left",
 }
 
@@ -93,7 +93,7 @@ def errors(result: dict) -> tuple[Figure | None, str]:
     panels = [("sqnr_db", "SQNR of the weights, dB"), ("output_relative", "error of the layer's output, relative")]
     if layers[0]["sqnr_db"] is None:
         return None, ""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2))
     for panel, (key, label) in zip(axes, panels, strict=True):
         for i, (kind, members) in enumerate(_kinds(layers).items()):
             values = [layers[m][key] for m in members]
@@ -111,7 +111,7 @@ def quality(result: dict) -> tuple[Figure, str]:
     """Perplexity before and after, with its uncertainty."""
     scores = result["metrics"]["quality"]
     names = list(scores)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.2))
     for i, name in enumerate(names):
         row, against = scores[name], scores[name].get("against_baseline")
         axes[0].errorbar(

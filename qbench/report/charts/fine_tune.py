@@ -19,7 +19,7 @@ def slopes(setting: Setting) -> Chart | None:
     if not found:
         return None
     look = Look.of(setting)
-    figure, axes = plt.subplots(figsize=(7.6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4))
     for i, c in enumerate(found):
         ends = [c.differences["quantized"], c.differences["tuned"]]
         x = np.array([0, 1]) + (i - (len(found) - 1) / 2) * 0.12 / len(found)
@@ -51,7 +51,6 @@ def learning_rates(setting: Setting) -> Chart | None:
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(9.4 if columns > 1 else 7.6, 0.6 + 3.2 * rows), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
     )  # fmt: skip
     base = setting.base("quantized")
     assert base is not None  # every comparison has one
@@ -92,7 +91,7 @@ def methods(setting: Setting) -> Chart | None:
     every = tuned.series(setting)
     found = every[:MOST]
     look = Look.of(setting)
-    figure, axes = plt.subplots(figsize=(9.4, 0.9 + 0.24 * len(found)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.4, 0.9 + 0.24 * len(found)))
     for i, s in enumerate(found):
         style = look.point(s.best)
         axes.errorbar(s.best.known(*TUNED), i, xerr=s.best.interval(*TUNED) or 0, elinewidth=0.8, **style)

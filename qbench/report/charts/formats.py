@@ -37,7 +37,7 @@ def pareto(setting: Setting) -> Chart | None:
     widths = [max(0.35, (high - low) / high * 4) for *_, (low, high) in columns]
     figure, grid = plt.subplots(
         len(measures), len(columns), figsize=(9.4, 2.5 * len(measures)), squeeze=False, sharey="row",
-        gridspec_kw={"width_ratios": widths}, layout="constrained",
+        gridspec_kw={"width_ratios": widths},
     )  # fmt: skip
     for i, (name, keys, stage) in enumerate(measures):
         for j, (label, size, scale, (low, high)) in enumerate(columns):
@@ -108,7 +108,7 @@ def layers(setting: Setting) -> Chart | None:
     kinds = [name.rpartition(".")[2] for name in names]
     order = sorted(range(len(names)), key=lambda i: (kinds.index(kinds[i]), i))
     table = np.array([np.asarray(found["output_relative"], float)[order] for _, found in some])
-    figure, axes = plt.subplots(figsize=(9.4, 1.5 + 0.19 * len(some)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.4, 1.5 + 0.19 * len(some)))
     axes.grid(False)
     image = axes.pcolormesh(table, cmap="viridis", norm="log" if table.min() > 0 else None)
     axes.set_yticks(np.arange(len(some)) + 0.5, [c.title for c, _ in some], fontsize=7.5)
@@ -145,7 +145,7 @@ def pairs(setting: Setting) -> Chart | None:
     if np.isnan(table).all():
         return None
     side = 2.2 + 0.2 * len(some)
-    figure, axes = plt.subplots(figsize=(min(9.4, side + 1.6), side), layout="constrained")
+    figure, axes = plt.subplots(figsize=(min(9.4, side + 1.6), side))
     axes.grid(False)
     image = axes.pcolormesh(table, cmap="cividis_r", vmin=0)
     for j, i in blurred:
@@ -170,7 +170,7 @@ def throughput(setting: Setting) -> Chart | None:
     some = [(c, found) for c in _plainest(setting) if (found := _by_rows(c))]
     if not some:
         return None
-    figure, axes = plt.subplots(figsize=(7.6, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 3.4))
     for c, (rows, rates) in sorted(some, key=lambda one: one[0].title):
         style = SIXTEEN | {"lw": 1.2} if c.is_16_bit else look.line(c.format)
         axes.plot(rows, rates, **style, label=c.title)

@@ -59,9 +59,7 @@ def forest(look: Look, panels: Mapping[str, Sequence[tuple[str, str, Difference]
     """Differences with their 95% intervals, hollow where not distinguishable from none. panels: by title, of each
     difference the name of its row, its format, and itself."""
     rows = sorted({name for panel in panels.values() for name, *_ in panel})
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(9.4, 0.9 + 0.24 * len(rows)), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure, grid = plt.subplots(1, len(panels), figsize=(9.4, 0.9 + 0.24 * len(rows)), squeeze=False, sharey=True)
     for axes, (title, panel) in zip(grid[0], panels.items(), strict=True):
         for name, kind, d in panel:
             style = look.line(kind) | {"ls": "none", "mfc": None if d.distinguishable else "white"}

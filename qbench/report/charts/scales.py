@@ -44,7 +44,7 @@ def _over(
     stages = [s for s in stages if key == "block" or s == "tuned"]
     if len(sizes) < 2 or not stages:
         return None
-    figure, panels = plt.subplots(1, len(stages), figsize=(9.4, 3.2), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(1, len(stages), figsize=(9.4, 3.2), squeeze=False)
     for axes, stage in zip(panels[0], stages, strict=True):
         lines: dict[str, list[Configuration]] = {}
         for c in setting.configurations:
