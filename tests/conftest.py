@@ -22,6 +22,12 @@ from qbench.models import BUNDLED
 settings.register_profile("qbench", deadline=None, print_blob=True)
 settings.load_profile("qbench")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, so that in the end no process waits for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 VOCABULARY = 4096
 ARCHITECTURES = {
     "llama": transformers.LlamaConfig(

@@ -19,6 +19,7 @@ from qbench.layers import linear_layers
 from qbench.measure.error import Sums, compare_weights
 
 PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+pytestmark = pytest.mark.slow
 SHORT = ["eval.tokens=64", "data.seq=32"]
 MAINS = {"qbench": "qbench.__main__", "qbench.report": "qbench.report.__main__", "qbench.plan": "qbench.plan.__main__"}
 MAINS["qbench.quantize"] = "qbench.quantize.__main__"

@@ -16,6 +16,7 @@ from qbench.bench import compiled
 
 RECORD = Path(__file__).parent / "compiled.json"
 SLACK = 1.1  # versions of the compiler differ
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
