@@ -14,10 +14,12 @@ AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: what is measured o
 
 
 def completed(config: dict) -> dict:
-    """With the defaults of what a fine-tune could not yet be told when it ran."""
-    if config["tune"].get("method") == UNTUNED:
-        return config
-    return {**config, "tune": asdict(TuneSettings()) | config["tune"]}
+    """What decided a run: with the defaults of what a fine-tune could not yet be told then, without what is said of where
+    a format comes from."""
+    tune = config["tune"]
+    if tune.get("method") != UNTUNED:
+        tune = asdict(TuneSettings()) | tune
+    return {**config, "tune": tune, "format": {k: v for k, v in config["format"].items() if k != "source"}}
 
 
 def text(config: dict, *keys: str) -> str:

@@ -54,6 +54,13 @@ def test_there_is_always_a_16_bit_row():
     assert nf4.differences["quantized"].delta == pytest.approx(0.25) and "tuned" not in nf4.differences
 
 
+def test_other_words_about_a_format_are_no_other_format():
+    told = [{"name": "nf4", "source": source} for source in ("a paper", "the paper, section 3")]
+    runs = [finished("nf4", seed, format=one) for seed, one in enumerate(told)]
+    _, nf4 = only(runs).configurations
+    assert len(nf4.runs) == 2
+
+
 def test_settings_do_not_mix():
     runs = [finished("nf4"), finished("nf4", data={"path": "docs"}), finished("none", eval={"tokens": 9})]
     titles = {setting.title for setting in compare(by_file(runs))}
