@@ -71,11 +71,13 @@ def test_any_model_runs_through(command, any_model, tmp_path):
     assert {file.suffix for file in out.iterdir()} == {"", ".json", ".md", ".png"}, "nothing else is left"
 
 
-@pytest.mark.parametrize("name", formats.names())
-def test_every_format_runs_through(command, tiny_llama, name):
-    code, _, result = command(f"+format={name}", f"model.path={tiny_llama}", *SHORT, "model.dtype=float32")
-    assert code == 0 and result["status"] == "done"
-    assert result["config"]["format"]["name"] == name
+def test_every_format_runs_through(tmp_path, monkeypatch, tiny_llama):
+    line = ["-m", f"+format={','.join(formats.names())}", f"model.path={tiny_llama}", *SHORT, "model.dtype=float32"]
+    monkeypatch.setattr(sys, "argv", ["qbench", *line, f"hydra.sweep.dir={tmp_path}"])
+    assert main() == 0
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("*/result.json")]
+    assert sorted(result["config"]["format"]["name"] for result in results) == formats.names()
+    assert {result["status"] for result in results} == {"done"}
 
 
 def test_the_baseline_through_the_same_path(command, tiny_llama):

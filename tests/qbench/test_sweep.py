@@ -164,13 +164,13 @@ def test_a_run_that_takes_too_long_is_a_row(sweep, tmp_path):
     assert len(results(tmp_path / "out")) == 1
 
 
-@pytest.mark.parametrize("content", ["", '{"schema": 1, "stat', "[]", '"text"', "\x00\x00"])
-def test_a_truncated_or_foreign_result_is_done_again(sweep, tmp_path, content):
+def test_a_truncated_or_foreign_result_is_done_again(sweep, tmp_path):
     assert sweep("+format=nf4")[0] == 0
     (file,) = (tmp_path / "out").glob("*/result.json")
-    file.write_text(content)
-    code, said = sweep("+format=nf4")
-    assert code == 0 and "1 of 1" in said and results(tmp_path / "out").popitem()[1]["status"] == "done"
+    for content in ("", '{"schema": 1, "stat', "[]", '"text"', "\x00\x00"):
+        file.write_text(content)
+        code, said = sweep("+format=nf4")
+        assert code == 0 and "1 of 1" in said and results(tmp_path / "out").popitem()[1]["status"] == "done"
 
 
 def test_changed_code_sets_the_old_result_aside(sweep, tmp_path, monkeypatch):
