@@ -35,6 +35,7 @@ class Codebook:
 
     @classmethod
     def of(cls, levels: Tensor | Sequence[float], boundaries: Tensor | Sequence[float] | None = None) -> "Codebook":
+        """The codebook of 2^bits levels. boundaries: 2^bits − 1, ascending, where not halfway."""
         levels = torch.as_tensor(levels, dtype=torch.float32)
         order = torch.argsort(levels, stable=True)
         ranked = levels[order]
@@ -83,6 +84,7 @@ class QuantizedTensor:
 
     @property
     def numel(self) -> int:
+        """Weights."""
         return self.shape.numel()
 
     @property
@@ -97,10 +99,12 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of `stored`: codes, scales, shifts, and a table of its own."""
         return sum(t.nbytes for t in self.stored)
 
     @property
     def bits_per_parameter(self) -> float:
+        """Bits a weight, counted from `nbytes`."""
         return 8 * self.nbytes / self.numel if self.numel else 0.0
 
 
@@ -111,8 +115,8 @@ class Format:
     Raises ValueError for a block that is not a positive integer.
     """
 
-    name: str
-    bits: int
+    name: str  #: as tables and folders have it
+    bits: int  #: of a code, 1 to 8; 16 is the weight itself
     source: str  #: where the format is defined: paper and equation, or the code that is its definition
     levels: tuple[float, ...]  #: the fixed table L, indexed by code
     boundaries: tuple[float, ...] | None = None  #: where its ranks part, fp32 values; halfway between levels without

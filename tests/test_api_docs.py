@@ -31,6 +31,11 @@ def test_every_module_has_a_page(pages):
         assert f'id="{name}"' in pages[Path("qbench.html")]
 
 
+def test_what_comments_say_of_variables_is_told(pages):
+    assert "whether blocks carry a shift z" in pages[Path("formats.html")]  # in the line
+    assert "the linear layers of Llama" in pages[Path("qbench/bench/products.html")]  # in the line before
+
+
 def test_every_link_leads_somewhere(pages):
     for page, text in pages.items():
         for target in set(re.findall(r'href="([^"$#]+)', text)):

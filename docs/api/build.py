@@ -1,13 +1,16 @@
-"""The API docs, from the docstrings: `python docs/api/build.py FOLDER`."""
+"""The API docs, from docstrings and `#:` comments: `python docs/api/build.py FOLDER`."""
 
+import ast
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from pkgutil import walk_packages
+from unittest.mock import patch
 
-from pdoc import render
+from pdoc import doc_ast, render
 from pdoc.doc import Module
 
 import formats
@@ -24,8 +27,35 @@ def modules() -> Iterator[str]:
         yield from (module.name for module in inside if not module.name.endswith("__main__"))
 
 
+_parse = doc_ast._parse
+
+
+def _with_comments(source: str) -> ast.Module:
+    """The tree of a source in which what a `#:` comment says of a variable is the docstring that pdoc looks for."""
+    tree, lines = _parse(source), source.splitlines()
+    for place in ast.walk(tree):
+        if isinstance(place, ast.Module | ast.ClassDef):
+            place.body = [part for statement in place.body for part in (statement, *_comment(statement, lines))]
+    return tree
+
+
+def _comment(statement: ast.stmt, lines: list[str]) -> list[ast.Expr]:
+    """What is said of a variable in the line where it ends, or else in those before it."""
+    if not isinstance(statement, ast.Assign | ast.AnnAssign):
+        return []
+    _, behind, told = lines[statement.end_lineno - 1].partition("  #: ")
+    before = takewhile(lambda line: line.startswith("#: "), map(str.strip, lines[statement.lineno - 2 :: -1]))
+    told = told if behind else " ".join(line.removeprefix("#: ") for line in reversed(list(before)))
+    return [ast.Expr(ast.Constant(told))] if told else []
+
+
 def build(folder: Path) -> list[str]:
     """Write a page a module, an index and what its search needs. Returns the modules."""
+    with patch.object(doc_ast, "_parse", _with_comments):
+        return _build(folder)
+
+
+def _build(folder: Path) -> list[str]:
     found = {name: Module(import_module(name)) for name in modules()}
     for name in qbench.__all__:  # which are imported once they are asked for, and only then known to pdoc
         getattr(qbench, name)
