@@ -113,11 +113,7 @@ class TaskScores:
         log = aggregate in (perplexity, weighted_perplexity)
         try:
             documents = shares((lambda some: math.log(aggregate(some))) if log else aggregate, items)
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-        ):  # of an aggregation that needs all documents, or makes no number
+        except (ValueError, TypeError, ArithmeticError):  # the aggregation needs all documents, or makes no number
             return Score(value, None, ids, None, log)
         stderr = clustered_mean(documents[:, None])[1]
         return Score(value, stderr * value if log else stderr, ids, documents, log)

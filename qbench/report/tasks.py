@@ -44,8 +44,8 @@ def answer_of_run(result: dict) -> list[str]:
 @dataclass(eq=False)
 class Compared:
     """One metric of a task at one stage. better: 1 where more of it is, else −1. log: whether it is a perplexity, whose
-    differences are of logarithms. differences: from 16 bit, by what the stage tells
-    apart, p corrected for all tasks and configurations there."""
+    differences are of logarithms. differences: from 16 bit, by what the stage tells apart, p corrected for all tasks and
+    configurations there."""
 
     stage: str
     task: str
