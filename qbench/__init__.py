@@ -11,16 +11,18 @@ from .imports import after
 
 if TYPE_CHECKING:
     from .api import Result, run
+    from .models import pack
     from .pretrained import QBenchConfig
     from .record import load
 
-__all__ = ["QBenchConfig", "Result", "load", "run"]
+__all__ = ["QBenchConfig", "Result", "load", "pack", "run"]
 
 # imported once one is asked for, with all that it needs
 _LATER = {
     "QBenchConfig": "qbench.pretrained",
     "Result": "qbench.api",
     "load": "qbench.record",
+    "pack": "qbench.models",
     "run": "qbench.api",
 }
 

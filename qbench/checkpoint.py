@@ -119,7 +119,7 @@ def _filled(found: Foreign, device: torch.device, dtype: torch.dtype) -> PreTrai
     if (found.path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.path, local_files_only=True)
     held = found.hold(model)
-    skeleton.pack(model, held.layers)
+    skeleton.place(model, held.layers)
     missing = skeleton.match(model, shards.merged(held.contents), found.path, held.called)
     _fill(model, held, device, dtype)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)

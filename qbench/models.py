@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,11 +15,14 @@ from transformers.utils import logging as transformers_logging
 
 from formats import Format, QuantizedTensor
 
-from . import checkpoint, recipe
+from . import checkpoint, recipe, skeleton
 from .checkpoint import LoadedModel, reading
 from .errors import InputError
 from .interop import gguf
-from .layers import weight_of
+from .layers import replace, weight_of
+from .pretrained import tell
+from .recipe import Recipe
+from .shards import Spec
 
 BUNDLED = Path(__file__).parent / "assets" / "model"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -196,6 +200,22 @@ def quantize(
             raise InputError(str(error)) from error
         advance(packed[name].numel)
     return packed
+
+
+def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False, **options: Any) -> PreTrainedModel:
+    """Quantize a model that is in memory, in place: every linear layer but the output head, as `QBenchConfig` does on the
+    way from disk, to the same bits.
+
+    format, block, dq and options: what `formats.get` takes. Returns the model. Raises InputError, before anything is
+    changed, for what is no format, for a model without such layers, and naming the weight that is tied, NaN or Inf.
+    """
+    recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
+    held = {name: Spec.of(tensor) for name, tensor in model.state_dict().items()}
+    layers = skeleton.layers_of(model, held, type(model).__name__)
+    dtypes = {name: weight_of(layer).dtype for name, layer in layers.items()}
+    replace(model, quantize(layers, recipe.format))
+    tell(model, Recipe.of(recipe.arguments, dtypes))
+    return model
 
 
 def held_bytes(model: nn.Module) -> int:

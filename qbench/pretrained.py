@@ -87,7 +87,7 @@ class QBenchQuantizer(HfQuantizer):
                 raise InputError(f"{self.where}: {file} is in another folder; files of the same are accepted")
         contents = shards.headers(files)
         if self.pre_quantized:
-            skeleton.pack(model, self.recipe.layers(model))
+            skeleton.place(model, self.recipe.layers(model))
         _, found = names.named(model, contents)
         skeleton.match(model, found, self.where)
         self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, found, self.where))

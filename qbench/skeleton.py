@@ -59,7 +59,7 @@ def packed_names(model: nn.Module) -> set[str]:
     return {f"{name}.{key}" for name, layer in layers for key in layer.state_dict() if key != "bias"}
 
 
-def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> dict[str, nn.Module]:
+def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path | str) -> dict[str, nn.Module]:
     """The layers of a model to quantize, by name. Raises InputError for one whose weight is tied, or not of floats."""
     layers = linear_layers(model)
     tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
@@ -71,7 +71,7 @@ def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path) -> di
     return layers
 
 
-def pack(model: PreTrainedModel, layers: dict[str, tuple[Format, torch.dtype]]) -> None:
+def place(model: PreTrainedModel, layers: dict[str, tuple[Format, torch.dtype]]) -> None:
     """Put an empty QuantLinear in the place of each of these layers: `state_dict` then tells what a checkpoint holds."""
     shapes = {name: weight_of(model.get_submodule(name)).shape for name in layers}
     replace(model, {name: fmt.empty(shapes[name], dtype) for name, (fmt, dtype) in layers.items()})
@@ -89,7 +89,7 @@ def restore_levels(layer: QuantLinear, fmt: Format, device: torch.device) -> Non
 def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     """The tensors of the checkpoint of a model. Raises InputError where they could not be read back by this recipe."""
     empty, tensors = bare(model.config, model.dtype), model.state_dict()
-    pack(empty, recipe.layers(empty))
+    place(empty, recipe.layers(empty))
     modules = dict(model.named_modules())
     for name in packed_layers(empty):
         if not isinstance(layer := modules.get(name), QuantLinear):

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM
 
 import formats
+import qbench
 from qbench import QBenchConfig, merge, models, shards
 from qbench.errors import InputError
 from qbench.imports import after
@@ -292,6 +293,31 @@ def test_only_what_can_be_loaded_is_saved(sharded_llama, tmp_path):
     model.add_adapter(LoraConfig(target_modules=["up_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_in_memory_is_packed_as_on_the_way_from_disk(any_model, tmp_path, dtype):
+    model = load(any_model, dtype=dtype)
+    assert qbench.pack(model, "nf4", block=32, dq=True) is model
+    expected = load(any_model, NF4 | {"block": 32, "dq": True}, dtype=dtype)
+    assert_same(model, expected)
+    assert model.config.quantization_config.to_dict() == expected.config.quantization_config.to_dict()
+    model.save_pretrained(tmp_path / "packed")
+    assert_same(load(tmp_path / "packed", dtype=dtype), model)
+    tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert any(isinstance(module, LoraQuantLinear) for module in tuned.modules())
+    with pytest.raises(InputError, match="has no linear layer to quantize besides its head"):
+        qbench.pack(load(tmp_path / "packed"), "nf4")
+
+
+def test_a_model_that_cannot_be_packed_stays_as_it_is(sharded_llama):
+    model = load(sharded_llama)
+    model.get_submodule(UP).weight.data[3, 5] = torch.inf
+    for name, message in (("nf4", rf"{UP}.weight: .*Inf"), ("nf5", "unknown format 'nf5'")):
+        with pytest.raises(InputError, match=message):
+            qbench.pack(model, name)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    assert not hasattr(model.config, "quantization_config")
 
 
 def test_a_model_is_dequantized_where_it_stands(any_model, tmp_path):
