@@ -184,7 +184,6 @@ def speed_over_rows(result: dict, name: str, dq: bool) -> Figure:
         row[0].set_ylabel(f"{TITLES[op]}\ntimes the speed of bf16")
     panels[0][0].set_ylim(0, 1.08 * max(1, *(v for _, found, *_ in curves for v in found.values())))
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, -0.04))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Products with a packed weight, {result['environment']['device']}", x=0.01, ha="left")
-    figure.tight_layout()
     return figure

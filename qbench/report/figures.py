@@ -37,6 +37,7 @@ STYLE: "dict[RcKeyType, Any]" = {
     "axes.axisbelow": True,
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
+    "savefig.bbox": "tight",  # a long name in a title makes a wider figure
     "axes.titlelocation": "left",
 }
 
