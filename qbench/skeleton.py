@@ -96,7 +96,8 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
             raise InputError(f"{name} is a {type(layer).__name__}; accepted: a QuantLinear")
     match(empty, {name: Spec.of(tensor) for name, tensor in tensors.items()}, type(model).__name__)
     for name, layer in packed_layers(model).items():
-        levels = recipe.format.empty(torch.Size([0]), layer.dtype, layer.codes.device).levels
+        device = layer.codes.device if layer.levels is None else layer.levels.device  # codes may be offloaded
+        levels = recipe.format.empty(torch.Size([0]), layer.dtype, device).levels
         if levels is not None and not (layer.own_levels or layer.levels is None or torch.equal(layer.levels, levels)):
             raise InputError(f"{name} has other levels than {recipe.format!r}; accepted: the arguments of its format")
         for part in layer.state_dict():

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,19 @@ from qbench.layers import QuantLinear
 from qbench.lora import LoraQuantLinear
 from tests.conftest import make_model
 
-from .checkpoints import assert_same, cut, edit_config, edit_index, held, in_memory, logits, quantize, sharded, tensors
+from .checkpoints import (
+    CPU,
+    assert_same,
+    cut,
+    edit_config,
+    edit_index,
+    held,
+    in_memory,
+    logits,
+    quantize,
+    sharded,
+    tensors,
+)
 from .test_checkpoint import BAD_PACKED
 from .test_quantize import BAD_SOURCES
 
@@ -113,6 +126,16 @@ def test_any_device_map(sharded_llama, packed_nf4, tmp_path, device_map):
         model = load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
         assert torch.equal(logits(model), logits(load(packed_nf4)))
         assert not any(b.is_meta for module in model.modules() for b in module.buffers(recurse=False))
+
+
+def test_what_is_offloaded_is_saved_as_it_is(packed_nf4, tmp_path):
+    model, expected = load(packed_nf4), load(packed_nf4)
+    cpu_offload(model, execution_device=CPU, offload_buffers=True)
+    model.hf_device_map = {"model": "cpu", "lm_head": 0}  # as with a GPU that the model does not fit
+    assert all(layer.codes.is_meta for layer in model.modules() if isinstance(layer, QuantLinear))
+    for one, folder in ((model, "offloaded"), (expected, "expected")):
+        one.save_pretrained(tmp_path / folder)
+    assert held(tmp_path / "offloaded") == held(tmp_path / "expected")
 
 
 def test_an_automatic_device_map_counts_packed_weights_as_packed(sharded_llama, packed_nf4):
