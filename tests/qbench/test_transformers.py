@@ -128,6 +128,9 @@ def test_any_device_map(sharded_llama, packed_nf4, tmp_path, device_map):
         assert not any(b.is_meta for module in model.modules() for b in module.buffers(recurse=False))
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="this release looks for offloaded parameters alone"
+)
 def test_what_is_offloaded_is_saved_as_it_is(packed_nf4, tmp_path):
     model, expected = load(packed_nf4), load(packed_nf4)
     cpu_offload(model, execution_device=CPU, offload_buffers=True)
