@@ -6,12 +6,19 @@ ARGS ?= +format=nf4 block=64
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-# What follows transformers most closely, in the lowest releases that pyproject.toml takes; `make test` has the newest.
+# The releases that are tested. LOCK= lets pip take the newest that pyproject.toml accepts.
+LOCK ?= requirements.lock
+# TORCH: what pip takes for PyTorch, such as the wheel of a CPU build; without it, what the registry has.
+INSTALL = -m pip install --quiet --disable-pip-version-check $(TORCH)
+LOCKED = $(if $(LOCK),--constraint $(LOCK))
+
+# The lowest releases that pyproject.toml accepts, and the tests that follow other libraries most closely.
 LOWEST = transformers==5.0.0 peft==0.18.0 accelerate==1.3.0 safetensors==0.5.0
 CLOSEST = tests/qbench/test_transformers.py tests/qbench/test_checkpoint.py tests/qbench/test_quantize.py \
-	tests/qbench/test_tune.py
+	tests/qbench/test_tune.py tests/qbench/test_tasks.py tests/qbench/test_main.py \
+	tests/qbench/interop
 
-.PHONY: run test test-lowest docs
+.PHONY: run test test-lowest test-newest lock docs
 
 run: $(VENV)/.run
 	$(BIN)/python -m qbench $(ARGS)
@@ -25,22 +32,35 @@ test: $(VENV)/.test
 test-lowest: $(VENV)-lowest/.test
 	$(VENV)-lowest/bin/python -m pytest $(CLOSEST)
 
+# what today's releases break that the locked ones do not: the environment is made anew each time
+test-newest:
+	rm -rf $(VENV)-newest
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python $(INSTALL) --editable .[test]
+	$(VENV)-newest/bin/python -m pytest $(CLOSEST)
+
+# the newest releases, for every system and Python of the README, into requirements.lock
+lock:
+	test -x $(VENV)-lock/bin/python || $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade uv
+	$(VENV)-lock/bin/uv pip compile --quiet --universal --all-extras --upgrade --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
 # the API, from its docstrings: build/api/index.html
 docs: $(VENV)/.test
 	$(BIN)/python docs/api/build.py build/api
 
-# TORCH: what pip takes for PyTorch, such as the wheel of a CPU build; without it, what the registry has.
-$(VENV)/.run: pyproject.toml
+$(VENV)/.run: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable .
+	$(BIN)/python $(INSTALL) $(LOCKED) --editable .
 	touch $@
 
-$(VENV)/.test: pyproject.toml
+$(VENV)/.test: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable .[test]
+	$(BIN)/python $(INSTALL) $(LOCKED) --editable .[test]
 	touch $@ $(VENV)/.run
 
 $(VENV)-lowest/.test: pyproject.toml Makefile
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(LOWEST) --editable .[test]
+	$(VENV)-lowest/bin/python $(INSTALL) $(LOWEST) --editable .[test]
 	touch $@
