@@ -10,7 +10,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from qbench import groups, jobs
+from qbench import groups, jobs, messages
 from qbench.jobs import CONF, HERE, stderr
 
 EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
@@ -18,6 +18,7 @@ EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
+    messages.printable()
     if "--formats" in sys.argv[1:]:
         from qbench import catalog
 
@@ -35,7 +36,8 @@ def main() -> int:
     ours = [f"hydra.searchpath=[file://{EXPERIMENTS.parent}]", *([f"hydra.sweep.dir={sweep}"] if sweep else [])]
     sys.argv[first:first] = ours
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
+        with messages.aside():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
     except (HydraException, OmegaConfBaseException) as error:
         stderr.print(f"qbench: {jobs.one_line(error)}")
         return 2

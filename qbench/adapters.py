@@ -101,5 +101,6 @@ def load(model: PreTrainedModel, folder: Path | str) -> PeftModel:
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT doubts a layer that is not its own, and calls what transformers renamed
+        # PEFT calls it by the name that it had before
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

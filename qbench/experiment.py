@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 import formats
 from formats import QuantizedTensor
 
-from . import adapters, baseline, data, files, merge, models, record, starts, track
+from . import adapters, baseline, data, files, merge, messages, models, record, starts, track
 from .layers import linear_layers, replace, weight_of
 from .measure import distribution, error, quality, task_files, throughput
 from .measure.statistics import paired
@@ -36,7 +36,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
     """
     result = record.blank(settings.plain())
     folder.mkdir(parents=True, exist_ok=True)
-    with files.locked(folder):
+    with messages.aside(folder), files.locked(folder):
         with record.kept(folder, result):
             experiment = Experiment(settings, result, folder)
         finished = record.finished(folder, result["run"]["id"])

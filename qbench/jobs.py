@@ -1,10 +1,12 @@
 """What Hydra runs, once or for each point of a sweep, here or in another process."""
 
+import _thread
 import gc
 import hashlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -18,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import formats
-from qbench import record
+from qbench import messages, record
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
 from qbench.groups import GROUP, format_of, settle, unknown
@@ -88,8 +90,14 @@ codes: list[int] = []  #: what came of the jobs of this process: 0 done, 1 faile
 
 def job(config: DictConfig) -> None:
     """One run, into the folder that Hydra names, in a process of its own where that can be."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with messages.aside(folder):
+        _job(config, folder)
+
+
+def _job(config: DictConfig, folder: Path) -> None:
     hydra, settled = HydraConfig.get(), plain(config)
-    folder, sweep, started = Path(hydra.runtime.output_dir), None, record.now()
+    sweep, started = None, record.now()
     if hydra.mode == RunMode.MULTIRUN:
         sweep = Path(hydra.sweep.dir)
     with stderr.status("starting"):  # transformers and PEFT take seconds to import
@@ -174,9 +182,14 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
+    with (_alarm if hasattr(signal, "setitimer") else _interrupt)(seconds):
+        yield
 
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise RunTimeout(f"the run took longer than timeout={seconds} s")
+        raise RunTimeout(_too_long(seconds))
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -185,3 +198,40 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _interrupt(seconds: float) -> Iterator[None]:
+    """`_alarm` for a system without alarms, such as Windows: a thread interrupts this one, as Ctrl-C does."""
+    before: Any = signal.getsignal(signal.SIGINT)
+    lock, over, expired = threading.Lock(), False, False
+
+    def expire() -> None:
+        nonlocal expired
+        with lock:
+            if not over:
+                expired = True
+                _thread.interrupt_main()
+
+    def stop(number: int, frame: Any) -> None:
+        if expired:
+            if not over:
+                raise RunTimeout(_too_long(seconds))
+        elif callable(before):
+            before(number, frame)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    signal.signal(signal.SIGINT, stop)
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over = True
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)
+
+
+def _too_long(seconds: float) -> str:
+    return f"the run took longer than timeout={seconds} s"

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "imports",
     "errors",
+    "messages",
     "catalog",
     "files",
     "record",

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Column, Table
 
 import formats
 
+from .. import messages
 from ..errors import InputError
 from ..ops import choices
 from ..record import write_json
@@ -48,6 +50,7 @@ def run_products(arguments: argparse.Namespace) -> None:
 
 def run_step(arguments: argparse.Namespace) -> None:
     """a QLoRA training step, beside PEFT with bitsandbytes"""
+    _needs("bitsandbytes", "'qbench[bnb]'")
     device = _device(arguments.device)
     with _progress(2 * (arguments.steps + 1)) as advance:
         result = step.measure(device, arguments.steps, advance)
@@ -58,6 +61,7 @@ def run_step(arguments: argparse.Namespace) -> None:
 
 def run_tune(arguments: argparse.Namespace) -> None:
     """measure the best path and tiles for this GPU, and keep them for every later run"""
+    _needs("triton", "triton")
     device = _device("auto")
     if device.type != "cuda":
         raise InputError("tune: there is no GPU here that PyTorch can use")
@@ -76,6 +80,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 def run_compile(arguments: argparse.Namespace) -> None:
     """registers, spills, shared memory and instructions a weight of every kernel; needs no GPU"""
+    _needs("triton", "triton")
     capabilities = arguments.capability or list(compiled.DEVICES)
     with _progress(sum(len(compiled.configurations(capability)) for capability in capabilities)) as advance:
         found = compiled.compile_all(capabilities, advance)
@@ -141,7 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _needs(module: str, install: str) -> None:
+    if find_spec(module) is None:
+        raise InputError(f"{module} is not installed; pip install {install} brings it")
+
+
 def main() -> int:
+    messages.printable()
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)

@@ -80,12 +80,13 @@ def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decode
     if not decodes:
         return rates
     out = model(input_ids=prompt[:, : max(1, prompt.shape[1] // 2)], use_cache=True)
+    cache = "cache" if "cache" in out else "past_key_values"  # as transformers called it before 5.24
     samples = []
     for _ in range(min(decodes + 1, max(2, prompt.shape[1] // 2))):
         _wait(device)
         started = time.perf_counter()
         token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
         _wait(device)
         samples.append(1 / (time.perf_counter() - started))
     return {**rates, "decode_tokens_s": summary(samples[1:])}

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from qbench import groups
+from qbench import groups, messages
 from qbench.errors import InputError
 from qbench.groups import format_of
 from qbench.jobs import CONF, one_line, plain, stderr
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Print the plan that the command line asks for. 0: done, whether it fits or not; 2: bad input; 130: interrupted."""
+    messages.printable()
     # PEFT would import it: 3 s; the stub does not know that None bars an import
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from qbench import groups
+from qbench import groups, messages
 from qbench.errors import InputError
 from qbench.files import Busy
 from qbench.groups import format_of
@@ -22,6 +22,7 @@ AGAIN = "what is done is kept; the same command goes on from there"
 
 def main() -> int:
     """Do what the command line says. 0: done; 1: failed; 2: bad input; 130: interrupted."""
+    messages.printable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     codes: list[int] = []
 

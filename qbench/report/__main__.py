@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .. import messages
 from . import findings, page, table, words
 
 TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
@@ -22,6 +23,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def main() -> int:
     """0: written; 2: there is nothing to write of."""
+    messages.printable()
     parser = argparse.ArgumentParser(prog="python -m qbench.report", description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="result.json files or folders above them")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; by default PATH/report")
