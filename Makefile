@@ -18,16 +18,23 @@ CLOSEST = tests/qbench/test_transformers.py tests/qbench/test_checkpoint.py test
 	tests/qbench/test_tune.py tests/qbench/test_tasks.py tests/qbench/test_main.py \
 	tests/qbench/interop
 
-.PHONY: run test test-lowest test-newest lock docs
+.PHONY: run test test-thorough test-lowest test-newest lock docs
 
 run: $(VENV)/.run
 	$(BIN)/python -m qbench $(ARGS)
 
 # a process a core, of one thread; what times something is for `pytest tests/test_speed.py`
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder --benchmark-disable
+
 test: $(VENV)/.test
 	$(BIN)/ruff check formats qbench tests experiments docs
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --benchmark-disable
+	$(PYTEST) -m "not thorough"
+
+# what takes long and seldom breaks, for CI
+test-thorough: $(VENV)/.test
+	$(PYTEST) -m thorough
 
 test-lowest: $(VENV)-lowest/.test
 	$(VENV)-lowest/bin/python -m pytest $(CLOSEST)

@@ -18,7 +18,7 @@ def possible() -> bool:
     """Whether a child could work: on Linux, where this process has used neither CUDA nor numba's threads."""
     numba_threads = sys.modules.get("numba.np.ufunc.parallel")
     used = torch.cuda.is_initialized() or getattr(numba_threads, "_is_initialized", False)
-    return sys.platform == "linux" and not used
+    return sys.platform == "linux" and hasattr(os, "fork") and not used
 
 
 def call(function: Callable[[], int]) -> int:

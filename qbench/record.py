@@ -115,7 +115,7 @@ def read(path: Path | str) -> dict:
 def read_json(file: Path) -> Any:
     """Raises InputError if it is no whole JSON file."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text("utf-8"))
     except ValueError as error:  # JSON or UTF-8 cut short
         raise InputError(f"{file} is not a whole JSON file: {error}") from error
 
@@ -266,5 +266,5 @@ def _commit() -> str | None:
 
 def _cpu(key: str) -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

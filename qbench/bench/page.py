@@ -26,7 +26,7 @@ def write(result: dict, folder: Path) -> None:
         figure = speed_over_rows(result, name, dq)
         figure.savefig(folder / "products.png")
         plt.close(figure)
-    (folder / "products.md").write_text("\n".join(lines(result, name, dq)) + "\n")
+    (folder / "products.md").write_text("\n".join(lines(result, name, dq)) + "\n", "utf-8")
 
 
 def shown(result: dict) -> tuple[str, bool]:

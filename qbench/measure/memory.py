@@ -1,12 +1,17 @@
 """Peak memory of a phase."""
 
 import re
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 
 class PeakMemory:
@@ -26,7 +31,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
             with suppress(OSError):  # a container may forbid it: the peak is then the process's own, an upper bound
-                _CLEAR.write_text("5")
+                _CLEAR.write_text("5", "utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +50,10 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 def _peak_rss() -> int:
     status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))):
         return int(found[1]) * 1024
+    if resource is None:
+        held = psutil.Process().memory_info()
+        return getattr(held, "peak_wset", held.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -52,7 +52,7 @@ def digest(entries: Iterable[str]) -> str:
         beside = path.rglob("*") if path.is_dir() else path.parent.iterdir()
         files = {file for file in beside if file.suffix in _PARTS and file.is_file()}
         for file in [file for file in files if file.suffix in YAML]:
-            words = re.findall(r"[^\s'\"\[\]{},]+", file.read_text(errors="replace"))
+            words = re.findall(r"[^\s'\"\[\]{},]+", file.read_text("utf-8", "replace"))
             files |= {Path(word) for word in words if Path(word).suffix in _PARTS and Path(word).is_file()}
         for file in sorted(files):
             total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -93,7 +93,7 @@ def _load(entry: str) -> dict:
         if not manager.all_subtasks:
             raise unknown(entry, "holds no task that lm-eval can read")
         return manager.load(manager.all_subtasks)
-    group = bool(re.search(r"^group\s*:", path.read_text(), re.MULTILINE))  # it may name any task of lm-eval's
+    group = bool(re.search(r"^group\s*:", path.read_text("utf-8"), re.MULTILINE))  # it may name any task of lm-eval's
     return TaskManager(include_path=path.parent if group else None, include_defaults=group).load([str(path)])
 
 

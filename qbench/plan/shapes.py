@@ -21,7 +21,7 @@ SHAPES = Path(__file__).with_name("shapes.yaml")
 @lru_cache
 def built_in() -> dict[str, dict]:
     """By name, what AutoConfig takes, and `source`."""
-    return yaml.safe_load(SHAPES.read_text())
+    return yaml.safe_load(SHAPES.read_text("utf-8"))
 
 
 @dataclass(frozen=True)

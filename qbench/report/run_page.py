@@ -56,5 +56,5 @@ def write(folder: Path, result: dict) -> Path:
         "",
     ]
     page = folder / "report.md"
-    page.write_text("\n".join(lines))
+    page.write_text("\n".join(lines), "utf-8")
     return page
