@@ -7,6 +7,7 @@ for a device are registered on the same ops by whoever has them; `load_kernels` 
 "formats.kernels", so that this package needs to know nobody.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -72,7 +73,7 @@ def quantize_reference(
         if n % block:
             scale[-1].clamp_(min=SMALLEST)  # as bitsandbytes stores an all-zero tail
     ranks = torch.bucketize(normalize(w, block, scale, shift), boundaries, out_int32=True)
-    zero = order[torch.bucketize(torch.zeros((), device=w.device), boundaries)]
+    zero = order[torch.bucketize(w.new_zeros(()), boundaries)]
     return pack(order[ranks], bits, fill=int(zero)), scale.clone()
 
 
@@ -114,6 +115,14 @@ def _(
 
 @lru_cache
 def load_kernels() -> None:
-    """Import every module of the entry-point group "formats.kernels"; each registers faster kernels on the ops above."""
+    """Import every module of the entry-point group "formats.kernels"; each registers faster kernels on the ops above.
+
+    One that cannot be imported leaves the reference in its place: a warning, once, says why.
+    """
     for entry in entry_points(group="formats.kernels"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            told = f"formats: the kernels {entry.value} cannot be imported ({why}); plain PyTorch computes instead"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .blockwise import SMALLEST
 from .format import Codebook, Format, QuantizedTensor
+from .modes import aside
 
 
 class BrokenContract(AssertionError, ValueError):
@@ -80,7 +81,7 @@ def table(fmt: Format, w: Tensor) -> None:
     between = (ranked[:-1] <= book.boundaries) & (book.boundaries <= ranked[1:])
     expect(between.all(), "order does not sort the levels, or a boundary is not between its two", "ranks that ascend")
     if not fmt.own_levels:
-        same = torch.equal(book.levels, torch.tensor(fmt.levels, dtype=torch.float32))
+        same = torch.equal(book.levels.cpu(), torch.tensor(fmt.levels, dtype=torch.float32, device="cpu"))
         expect(same, "the codebook has other levels than the format", "the same, or own_levels = True")
 
 
@@ -154,10 +155,14 @@ def failure(prop: Callable[[_Asked, _Given], None], fmt: _Asked, w: _Given, on: 
 
 def glance(fmt: Format, name: str) -> None:
     """Raises BrokenContract, a line, for a format that cannot be worked with."""
-    w = torch.linspace(-1, 1, min(2 * fmt.block + 3, 515)).view(1, -1)
-    for prop in BRIEF:
-        if found := failure(prop, fmt, w, f"{w.numel()} weights from −1 to 1"):
-            raise BrokenContract(f"{name} breaks the contract of a format: {found}") from found.__cause__
+    if found := aside(_first_failure, fmt):
+        raise BrokenContract(f"{name} breaks the contract of a format: {found}") from found.__cause__
+
+
+def _first_failure(fmt: Format) -> BrokenContract | None:
+    w = torch.linspace(-1, 1, min(2 * fmt.block + 3, 515), dtype=torch.float32, device="cpu").view(1, -1)
+    asked = (failure(prop, fmt, w, f"{w.numel()} weights from −1 to 1") for prop in BRIEF)
+    return next(filter(None, asked), None)
 
 
 def first_line(error: BaseException) -> str:

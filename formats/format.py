@@ -8,15 +8,16 @@ are arguments of the constructor, with defaults, and told by the name: see `fp4.
 `contract.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from functools import cached_property, wraps
+from typing import Any, ClassVar, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
 from .blockwise import block_count, load_kernels
+from .modes import aside, faking, is_fake, kept, normal
 from .packing import packed_bytes
 from .scales import Stored, empty_scales, encode_scales
 
@@ -36,18 +37,27 @@ class Codebook:
     @classmethod
     def of(cls, levels: Tensor | Sequence[float], boundaries: Tensor | Sequence[float] | None = None) -> "Codebook":
         """The codebook of 2^bits levels. boundaries: 2^bits − 1, ascending, where not halfway."""
-        levels = torch.as_tensor(levels, dtype=torch.float32)
+        levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float32, device="cpu")
+        levels = levels.float()
         order = torch.argsort(levels, stable=True)
         ranked = levels[order]
         halfway = (ranked[:-1] + ranked[1:]) / 2
-        parting = halfway if boundaries is None else torch.as_tensor(boundaries, dtype=torch.float32)
-        return cls(levels, parting, order.to(torch.uint8))
+        if boundaries is None:
+            boundaries = halfway
+        elif not isinstance(boundaries, Tensor):
+            boundaries = torch.tensor(boundaries, dtype=torch.float32, device=levels.device)
+        return cls(levels, boundaries.float(), order.to(torch.uint8))
 
     def to(self, device: torch.device) -> "Codebook":
         return Codebook(self.levels.to(device), self.boundaries.to(device), self.order.to(device))
 
+    @cached_property
+    def top(self) -> float:
+        """The largest magnitude among the levels."""
+        return _largest(self.levels)
 
-@lru_cache
+
+@kept
 def _shared(levels: tuple[float, ...], boundaries: tuple[float, ...] | None, device: torch.device) -> Codebook:
     return Codebook.of(levels, boundaries).to(device)
 
@@ -108,6 +118,34 @@ class QuantizedTensor:
         return 8 * self.nbytes / self.numel if self.numel else 0.0
 
 
+_Args = ParamSpec("_Args")
+_Quantize = Callable[Concatenate[Any, Tensor, _Args], QuantizedTensor]
+
+
+def anywhere(quantize: _Quantize[_Args]) -> _Quantize[_Args]:
+    """Decorate a `quantize`: it is asked for tensors that hold numbers, in no mode that would keep them from it.
+
+    Of a tensor without numbers, on the device "meta" or of a fake mode, comes what `empty` gives. A tensor with numbers
+    gives what it always does, in inference mode and in a fake mode as well.
+    """
+
+    usual = normal(quantize)
+
+    @wraps(quantize)
+    def call(self: "Format", w: Tensor, *args: _Args.args, **kwargs: _Args.kwargs) -> QuantizedTensor:
+        if not w.is_floating_point():
+            name = kwargs.get("name", args[0] if args else "tensor")
+            raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
+        if is_fake(w):
+            with w.fake_mode:  # type: ignore[attr-defined]  # it has one
+                return self.empty(w.shape, w.dtype, w.device)
+        if w.is_meta:
+            return self.empty(w.shape, w.dtype, w.device)
+        return aside(quantize, self, w, *args, **kwargs) if faking() else usual(self, w, *args, **kwargs)
+
+    return call
+
+
 class Format:
     """A recipe: levels, block size, scales, and how the scales are stored.
 
@@ -148,14 +186,14 @@ class Format:
         """fp32 scale and shift [ceil(n/block)] of flat `w` [n]; a scale of None stands for the absmax of each block."""
         return None, None
 
+    @anywhere
     def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
         """Quantize a float tensor of any shape.
 
-        Blocks run over the flattened tensor, so they may span rows, and the last may be short. Raises TypeError if `w` is
-        not floating point, ValueError, naming the tensor by `name`, if it holds NaN, Inf, or more than its scales hold.
+        Blocks run over the flattened tensor, so they may span rows, and the last may be short. What is decoded, in fp32
+        and in the dtype of `w`, is finite. Raises TypeError if `w` is not floating point, ValueError, naming the tensor by
+        `name`, if it holds NaN, Inf, or numbers so large that their scales or what is decoded would not be finite.
         """
-        if not w.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
         load_kernels()
         flat = w.detach().reshape(-1)
         if flat.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -163,9 +201,10 @@ class Format:
         scale, shift = self.scale_and_shift(flat)
         book = self.codebook(flat)
         codes, scale = torch.ops.qbench.quantize(flat, book.boundaries, book.order, self.bits, self.block, scale, shift)
-        if not all(_hold(values, self.scale_dtype) for values in (scale, shift) if values is not None):
-            raise ValueError(f"{name}: holds {_describe(flat, self.scale_dtype)}, a quantized tensor cannot")
-        return QuantizedTensor(
+        tops = [_largest(values) for values in (scale, shift) if values is not None]
+        if not all(top <= torch.finfo(self.scale_dtype).max for top in tops):  # a NaN is not
+            raise refusal(w, name, torch.float32, f"whose scale or shift overflows {self.scale_dtype}")
+        q = QuantizedTensor(
             format=self.name,
             bits=self.bits,
             block=self.block,
@@ -177,14 +216,25 @@ class Format:
             shift=() if shift is None else encode_scales(shift, self.dq, self.scale_dtype),
             own_levels=self.own_levels,
         )
+        # A weight is at most |s|·|L| + |z|. A stored scale is s but for a rounding; with double quantization it is a level
+        # of at most 1, times an absmax of at most 2 |s|, plus a mean of at most |s|: 3 of the largest |s|. So the largest
+        # scale and shift tell that all weights are finite. Only where they do not, the weights themselves are looked at.
+        rounded = (3 if self.dq else 1) * (1 + torch.finfo(self.scale_dtype).eps)
+        most = rounded * (book.top * tops[0] + sum(tops[1:]))
+        for dtype in (torch.float32, w.dtype):
+            if not (most <= torch.finfo(dtype).max or q.dequantize(dtype).float().isfinite().all()):
+                raise refusal(w, name, dtype, f"which as {self.name} decode beyond {dtype}")
+        return q
 
+    @normal
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "meta") -> QuantizedTensor:
         """What `quantize` makes of a tensor of this shape and dtype, but for what is stored, which is to be filled in."""
         n, device = shape.numel(), torch.device(device)
-        if self.own_levels:
+        codes = torch.empty(packed_bytes(n, self.bits), dtype=torch.uint8, device=device)
+        if self.own_levels or is_fake(codes):
             levels = torch.empty(2**self.bits, dtype=torch.float32, device=device)
         else:
-            levels = self._fixed(device).levels
+            levels = self._fixed(codes.device).levels
         scale = empty_scales(block_count(n, self.block), self.dq, device, self.scale_dtype)
         return QuantizedTensor(
             format=self.name,
@@ -192,7 +242,7 @@ class Format:
             block=self.block,
             shape=shape,
             dtype=dtype,
-            codes=torch.empty(packed_bytes(n, self.bits), dtype=torch.uint8, device=device),
+            codes=codes,
             levels=levels,
             scale=scale,
             shift=tuple(torch.empty_like(tensor) for tensor in scale) if self.shifted else (),
@@ -204,13 +254,18 @@ class Format:
         return self.empty(torch.Size([n]), torch.bfloat16).nbytes
 
 
-def _hold(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `dtype` holds fp32 values; a NaN or an Inf among the weights is one in the scale of its block."""
-    found, most = values.cpu().numpy(), torch.finfo(dtype).max  # numpy looks without waking other threads
-    return bool(-most <= found.min(initial=0) and found.max(initial=0) <= most)
-
-
-def _describe(w: Tensor, dtype: torch.dtype) -> str:
+def refusal(w: Tensor, name: str, dtype: torch.dtype, why: str = "") -> ValueError:
+    """What is wrong with a tensor that `dtype` cannot hold; `why` not, where it could hold each of its numbers."""
+    w = w.detach().double()
     nan, inf = int(w.isnan().sum()), int(w.isinf().sum())
-    found = [f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count]
-    return " and ".join(found) or f"values whose scale or shift overflows {dtype}"
+    found = " and ".join(f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count)
+    if not found:
+        top = float(w.abs().amax())
+        found = f"numbers up to {top:.6g}, {why if why and top <= torch.finfo(dtype).max else f'beyond {dtype}'}"
+    return ValueError(f"{name}: holds {found}; a quantized tensor cannot")
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude; NaN where there is one. numpy looks without waking other threads."""
+    found = values.cpu().numpy()
+    return float(max(-found.min(initial=0), found.max(initial=0)))

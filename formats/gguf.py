@@ -15,6 +15,9 @@ that a q4_0 weight this close to halfway can get the next code (its pull request
 Another block, and double quantization in the place of fp16, are for comparison: the same rules, which no file has.
 """
 
+from collections.abc import Iterable
+from struct import pack, unpack
+
 import torch
 from torch import Tensor
 
@@ -23,18 +26,20 @@ from .blockwise import reduce_blocks
 from .format import Format
 
 
-def _parting(starts: Tensor) -> tuple[float, ...]:
-    """The largest fp32 number below each of the values (float64) with which the next rank begins."""
-    nearest = starts.float()
-    below = torch.nextafter(nearest, torch.tensor(-torch.inf))
-    return tuple(torch.where(nearest.double() < starts, nearest, below).tolist())
+def _below(x: float) -> float:
+    """The largest fp32 number below a positive or a negative one, which need not be fp32 itself."""
+    (nearest,), (bits,) = unpack("f", pack("f", x)), unpack("i", pack("f", x))
+    return nearest if nearest < x else unpack("f", pack("i", bits - (1 if x > 0 else -1)))[0]
+
+
+def _parting(starts: Iterable[float]) -> tuple[float, ...]:
+    """Of ranks that begin with these values: the largest fp32 numbers that do not belong to them."""
+    return tuple(map(_below, starts))
 
 
 def _cut_off(offset: float) -> tuple[float, ...]:
     """Of codes 0 … 15 that are the integer part of x + offset, where the sum is rounded to fp32."""
-    codes = torch.arange(1.0, 16.0)
-    before = torch.nextafter(codes, torch.tensor(0.0))
-    return _parting((codes.double() + before.double()) / 2 - offset)  # halfway from `before` is rounded to the code
+    return _parting((code + _below(code)) / 2 - offset for code in range(1, 16))  # halfway there is rounded to the code
 
 
 class GGUF(Format):
@@ -73,7 +78,7 @@ class Q8_0(GGUF):
     name = "q8_0"
     bits = 8
     levels = (*range(128), *range(-128, 0))  # a code is the byte of a signed integer
-    boundaries = (*(k - 0.5 for k in range(-127, 1)), *_parting(torch.arange(1, 128).double() - 0.5))
+    boundaries = (*(k - 0.5 for k in range(-127, 1)), *_parting(k - 0.5 for k in range(1, 128)))
 
     def scale_and_shift(self, w: Tensor) -> tuple[Tensor, None]:
         top = reduce_blocks(w, self.block, lambda x: x.abs().amax(1)).float()

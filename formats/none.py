@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import register
-from .format import Format, QuantizedTensor
+from .format import Format, QuantizedTensor, anywhere, refusal
+from .modes import normal
 
 
 @register("none")
@@ -20,14 +21,15 @@ class Unquantized(Format):
     source = "IEEE 754 binary16; bfloat16"
     fixed: ClassVar = {"block": 64, "dq": False}
 
+    @anywhere
     def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
-        if not w.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
         codes = w.detach().to(_kept_as(w.dtype))
         if not codes.isfinite().all():
-            raise ValueError(f"{name}: holds NaN or Inf")
+            raise refusal(w, name, codes.dtype)
+        codes = codes.clone() if codes.is_inference() else codes  # autograd could not keep it
         return QuantizedTensor(self.name, self.bits, self.block, w.shape, w.dtype, codes.contiguous(), levels=None)
 
+    @normal
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "meta") -> QuantizedTensor:
         codes = torch.empty(shape, dtype=_kept_as(dtype), device=device)
         return QuantizedTensor(self.name, self.bits, self.block, shape, dtype, codes, levels=None)

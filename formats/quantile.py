@@ -31,12 +31,14 @@ class Quantile(Format):
         stride = -(w.numel() // -SAMPLE) or 1
         ordered = w[::stride].float().sort().values
         n = 2**self.bits
-        levels = torch.zeros(n, device=w.device)
+        levels = torch.zeros(n, dtype=torch.float32, device=w.device)
         if len(ordered):
             ranks = torch.arange(1, n + 1, dtype=torch.float64, device=w.device) / (n + 1) * (len(ordered) - 1)
             below = ranks.floor().long()
-            above = ordered[(below + 1).clamp(max=len(ordered) - 1)]
-            quantiles = ordered[below].lerp(above, (ranks - below).float())
+            ends = ordered[below], ordered[(below + 1).clamp(max=len(ordered) - 1)]
+            eighth = torch.maximum(-ordered[0], ordered[-1]) > 2.0**125  # their differences could overflow
+            left, right = (torch.where(eighth, end / 8, end) for end in ends)
+            quantiles = left.lerp(right, (ranks - below).float())
             levels[1:] = quantiles[:-1] / 2 + quantiles[1:] / 2
         top = levels.abs().max()
         if top > 0:

@@ -13,12 +13,15 @@ does this one, to the same bits as bitsandbytes.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from .modes import kept
+
 NESTED_BLOCK = 256
+CPU = torch.device("cpu")
 Stored = tuple[Tensor, ...]
 
 
@@ -27,6 +30,8 @@ def encode_scales(values: Tensor, dq: bool, dtype: torch.dtype = torch.float32) 
     if not dq or not values.numel():
         return (values.to(dtype),)
     offset = values.mean()
+    if not isfinite(offset):  # the sum of all of them overflows
+        offset = values.double().mean().float()
     blocks, absmax = _blocks(values - offset)
     # a block of zeros gives 0·∞ = NaN, which bitsandbytes stores as code 0
     normalized = (blocks * absmax.reciprocal()[:, None]).nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
@@ -61,8 +66,8 @@ def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     return blocks, blocks.abs().amax(1)
 
 
-@lru_cache
-def dynamic_map(device: torch.device | None = None, signed: bool = True) -> Tensor:
+@kept
+def dynamic_map(device: torch.device = CPU, signed: bool = True) -> Tensor:
     """The 8-bit dynamic map, fp32 [256], ascending to 1 from −0.99296875 or, unsigned, from 0 (arXiv 1511.04561;
     bitsandbytes).
 
@@ -71,14 +76,14 @@ def dynamic_map(device: torch.device | None = None, signed: bool = True) -> Tens
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32, device=CPU)
         decade = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         levels += decade.tolist() + ((-decade).tolist() if signed else [])
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
-@lru_cache
-def _dynamic_boundaries(device: torch.device | None = None) -> Tensor:
+@kept
+def _dynamic_boundaries(device: torch.device) -> Tensor:
     """The fp32 thresholds [255] of the dynamic map: a value above threshold k takes a level beyond k.
 
     bitsandbytes (0.50, CPU) rounds the normalized value to a grid of 65536 points on [−1, 1] before it looks for the
@@ -86,14 +91,14 @@ def _dynamic_boundaries(device: torch.device | None = None) -> Tensor:
     here by bisection over the fp32 numbers, with the grid's own arithmetic: fma(0.5·(x + 1), 65535, 0.5), in fp32.
     """
     levels = dynamic_map()
-    grid = (-1.0 + (2.0 * torch.arange(65536, dtype=torch.float32)) / 65535.0).contiguous()
+    grid = (-1.0 + (2.0 * torch.arange(65536, dtype=torch.float32, device=CPU)) / 65535.0).contiguous()
     first_cell = torch.searchsorted(grid, 0.5 * (levels[:-1] + levels[1:]), right=True)
 
     def cell(x: Tensor) -> Tensor:
         half = (0.5 * (x + 1.0)).double()  # exact in fp32; the fma's product and sum are then exact in fp64
         return (half * 65535.0 + 0.5).float().long()
 
-    low, high = torch.full((255,), -1.0), torch.full((255,), 1.0)
+    low, high = (torch.full((255,), end, dtype=torch.float32, device=CPU) for end in (-1.0, 1.0))
     while True:  # keep cell(low) < first_cell <= cell(high)
         middle = ((low.double() + high.double()) / 2).float()
         done = (middle == low) | (middle == high)

@@ -88,7 +88,7 @@ def quantize(
             z = () if shift is None else (shift[first:],)
             _launch(launch, w, w[start:], boundaries, order, scale[first:], z, target, count, size, SMALLEST)
     if not pairs and bits < 8:  # to ask for the code of zero waits for the device
-        zero = order[torch.bucketize(torch.zeros((), device=w.device), boundaries)]
+        zero = order[torch.bucketize(torch.zeros((), dtype=torch.float32, device=w.device), boundaries)]
         codes = pack(codes, bits, fill=int(zero))
     return codes, scale
 

@@ -128,7 +128,7 @@ class PagedAdamW(Optimizer):
             placed = pager.place([(states, p.numel()) for p, states in pairs])
             for (p, states), pieces in zip(pairs, placed, strict=True):
                 self._places[p] = Place(states, pager, pieces)
-                self.state[p]["step"] = torch.tensor(0.0)
+                self.state[p]["step"] = _step(0)
 
     def _states(self, p: Tensor) -> States:
         if self._bits == 32:
@@ -162,7 +162,7 @@ class PagedAdamW(Optimizer):
         told = {p: state_dict["state"][i] for i, p in zip(saved, own, strict=True) if i in state_dict["state"]}
         self._place(list(told))
         for p, entries in told.items():
-            self.state[p]["step"] = torch.tensor(float(entries["step"]))
+            self.state[p]["step"] = _step(float(entries["step"]))
             self._retell(p, entries)
 
     def _told(self, p: Tensor) -> dict[str, Tensor]:
@@ -185,9 +185,13 @@ class PagedAdamW(Optimizer):
         told |= {name: _flat(told[name].view_as(p), like=p) for name in Plain.names}
         for piece in place.pieces:
             n = piece.stop - piece.start
-            memory = torch.empty(place.states.nbytes(n), dtype=torch.uint8)
+            memory = torch.empty(place.states.nbytes(n), dtype=torch.uint8, device="cpu")
             place.states.retell(place.states.views(memory, n), told, piece.start, piece.stop)
             place.pager.write(piece.page, piece.offset, memory)
+
+
+def _step(count: float) -> Tensor:
+    return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
 def _update_piece(

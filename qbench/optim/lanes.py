@@ -39,7 +39,7 @@ class Inline:
 
     def host_memory(self, nbytes: int) -> Tensor:
         """Uninitialised uint8 [nbytes] where pages go."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 class Streams(Inline):
@@ -78,7 +78,7 @@ class Streams(Inline):
         return memory
 
     def host_memory(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def lanes_of(device: torch.device) -> Inline:

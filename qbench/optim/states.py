@@ -14,13 +14,13 @@ smallest level to zero: the error is then a step too short.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from formats.blockwise import block_count, load_kernels
 from formats.format import Codebook
+from formats.modes import kept
 from formats.scales import dynamic_map
 
 BLOCK = 256
@@ -114,7 +114,7 @@ class Dynamic8(Plain):
 States = Plain  #: either of the two
 
 
-@lru_cache
+@kept
 def codebook(device: torch.device, signed: bool) -> Codebook:
     """Table and thresholds of the first moment, signed, or of the second."""
     load_kernels()
