@@ -16,12 +16,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POWERS = (0, -2, 3, -30, 30, -39, -42)  #: of ten; the last two are beyond what fp32 holds with all its bits
 Case = tuple[str, Tensor]  #: what it is called, and the tensor
 
+
+def _uniform(w: Tensor, generator: Generator) -> Tensor:
+    return torch.rand(w.shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 KINDS = {
     "normal": lambda w, g: w,
-    "heavy-tailed": lambda w, g: w / torch.rand(w.shape, generator=g).clamp(min=1e-3),
+    "heavy-tailed": lambda w, g: w / _uniform(w, g).clamp(min=1e-3),
     "ties": lambda w, g: torch.round(w * 12) / 24,  # between levels that are evenly spaced
-    "constant": lambda w, g: torch.full(w.shape, 0.3),
-    "sparse": lambda w, g: w * (torch.rand(w.shape, generator=g) < 0.02),
+    "constant": lambda w, g: torch.full_like(w, 0.3),
+    "sparse": lambda w, g: w * (_uniform(w, g) < 0.02),
     "positive": lambda w, g: w.abs() + 1,
 }
 
@@ -30,14 +35,14 @@ def make(
     kind: str, shape: tuple[int, ...], generator: Generator, power: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """A tensor of a kind, times ten to the power, within the range of its dtype."""
-    w = KINDS[kind](torch.randn(shape, generator=generator), generator) * 10.0**power
+    w = KINDS[kind](torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"), generator) * 10.0**power
     largest = min(torch.finfo(t).max for t in (dtype, torch.float32))
     return w.clamp(-largest, largest).to(dtype)
 
 
 def within(fmt: Format, w: Tensor) -> Tensor:
-    """`w` as it is where the scales and shifts of the format surely hold it, else cut to what they do."""
-    most = torch.finfo(fmt.scale_dtype).max / 2
+    """`w` as it is where the scales and shifts of the format, and its dtype, surely hold it, else cut to what they do."""
+    most = min(torch.finfo(dtype).max for dtype in (fmt.scale_dtype, w.dtype)) / 4
     beyond = w.isfinite() & (w.abs() > most)
     return w.detach().clamp(-most, most).where(beyond, w.detach()) if beyond.any() else w
 

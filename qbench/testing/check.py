@@ -26,6 +26,7 @@ ANY: tuple[Property, ...] = (
     encoding.nearest,
     encoding.idempotent,
     encoding.as_the_reference,
+    encoding.finite,
 )
 #: what is asked of which tensors
 ASKED: dict[Property, Callable[[], Iterable[Case]]] = {

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import formats
+from qbench.testing.cases import within
 from tests.formats.tensors import weights
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is in the test extra")
@@ -39,7 +40,7 @@ def check(w: torch.Tensor, name: str, block: int, dq: bool) -> None:
 @settings(max_examples=150, deadline=None)
 @given(w=weights(), block=st.sampled_from(BLOCKS))
 def test_stores_the_same_bits(name, dq, w, block):
-    check(w, name, block, dq)
+    check(within(formats.get(name), w), name, block, dq)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
@@ -54,4 +55,5 @@ def test_stores_the_same_bits_on_a_large_matrix(name, block, dq, dtype):
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_stores_the_same_bits_at_every_bf16_value(name):
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    check(every[every.isfinite()], name, 64, True)
+    f = formats.get(name)
+    check(within(f, every[every.isfinite()]), name, 64, True)

@@ -1,6 +1,7 @@
 """The contract that every format keeps, the theory of its error, and the count of its bits."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -33,8 +34,38 @@ def test_contract_on_any_tensor(name, prop, w, block, dq):
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
 def test_what_a_scale_cannot_hold_raises_naming_the_tensor(name, dq):
     w = torch.full((64,), 1e9)
-    with pytest.raises(ValueError, match=r"q_proj: holds values whose scale or shift overflows torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"q_proj: holds numbers up to 1e\+09, whose scale or shift overflows torch.float16"
+    ):
         formats.get(name, dq=dq).quantize(w, name="q_proj")
+
+
+HUGE = [
+    *((name, torch.float64, 1e300, r"beyond torch\.float32") for name in formats.names() if name != "none"),
+    ("none", torch.float64, 1e300, r"beyond torch\.bfloat16"),
+    ("none", torch.float32, 3.4e38, r"beyond torch\.bfloat16"),
+    ("int4_asym", torch.float32, 3e38, r"whose scale or shift overflows torch\.float32"),
+    ("q8_0", torch.float16, 65504, r"which as q8_0 decode beyond torch\.float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "top", "why"), HUGE)
+def test_numbers_too_large_raise_naming_the_tensor_and_the_largest(name, dtype, top, why):
+    w = torch.linspace(-top, top, 64, dtype=torch.float64).to(dtype)
+    with pytest.raises(ValueError, match=rf"^q_proj: holds numbers up to {re.escape(f'{top:g}')}, {why}; [^\n]*$"):
+        formats.get(name).quantize(w, name="q_proj")
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "int8", "quantile"])
+@pytest.mark.parametrize("dq", [False, True])
+def test_numbers_as_large_as_fp32_has_them(name, dq):
+    """Scales whose sum overflows, and a table from differences that do."""
+    w = torch.full((4, 64), 1e38)
+    assert torch.allclose(formats.get(name, dq=dq).quantize(w).dequantize(), w, rtol=1e-5)
+    w = torch.linspace(-3.3e38, 3.3e38, 4096, dtype=torch.float64).float()
+    q = formats.get(name, block=4096, dq=dq).quantize(w)
+    back = formats.get(name, block=4096, dq=dq).quantize(w / 2**20).dequantize() * 2**20
+    assert torch.allclose(q.dequantize(), back, rtol=1e-4, atol=1e33)
 
 
 def test_unknown_names_are_answered_with_the_list():

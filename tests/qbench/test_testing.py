@@ -241,7 +241,7 @@ def test_a_format_alone_is_asked_as_it_is():
 
 def test_each_property_is_told():
     asked = properties()
-    assert len(asked) == 21 and all(words.endswith(".") and "\n" not in words for words in asked.values())
+    assert len(asked) == 22 and all(words.endswith(".") and "\n" not in words for words in asked.values())
 
 
 def test_a_glance_is_a_line_and_our_own_pass_it():
