@@ -55,7 +55,9 @@ def python(code: str, *arguments: object, folder: Path, **environment: str) -> s
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "", **environment}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
 
 
 @pytest.mark.parametrize(
