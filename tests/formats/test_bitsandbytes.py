@@ -55,5 +55,6 @@ def test_stores_the_same_bits_on_a_large_matrix(name, block, dq, dtype):
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_stores_the_same_bits_at_every_bf16_value(name):
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    f = formats.get(name)
-    check(within(f, every[every.isfinite()]), name, 64, True)
+    finite = every[every.isfinite()]
+    check(finite, name, 64, False)
+    check(finite[finite.abs() < 1e34], name, 64, True)  # beyond, the sum of its scales is Inf to bitsandbytes
