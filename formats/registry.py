@@ -165,6 +165,7 @@ def ours(cls: type) -> bool:
 @contextmanager
 def lent(fmt: Format) -> Iterator[None]:
     """While inside, the name of a format stands for this very one."""
+    _discover()  # else what is found while inside would be forgotten
     before, arguments = dict(_entries), fmt.arguments
     _entries[fmt.name] = _Lent(type(fmt), fmt=fmt)
     try:

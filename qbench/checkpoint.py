@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ def _filled(found: Foreign, device: torch.device, dtype: torch.dtype) -> PreTrai
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     layers = packed_layers(model)
     for name, layer in layers.items():
-        skeleton.restore_levels(layer, held.layers[name][0], device)
+        skeleton.settle(layer, held.layers[name][0])
     if layers:
         tell(model, _recipe(model, layers, found.recipe))
     return model
@@ -134,7 +135,9 @@ def _filled(found: Foreign, device: torch.device, dtype: torch.dtype) -> PreTrai
 def _fill(model: PreTrainedModel, held: Held, device: torch.device, dtype: torch.dtype) -> None:
     expected = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     packed = skeleton.packed_names(model)
-    for pattern, kept in model._get_dtype_plan(dtype).items():  # what a model computes in fp32, whatever the rest
+    # what a model computes in fp32, whatever the rest; an attribute in transformers 5.0
+    plan: Any = getattr(model, "_get_dtype_plan", None)
+    for pattern, kept in (plan(dtype) if plan else vars(model)["dtype_plan"]).items():
         expected |= {name: kept for name in expected.keys() - packed if re.search(pattern, name)}
     for file, specs in held.contents.items():
         for name in [name for name in specs if name in expected]:

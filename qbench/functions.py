@@ -16,11 +16,18 @@ LOGITS = {"cpu": 2**20, "cuda": 2**24}  #: in fp32 at once: a share of the cache
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale · (x·Aᵀ)·Bᵀ, computed in the dtype of A and B and rounded once, to that of y.
+    """y + scale · (x·Aᵀ)·Bᵀ, computed in the dtype of A and B, under autocast in that of autocast, and rounded once, to
+    that of y.
 
     y: [..., out_features]. x: [..., in_features]. a: [rank, in_features]. b: [out_features, rank].
     """
-    return _AddLowRank.apply(y, x, a, b, scale)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):  # the backward runs outside of it, on the same dtypes
+            return add_low_rank(y, x, a.to(dtype), b.to(dtype), scale)
+    # flat within the function: its result must be no view, as some models add to it in place
+    return _AddLowRank.apply(_rows(y), _rows(x), a, b, scale).view_as(y)
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -42,18 +49,22 @@ def next_token_loss(logits: Tensor, tokens: Tensor, targets: int | None = None) 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner = _rows(x).to(a.dtype) @ a.t() * scale
+        inner = x.to(a.dtype) @ a.t() * scale
         ctx.save_for_backward(x, inner, a, b)
         ctx.scale = scale
-        return torch.addmm(_rows(y).to(a.dtype), inner, b.t()).to(y.dtype).view_as(y)
+        return torch.addmm(y.to(a.dtype), inner, b.t()).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
-        g_rows = _rows(g).to(a.dtype)
-        g_inner = g_rows @ b * ctx.scale
-        dx = (g_inner @ a).to(x.dtype).view_as(x) if ctx.needs_input_grad[1] else None
-        return g, dx, g_inner.t() @ _rows(x).to(a.dtype), g_rows.t() @ inner, None
+        _, for_x, for_a, for_b, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for second derivatives, which `inner` as it was kept knows nothing of
+            inner = x.to(a.dtype) @ a.t() * ctx.scale
+        rows = g.to(a.dtype)
+        g_inner = rows @ b * ctx.scale
+        dx = (g_inner @ a).to(x.dtype) if for_x else None
+        da = g_inner.t() @ x.to(a.dtype) if for_a else None
+        return g, dx, da, rows.t() @ inner if for_b else None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -72,8 +83,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
-        grad = torch.empty_like(logits)
         column, weight = targets.clamp(min=0)[:, None], (g * (targets >= 0))[:, None]
+        if torch.is_grad_enabled():  # second derivatives are asked for, which what is written in place would not have
+            p = logits.float().softmax(1)
+            return ((p - torch.zeros_like(p).scatter(1, column, 1.0)) * weight).to(logits.dtype), None
+        grad = torch.empty_like(logits)
         for some, at, share, out in _split(logits, logits, column, weight, grad):
             p = some.float().softmax(1)
             p.scatter_add_(1, at, p.new_full(at.shape, -1.0))

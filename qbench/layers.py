@@ -1,7 +1,6 @@
-"""QuantLinear, the layer that holds a packed weight, and the layers of a model in whose place it goes."""
+"""The layers of a model that a QuantLinear stands for, and those that are left."""
 
-from collections.abc import Callable
-from typing import Self
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +8,62 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from formats import QuantizedTensor
+from formats.modes import aside
 
-from . import ops  # noqa: F401  registers qbench::linear
 from .errors import InputError
+from .quant_linear import QuantLinear
+
+__all__ = [
+    "QuantLinear", "left", "linear_layers", "packed_layers", "replace", "replaceable", "to_conv1d", "unpack",
+    "unpack_all", "weight_of",
+]  # fmt: skip
 
 
 def replaceable(layer: nn.Module) -> bool:
-    """Whether a QuantLinear can stand in for it."""
+    """Whether a QuantLinear can stand in for it: it computes x·Wᵀ + b of a weight of its own, and nothing else."""
+    return _linear(layer) and _why_not(layer) is None
+
+
+def _linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, QuantLinear)
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why a QuantLinear cannot stand in for a linear layer; None where it can."""
+    if layer._parameters.get("weight") is None:
+        return "its weight is computed from other tensors"
+    if not _computes_a_product(layer):  # such as a router that returns the experts it chose
+        return f"a {type(layer).__name__} computes something else than x·Wᵀ + b"
+    return None
+
+
+def _computes_a_product(layer: nn.Module) -> bool:
+    """Whether `forward` of a linear layer is x·Wᵀ + b and nothing else, found by trying it on a small weight."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward) or aside(_tried, layer)
+
+
+def _tried(layer: nn.Module) -> bool:
+    generator = torch.Generator("cpu").manual_seed(0)
+    w, b, x = (torch.randn(s, generator=generator, device="cpu", dtype=torch.float32) for s in ((4, 3), (4,), (2, 3)))
+    small = copy.copy(layer)
+    conv1d = isinstance(layer, Conv1D)
+    bias = None if layer._parameters.get("bias") is None else b
+    vars(small).update(in_features=3, out_features=4, nx=3, nf=4)
+    vars(small)["_parameters"] = {"weight": w.t() if conv1d else w, "bias": bias}
+    try:
+        with torch.no_grad():
+            y = type(layer).forward(small, x)
+        return isinstance(y, torch.Tensor) and torch.allclose(y, nn.functional.linear(x, w, bias), atol=1e-5)
+    except Exception:  # whatever it needs beside x
+        return False
+
+
+def left(model: PreTrainedModel) -> dict[str, str]:
+    """The linear layers that `linear_layers` leaves in 16 bit, by name, and why."""
+    head = model.get_output_embeddings()
+    linear = {name: module for name, module in model.named_modules() if _linear(module)}
+    reasons = {name: "the output head" if m is head else _why_not(m) for name, m in linear.items()}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
@@ -80,107 +127,3 @@ def unpack_all(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         unpack(model, name, dtype)
         if layer.conv1d:
             to_conv1d(model, name)
-
-
-class Dequantized(Tensor):
-    """What is computed from a packed weight: read like any tensor, but `data` cannot be set, as that would be lost."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what comes of it is a tensor like any other
-
-    @property
-    def data(self) -> Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise TypeError(
-            "a packed weight cannot take up a change; qbench.merge.merged unpacks a model and merges adapters"
-        )
-
-
-class QuantLinear(nn.Linear):
-    """y = x·Wᵀ + b, with W [out_features, in_features] in a format.
-
-    It is a Linear to all who look for one, such as PEFT. The weight is buffers, not a parameter: nothing trains it, and
-    the backward gives the gradient for x alone. The product runs in the dtype of x. Moving the layer to another dtype
-    leaves the packed weight as it is.
-    """
-
-    codes: Tensor
-    levels: Tensor | None
-    _is_hf_initialized = True  # to transformers, which would draw random numbers for a weight that is not kept
-
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, conv1d: bool = False):
-        """conv1d: whether it stands for a `Conv1D`, which a model that is unpacked is to have again."""
-        nn.Module.__init__(self)  # that of Linear would make a weight
-        self.out_features, self.in_features = weight.shape
-        self.format, self.bits, self.block = weight.format, weight.bits, weight.block
-        self.dtype, self.own_levels, self.conv1d = weight.dtype, weight.own_levels, conv1d
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("levels", weight.levels, persistent=weight.own_levels)
-        self._scale = self._register("scale", weight.scale)
-        self._shift = self._register("shift", weight.shift)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-
-    def _register(self, name: str, stored: tuple[Tensor, ...]) -> list[str]:
-        names = [name, f"{name}_absmax", f"{name}_offset"][: len(stored)]
-        for buffer, tensor in zip(names, stored, strict=True):
-            self.register_buffer(buffer, tensor)
-        return names
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        packed = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, tensor in packed.items():  # `model.to(torch.bfloat16)` must not round scales and levels
-            moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
-
-    @property
-    def dq(self) -> bool:
-        """Whether the scales are double quantized."""
-        return len(self._scale) == 3
-
-    def _stored(self, names: list[str]) -> list[Tensor]:
-        return [getattr(self, name) for name in names]
-
-    @property
-    def weight(self) -> Dequantized:  # type: ignore[override]  # computed: nothing could set it
-        """W [out_features, in_features], dequantized anew each time."""
-        return self.packed.dequantize().as_subclass(Dequantized)
-
-    @property
-    def packed(self) -> QuantizedTensor:
-        return QuantizedTensor(
-            format=self.format,
-            bits=self.bits,
-            block=self.block,
-            shape=torch.Size((self.out_features, self.in_features)),
-            dtype=self.dtype,
-            codes=self.codes,
-            levels=self.levels,
-            scale=tuple(self._stored(self._scale)),
-            shift=tuple(self._stored(self._shift)),
-            own_levels=self.own_levels,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.levels is None:  # 16 bit: the codes are the weight
-            y = nn.functional.linear(x, self.codes.to(x.dtype))
-        else:
-            y = torch.ops.qbench.linear(
-                x,
-                self.codes,
-                self.levels,
-                self._stored(self._scale),
-                self._stored(self._shift),
-                self.bits,
-                self.block,
-                self.out_features,
-                self.in_features,
-            )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format}, block={self.block}, dq={self.dq}"

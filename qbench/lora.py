@@ -2,17 +2,19 @@
 
 from typing import Any
 
+import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from .functions import add_low_rank
-from .layers import QuantLinear
+from .layers import QuantLinear, packed_layers
 
 
 class LoraQuantLinear(LoraLinear):
     """LoRA on a QuantLinear: PEFT's own layer, but one plain adapter, the usual case, is a single step of autograd, which
-    keeps x in its own dtype."""
+    keeps x in its own dtype. Under autocast PEFT's own steps round as its users know it, to the last bit."""
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -25,7 +27,8 @@ class LoraQuantLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = not (self.disable_adapters or self.lora_variant or self.merged or args or kwargs)
+        special = self.disable_adapters or self.lora_variant or self.merged or args or kwargs
+        plain = not special and not torch.is_autocast_enabled(x.device.type)
         if not plain or len(active) != 1 or self.lora_B[active[0]].bias is not None:
             return super().forward(x, *args, **kwargs)
         name = active[0]
@@ -44,3 +47,18 @@ def _knowing(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kw
 
 
 LoraModel._create_new_module = staticmethod(_knowing)  # type: ignore[method-assign]  # it has no other door
+
+
+_count_parameters = PeftModel.get_nb_trainable_parameters
+
+
+def _count_weights(model: PeftModel) -> tuple[int, int]:
+    """Parameters that are trained, and all: of a packed layer the weights that it stands for, not its bytes."""
+    trained, total = _count_parameters(model)
+    for layer in packed_layers(model).values():
+        total += layer.num_weights - sum(p.numel() for p in layer.packed_parameters())
+    return trained, total
+
+
+# which print_trainable_parameters asks
+PeftModel.get_nb_trainable_parameters = _count_weights  # type: ignore[method-assign, assignment]

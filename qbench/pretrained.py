@@ -132,12 +132,14 @@ class QBenchQuantizer(HfQuantizer):
             if not tensor.is_meta and not skeleton.finite(tensor):
                 raise InputError(f"{self.where}: {name} holds NaN or Inf; finite values are accepted")
         layers = packed_layers(model)
-        devices = getattr(model, "hf_device_map", {}).values()
+        on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in layers.items():
-            if layer.codes.is_meta and "disk" in devices:  # where some releases round what they put
-                raise InputError(f"{name} is on disk; accepted: offload_buffers=False")
-            if layer.levels is not None:
-                skeleton.restore_levels(layer, self.recipe.format, layer.levels.device)
+            if layer.codes.is_meta and on_disk and not self.pre_quantized:
+                raise InputError(
+                    f"{name} is to lie on disk, where there is its 16-bit weight alone; accepted: a device_map without "
+                    "disk, or a packed checkpoint, which `python -m qbench.quantize` writes"
+                )
+            skeleton.settle(layer, self.recipe.format)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}
             self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes)

@@ -72,7 +72,7 @@ class Recipe:
 
     def tensors(self, name: str, layer: "QuantLinear", fixed: bool = False) -> dict[str, Tensor]:
         """What is kept of a packed layer, by name in the file. fixed: in sizes that do not depend on the weights."""
-        return layer.state_dict(prefix=f"{name}.")
+        return layer.stored(f"{name}.")
 
     def plain(self) -> dict:
         """As config.json holds it."""

@@ -13,6 +13,7 @@ from formats import Format
 
 from .errors import InputError
 from .layers import QuantLinear, linear_layers, packed_layers, replace, weight_of
+from .quant_linear import PackedParameter
 from .recipe import Recipe, word
 from .shards import Spec
 
@@ -56,7 +57,7 @@ def match(
 def packed_names(model: nn.Module) -> set[str]:
     """The names of the tensors that the packed weights of a model are."""
     layers = packed_layers(model).items()
-    return {f"{name}.{key}" for name, layer in layers for key in layer.state_dict() if key != "bias"}
+    return {f"{name}.{key}" for name, layer in layers for key in layer.stored() if key != "bias"}
 
 
 def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path | str) -> dict[str, nn.Module]:
@@ -76,14 +77,27 @@ def place(model: PreTrainedModel, layers: dict[str, tuple[Format, torch.dtype]])
     shapes = {name: weight_of(model.get_submodule(name)).shape for name in layers}
     replace(model, {name: fmt.empty(shapes[name], dtype) for name, (fmt, dtype) in layers.items()})
     for layer in packed_layers(model).values():
-        if layer.levels is not None:  # one that many share, transformers would move to the device of the first alone
-            layer.levels = torch.empty_like(layer.levels)
+        layer.identified = False  # its config.json says what format a checkpoint is of, not each layer
+        for name, tensor in layer.stored().items():  # in the shapes in which it is stored
+            if name != "bias":
+                layer.register_parameter(name, PackedParameter(tensor))
 
 
-def restore_levels(layer: QuantLinear, fmt: Format, device: torch.device) -> None:
-    """Give a layer the levels that its format has for every tensor, and that no checkpoint holds."""
+def settle(layer: QuantLinear, fmt: Format) -> None:
+    """Complete a layer whose tensors have been read, by the levels of its format, which no checkpoint holds."""
+    layer.identified = True
+    for name, tensor in layer.named_parameters():
+        if tensor.shape == torch.Size() and not tensor.is_meta:  # offloaded, it comes back in the shape of its file
+            layer.register_parameter(name, PackedParameter(tensor.detach().reshape(1)))
     if not layer.own_levels and layer.levels is not None:
-        layer.levels = fmt.empty(torch.Size([0]), layer.dtype, device).levels
+        levels = fmt.empty(torch.Size([0]), layer.dtype, layer.codes.device).levels
+        layer.table, layer.levels = _table_of(fmt), levels
+
+
+def _table_of(fmt: Format) -> tuple[float, ...] | None:
+    """The levels that a format has for every tensor; None where each has its own, or there are none."""
+    levels = None if fmt.own_levels else fmt.empty(torch.Size([0]), torch.float32, "cpu").levels
+    return None if levels is None else tuple(levels.tolist())
 
 
 def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
@@ -94,13 +108,14 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     for name in packed_layers(empty):
         if not isinstance(layer := modules.get(name), QuantLinear):
             raise InputError(f"{name} is a {type(layer).__name__}; accepted: a QuantLinear")
+    for name, layer in packed_layers(model).items():  # as files keep it
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+        tensors |= layer.stored(f"{name}.")
     match(empty, {name: Spec.of(tensor) for name, tensor in tensors.items()}, type(model).__name__)
     for name, layer in packed_layers(model).items():
-        device = layer.codes.device if layer.levels is None else layer.levels.device  # codes may be offloaded
-        levels = recipe.format.empty(torch.Size([0]), layer.dtype, device).levels
-        if levels is not None and not (layer.own_levels or layer.levels is None or torch.equal(layer.levels, levels)):
+        if layer.table != _table_of(recipe.format):
             raise InputError(f"{name} has other levels than {recipe.format!r}; accepted: the arguments of its format")
-        for part in layer.state_dict():
+        for part in layer.stored():
             del tensors[f"{name}.{part}"]
         tensors |= recipe.tensors(name, layer)
     return tensors

@@ -25,6 +25,7 @@ ORDER = [
     "files",
     "record",
     "ops",
+    "quant_linear",
     "layers",
     "functions",
     "lora",

@@ -210,7 +210,7 @@ class Folder(Foreign):
             self._check(state, parts(layer, empty), found, files)
             for key in (*parts(layer, empty), state_key(layer, state.format.name)):
                 del rest[key]
-            specs = QuantLinear(empty).state_dict()
+            specs = QuantLinear(empty).stored()
             for part, key in places(layer, state.format).items():
                 contents[files[key]][f"{name}.{part}"] = Spec.of(specs[part])
                 called[f"{name}.{part}"] = key

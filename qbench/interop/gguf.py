@@ -181,7 +181,7 @@ class File(Foreign):
                 layers[layer] = kept.format, model.dtype
                 if kept.shape != (shape := weight_of(linear[layer]).shape):
                     raise InputError(f"{self.path}: {key} is {list(kept.shape)}; accepted: {list(shape)}")
-                state = QuantLinear(kept.format.empty(kept.shape, model.dtype)).state_dict(prefix=f"{layer}.")
+                state = QuantLinear(kept.format.empty(kept.shape, model.dtype)).stored(f"{layer}.")
                 parts = {part: Spec.of(tensor) for part, tensor in state.items()}
             elif packed and kept.kind not in PLAIN:
                 kept.refuse()
@@ -192,7 +192,7 @@ class File(Foreign):
 
         @lru_cache(maxsize=1)  # the parts of a layer are asked for one after the other
         def unpacked(key: str) -> dict[str, Tensor]:
-            return QuantLinear(found[key].packed(model.dtype)).state_dict()
+            return QuantLinear(found[key].packed(model.dtype)).stored()
 
         def read(file: Path, name: str) -> Tensor:
             layer, _, part = name.rpartition(".")

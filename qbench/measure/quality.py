@@ -83,6 +83,12 @@ class BaselineLogits:
         self._file.close()
 
 
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) [...], nats, of log-probabilities [..., vocabulary]; a token that p gives no chance adds nothing."""
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.where(log_p > -torch.inf, 0).sum(-1).clamp_(min=0)
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -112,7 +118,7 @@ def evaluate(
         elif baseline:
             reference = baseline.read(at, len(tokens)).to(device).float().log_softmax(-1)
             agree[here] = (reference.argmax(-1) == log_p.argmax(-1)).cpu()
-            kl[here] = (reference.exp() * (reference - log_p)).sum(-1).clamp_(min=0).cpu()
+            kl[here] = divergence(reference, log_p).cpu()
         advance(len(tokens))
     if not np.isfinite(nll).all():
         raise FloatingPointError(f"the model gives {int((~np.isfinite(nll)).sum())} tokens no finite likelihood")

@@ -64,7 +64,7 @@ def choices(device_name: str, capability: int) -> dict:
     if not named and not file.exists():
         return default(capability)
     try:
-        return default(capability) | json.loads(file.read_text())["choices"]
+        return default(capability) | json.loads(file.read_text("utf-8"))["choices"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"{file}: {error}; accepted is a file that `python -m qbench.bench tune` wrote") from error
 

@@ -69,6 +69,23 @@ def _keep(raw: ndarray) -> None:
         _kept.append(raw)
 
 
+class _Memory:
+    """Memory as numpy takes it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor  # which stays as long as the array does
+        kind = _KINDS[tensor.dtype], tuple(tensor.shape), (tensor.data_ptr(), False)
+        self.__array_interface__ = dict(zip(("typestr", "shape", "data"), kind, strict=True), version=3)
+
+
+_KINDS = {torch.float32: "<f4", torch.uint8: "|u1"}
+
+
+def _array(tensor: Tensor) -> ndarray:
+    """The memory of a tensor. `Tensor.numpy()` would forbid to resize it, which FSDP does to free what it gathered."""
+    return np.asarray(_Memory(tensor.contiguous()))
+
+
 def _parts(start: int, stop: int, block: int) -> Iterator[tuple[int, int, slice, int]]:
     """Of the whole blocks in start … stop, and of a shorter tail: first and last weight, the blocks, the block size."""
     whole = start + (stop - start) // block * block
@@ -253,11 +270,11 @@ def _decode_scales(stored: Sequence[Tensor]) -> ndarray:
     if not stored:
         return np.empty(0, np.float32)
     if len(stored) == 1:
-        return decode_scales(stored).numpy()
-    codes, absmax, offset = (t.numpy() for t in stored)
+        return _array(decode_scales(stored))
+    codes, absmax, offset = map(_array, stored)
     out = np.empty(len(codes), np.float32)
     decode = avx512.decode_nested if AVX512 else decode_nested
-    decode(shares_of(len(codes)), codes, dynamic_map().numpy(), absmax, offset[()], NESTED_BLOCK, out)
+    decode(shares_of(len(codes)), codes, _array(dynamic_map()), absmax, offset[()], NESTED_BLOCK, out)
     return out
 
 
@@ -269,13 +286,13 @@ def quantize(
     w = w.detach().reshape(-1).contiguous()
     n = w.numel()
     given = scale is not None
-    scales = np.empty(block_count(n, block), np.float32) if scale is None else scale.numpy().copy()
-    shifts = shift.numpy() if shift is not None else np.empty(0, np.float32)
+    scales = np.empty(block_count(n, block), np.float32) if scale is None else _array(scale).copy()
+    shifts = _array(shift) if shift is not None else np.empty(0, np.float32)
     few = len(boundaries) <= 15
     edges = np.full(32 if few else len(boundaries) + 1, np.inf, np.float32)
-    edges[: len(boundaries)] = boundaries.numpy() + np.float32(0)  # −0 becomes +0: `_below` reads signs
+    edges[: len(boundaries)] = _array(boundaries) + np.float32(0)  # −0 becomes +0: `_below` reads signs
     ranked = np.zeros(max(16, len(order)), np.int32)
-    ranked[: len(order)] = order.numpy()
+    ranked[: len(order)] = _array(order)
     first = np.zeros(0 if few else CELLS, np.uint32)
     if not few:
         _first_in_cells(edges, first)
@@ -284,7 +301,7 @@ def quantize(
     codes = np.empty(packed_bytes(n, bits) if pairs else n, np.uint8)
     step = n if w.dtype == torch.float32 else max(CHUNK // (2 * block), 1) * 2 * block
     for chunk in range(0, n, max(step, 1)):
-        values = w[chunk : chunk + step].float().numpy()
+        values = _array(w[chunk : chunk + step].float())
         for start, stop, blocks, size in _parts(chunk, min(chunk + step, n), block):
             rows = values[start - chunk : stop - chunk].reshape(-1, size)
             target = codes[start // 2 :] if pairs else codes[start:]
@@ -307,7 +324,7 @@ def dequantize(
     n = math.prod(shape)
     scales, shifts = _decode_scales(scale), _decode_scales(shift)
     per_byte = 2 if bits == 4 and block % 2 == 0 else 1
-    packed = (codes if per_byte == 2 else unpack(codes, bits, n)).numpy()
+    packed = _array(codes if per_byte == 2 else unpack(codes, bits, n))
     bf16 = dtype == torch.bfloat16
     out = _memory(n + n % per_byte, np.uint16 if bf16 else np.float32)  # with room for the pair of an odd end
     for start, stop, blocks, size in _parts(0, n, block):
@@ -316,7 +333,7 @@ def dequantize(
         pairs = avx512.decode_pairs if AVX512 and size % 32 == 0 else decode_pairs
         decode = pairs if per_byte == 2 else decode_single
         values = out[start:stop].reshape(len(source), -1)
-        decode(shares_of(values.size), source, levels.numpy(), scales[blocks], shifts[blocks], bf16, values)
+        decode(shares_of(values.size), source, _array(levels), scales[blocks], shifts[blocks], bf16, values)
     w = torch.from_numpy(out)[:n].view(shape)
     return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
@@ -335,10 +352,10 @@ def linear(
     even, odd = (flat[:, which::2].contiguous().numpy() for which in (0, 1))
     sums = flat.view(rows, -1, block).sum(2).numpy() if shift else np.empty((0, 0), np.float32)
     scales, shifts = (_decode_scales(stored).reshape(-1, in_features // block) for stored in (scale, shift))
-    packed = codes.numpy().reshape(out_features, -1)
+    packed = _array(codes).reshape(out_features, -1)
     y = np.empty((rows, out_features), np.float32)
     shares = shares_of(y.size * in_features)
-    avx512.multiply_pairs(shares, packed, levels.numpy(), scales, shifts, even, odd, sums, y)
+    avx512.multiply_pairs(shares, packed, _array(levels), scales, shifts, even, odd, sums, y)
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], out_features)
 
 

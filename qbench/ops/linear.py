@@ -2,7 +2,10 @@
 
 W is decoded where it is used, in the dtype of x, and forgotten; autograd keeps the packed weight and nothing else, so a
 frozen layer costs its backward no copy. The kernels here, for every device, are the definition: decode, then the
-product of the library that the device has.
+product of the library that the device has. Each op is the other's gradient, so derivatives of any order are right.
+
+Under autocast both do as `torch.nn.Linear` does: x is cast to its dtype, and the result is in that dtype. Scales and
+levels are never cast.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,17 +102,41 @@ def _(
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features = inputs
+    if any(tensor.requires_grad for tensor in (levels, *scale, *shift)):
+        raise TypeError("a packed weight cannot be trained: its levels and scales take no gradient; x takes one")
     ctx.scales = len(scale)
     ctx.save_for_backward(codes, levels, *scale, *shift)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    codes, levels, *rest = ctx.saved_tensors
-    scale, shift = rest[: ctx.scales], rest[ctx.scales :]
-    dx = torch.ops.qbench.linear_dx(
-        g, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features
-    )
-    return dx, None, None, [None] * len(scale), [None] * len(shift), None, None, None, None
+def _gradient(op: str) -> Callable[..., tuple[Any, ...]]:
+    """The backward of one of the two products, by the other."""
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        codes, levels, *rest = ctx.saved_tensors
+        scale, shift = rest[: ctx.scales], rest[ctx.scales :]
+        product = getattr(torch.ops.qbench, op)
+        dx = product(g, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features)
+        return dx, None, None, [None] * len(scale), [None] * len(shift), None, None, None, None
+
+    return backward
 
 
-torch.library.register_autograd("qbench::linear", _backward, setup_context=_keep_weight, lib=library)
+torch.library.register_autograd("qbench::linear", _gradient("linear_dx"), setup_context=_keep_weight, lib=library)
+torch.library.register_autograd("qbench::linear_dx", _gradient("linear"), setup_context=_keep_weight, lib=library)
+
+
+def _autocast(op: str, device: str) -> Callable[..., Tensor]:
+    """One of the two products under autocast on a kind of device."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+    def product(x: Tensor, *weight: Any) -> Tensor:
+        cast = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device  # as PyTorch's own ops
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return getattr(torch.ops.qbench, op)(x.to(torch.get_autocast_dtype(device)) if cast else x, *weight)
+
+    return product
+
+
+for _op in ("linear", "linear_dx"):
+    library.impl(_op, _autocast(_op, "cpu"), "AutocastCPU")
+    library.impl(_op, _autocast(_op, "cuda"), "AutocastCUDA")

@@ -58,6 +58,21 @@ def test_quality_against_float64(llama, tmp_path):
     assert against["p"] == pytest.approx(stats.ttest_rel(nll(after).mean(1), nll(before).mean(1)).pvalue, rel=1e-2)
 
 
+def test_masked_tokens_add_nothing_to_the_divergence(llama, tmp_path):
+    """Some models give a part of their vocabulary no chance: their logits are −inf there, quantized or not."""
+    log_p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    log_q = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.0, 0.5]]).log()
+    expected = [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), math.log(2)]
+    assert quality.divergence(log_p, log_q).tolist() == pytest.approx(expected)
+    masked = torch.arange(904, 914)
+    llama.lm_head.register_forward_hook(lambda head, inputs, logits: logits.index_fill(-1, masked, -torch.inf))
+    tokens, logits = windows() % 900, logits_in(tmp_path)
+    baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
+    replace(llama, models.quantize(linear_layers(llama), formats.get("fp4_e3m0")))
+    found = quality.evaluate(llama, tokens, logits).metrics(baseline)["against_baseline"]
+    assert 0 < found["kl_mean"] < found["kl_p99"] < math.inf
+
+
 def test_batches_do_not_matter(llama, tmp_path, monkeypatch):
     logits = logits_in(tmp_path)
     whole = quality.evaluate(llama, windows(), logits, is_baseline=True).nll

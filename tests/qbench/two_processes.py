@@ -1,0 +1,132 @@
+"""What two processes do together, for test_parallel: `python -m tests.qbench.two_processes RANK PORT MODEL OUT`."""
+
+import copy
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+import qbench
+from qbench.layers import packed_layers
+
+STEPS, CONFIG = 5, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def make(path: str, seed: int = 0) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(seed)
+    for p in model.parameters():  # another seed is another model, which the first process's has to replace
+        p.data += seed * torch.randn_like(p)
+    qbench.pack(model, "nf4", block=32, dq=True)
+    return get_peft_model(model, CONFIG).train()
+
+
+def train(model: nn.Module, tokens: torch.Tensor, sent: dict[str, int] | None = None) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        if sent and step == 1:
+            sent.update(dict.fromkeys(sent, 0))  # what the first step sets up is not a step's
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def mean(losses: list[float]) -> list[float]:
+    total = torch.tensor(losses)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+def counted(sent: dict[str, int], name: str) -> None:
+    """Have the bytes that a collective of torch.distributed sends counted."""
+    collective = getattr(dist, name)
+
+    def counting(*arguments, **options):
+        given = [t for a in (*arguments, *options.values()) for t in (a if isinstance(a, list) else [a])]
+        sizes = [t.nbytes for t in given if isinstance(t, torch.Tensor)]
+        sent[name] += sum(sizes) if name == BROADCAST else max(sizes)  # of what is gathered, the whole
+        return collective(*arguments, **options)
+
+    setattr(dist, name, counting)
+
+
+BROADCAST = "_broadcast_coalesced"
+# by release of PyTorch
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+COLLECTIVES = (BROADCAST, GATHER)
+
+
+def main(rank: int, port: str, path: str, out: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    tokens = torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
+    mine, found = tokens[2 * rank : 2 * rank + 2], {}
+    sent = dict.fromkeys(COLLECTIVES, 0)
+    for name in COLLECTIVES:
+        counted(sent, name)
+    packed = make(path)
+    blocks = packed.base_model.model.model.layers
+    found["block_bytes"] = sum(p.nbytes for p in blocks.parameters())
+    found["weight_bytes"] = sum(2 * layer.num_weights for layer in packed_layers(blocks).values())
+    found["bytes"] = sum(p.nbytes for p in packed.parameters())
+    found["buffer_bytes"] = sum(b.nbytes for b in packed.buffers())
+    found["trained_bytes"] = sum(p.nbytes for p in packed.parameters() if p.requires_grad)
+    found["together"] = train(copy.deepcopy(packed), tokens)
+
+    model = make(path, seed=rank)
+    wrapped = DistributedDataParallel(model)
+    found["same_after_ddp"] = all(
+        torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), packed.parameters(), strict=True)
+    )
+    gradients = {"sent": 0}
+
+    def hook(state, bucket):
+        state["sent"] += bucket.buffer().nbytes
+        return (
+            dist.distributed_c10d._get_default_group()
+            .allreduce([bucket.buffer() / 2])
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+    wrapped.register_comm_hook(gradients, hook)
+    found["ddp"] = mean(train(wrapped, mine, sent))
+    found["ddp_gradient_bytes"] = gradients["sent"] / STEPS
+    found["ddp_other_bytes"] = sent[BROADCAST] / (STEPS - 1)
+
+    model = copy.deepcopy(packed)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    found["local_bytes"] = sum(p.to_local().nbytes for p in model.parameters())
+    found["fsdp"] = mean(train(model, mine, sent))
+    found["fsdp_gathered_bytes"] = sent[GATHER] / (STEPS - 1)
+
+    model = fully_shard(copy.deepcopy(packed), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    try:
+        train(model, mine)
+    except TypeError as error:
+        found["refused"] = str(error)
+    if rank == 0:
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
