@@ -12,7 +12,7 @@ import formats
 from formats import QuantizedTensor
 
 from . import adapters, baseline, data, files, merge, messages, models, record, starts, track
-from .layers import linear_layers, replace, weight_of
+from .layers import left, linear_layers, replace, weight_of
 from .measure import distribution, error, quality, task_files, throughput
 from .measure.statistics import paired
 from .phases import Phases
@@ -96,7 +96,7 @@ class Experiment:
         with self.phases("load", "load the model"):
             loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
             self.model, self.tokenizer = loaded.model, loaded.tokenizer
-            self.layers = linear_layers(self.model)
+            self.layers, self.left = linear_layers(loaded.model), left(loaded.model)
             seq = models.pick_seq(settings.data.seq, self.model)
             scored = -(settings.eval.tokens // -(seq - 1))
             told = loaded.tokenizer, self.model.config.get_text_config().vocab_size, seq
@@ -181,6 +181,7 @@ class Experiment:
             "compression": 16 * weights / (8 * stored),
             "quantized_parameters": weights,
             "parameters": self.parameters,
+            "left": self.left,
         }
         self.targets = list(packed)
         del self.layers

@@ -1,6 +1,7 @@
 """The layers of a model that a QuantLinear stands for, and those that are left."""
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,8 @@ from formats import QuantizedTensor
 from formats.modes import aside
 
 from .errors import InputError
+from .messages import OURS, left_in_words
 from .quant_linear import QuantLinear
-
-__all__ = [
-    "QuantLinear", "left", "linear_layers", "packed_layers", "replace", "replaceable", "to_conv1d", "unpack",
-    "unpack_all", "weight_of",
-]  # fmt: skip
 
 
 def replaceable(layer: nn.Module) -> bool:
@@ -59,11 +56,16 @@ def _tried(layer: nn.Module) -> bool:
 
 
 def left(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers that `linear_layers` leaves in 16 bit, by name, and why."""
+    """The linear layers beside the output head that stay in 16 bit, by name, and why."""
     head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if _linear(module)}
-    reasons = {name: "the output head" if m is head else _why_not(m) for name, m in linear.items()}
-    return {name: why for name, why in reasons.items() if why}
+    linear = {name: module for name, module in model.named_modules() if _linear(module) and module is not head}
+    return {name: why for name, module in linear.items() if (why := _why_not(module))}
+
+
+def warn_of_left(model: PreTrainedModel) -> None:
+    """Tell who quantizes a model in Python what stays as it is."""
+    if sentence := left_in_words(left(model)):
+        warnings.warn(f"{OURS}{sentence}", UserWarning, stacklevel=3)
 
 
 def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:

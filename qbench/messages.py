@@ -4,7 +4,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +36,15 @@ class _Aside:
 
 
 _aside: _Aside | None = None
+
+
+def left_in_words(layers: Mapping[str, str]) -> str:
+    """Of linear layers that are not quantized, by name with the reason, a sentence; empty where there are none."""
+    if not layers:
+        return ""
+    first, why = next(iter(layers.items()))
+    others = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return f"Left in 16 bit: {first}, as {why}{others}."
 
 
 def printable() -> None:

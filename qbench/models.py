@@ -1,5 +1,6 @@
 """Models: load a Hugging Face causal LM from disk or hub, and quantize its layers."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from . import checkpoint, recipe, skeleton
 from .checkpoint import LoadedModel, reading
 from .errors import InputError
 from .interop import gguf
-from .layers import replace, weight_of
+from .layers import replace, warn_of_left, weight_of
 from .pretrained import tell
 from .recipe import Recipe
 from .shards import Spec
@@ -207,13 +208,16 @@ def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False,
     way from disk, to the same bits.
 
     format, block, dq and options: what `formats.get` takes. Returns the model. Raises InputError, before anything is
-    changed, for what is no format, for a model without such layers, and naming the weight that is tied, NaN or Inf.
+    changed, for what is no format, for a model without such layers, and naming the weight that is tied, NaN or Inf. A
+    linear layer that computes something else than a product is left, and named in a warning.
     """
     recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
     held = {name: Spec.of(tensor) for name, tensor in model.state_dict().items()}
     layers = skeleton.layers_of(model, held, type(model).__name__)
+    warn_of_left(model)
     dtypes = {name: weight_of(layer).dtype for name, layer in layers.items()}
     replace(model, quantize(layers, recipe.format))
+    model.config = copy.copy(model.config)  # other models may have been made from it, and are not packed
     tell(model, Recipe.of(recipe.arguments, dtypes))
     return model
 

@@ -77,6 +77,7 @@ class QBenchQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from . import names, skeleton
+        from .layers import warn_of_left
 
         if not checkpoint_files:
             raise InputError("a state_dict is not accepted; a checkpoint in safetensors is")
@@ -91,6 +92,8 @@ class QBenchQuantizer(HfQuantizer):
         _, found = names.named(model, contents)
         skeleton.match(model, found, self.where)
         self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, found, self.where))
+        if not self.pre_quantized:
+            warn_of_left(model)
         self.refused: InputError | None = None
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:

@@ -80,6 +80,8 @@ def quantize(config: dict) -> None:
         contents = stream.run(found, recipe, out, lambda n: progress.advance(task, n), stderr.print)
     after = sum(spec.nbytes for spec in shards.merged(contents).values())
     stderr.print(f"{out}: {len(found.layers)} layers in {fmt!r}, {decimal(before)} to {decimal(after)}")
+    if sentence := messages.left_in_words(found.left):
+        stderr.print(sentence)
 
 
 if __name__ == "__main__":

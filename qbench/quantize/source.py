@@ -9,19 +9,22 @@ from transformers import AutoConfig
 
 from .. import checkpoint, models, names, recipe, shards, skeleton
 from ..errors import InputError
+from ..layers import left
 from ..shards import Contents
 
 
 @dataclass(frozen=True)
 class Source:
     """folder, contents: the files. names: what the model calls a tensor of a file. layers: those to quantize, without
-    their weights, by the name of the weight in the files; the weight of layer L is named L.weight in the model."""
+    their weights, by the name of the weight in the files; the weight of layer L is named L.weight in the model. left: the
+    other linear layers, and why."""
 
     folder: Path
     config: dict
     contents: Contents
     names: dict[str, str]
     layers: dict[str, nn.Module]
+    left: dict[str, str]
 
     def layer_name(self, tensor: str) -> str:
         return self.names[tensor].removesuffix(".weight")
@@ -53,4 +56,5 @@ def read(path: str | None) -> Source:
     called, found = names.named(model, contents)
     skeleton.match(model, found, folder)
     layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(model, found, folder).items()}
-    return Source(folder, config, contents, called, {t: layers[name] for t, name in called.items() if name in layers})
+    by_tensor = {tensor: layers[name] for tensor, name in called.items() if name in layers}
+    return Source(folder, config, contents, called, by_tensor, left(model))

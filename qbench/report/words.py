@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..messages import left_in_words
+
 SIGNIFICANT = 0.05
 MOST = 6  #: names in a list before it is cut
 
@@ -65,6 +67,8 @@ def answer(result: dict) -> list[str]:
             f"Its perplexity on held-out text, {quantized['perplexity']:.2f}, is {_change(against)} ({baseline:.2f});"
             f" {100 * against['top1_agreement']:.1f}% of the most probable tokens stay the same.",
         ]
+    if sentence := left_in_words(bits.get("left", {})):
+        sentences.append(sentence)
     if "tuned" in quality:
         tune = config["tune"]
         sentences.append(

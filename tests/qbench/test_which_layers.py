@@ -1,0 +1,137 @@
+"""Only what computes a product is quantized; other linear layers are left, and named."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import formats
+import qbench
+from qbench.layers import left, linear_layers, packed_layers, replaceable
+from tests.conftest import VOCABULARY
+
+from .checkpoints import sharded
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4}
+EXPERTS = {"intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4}
+CONFIGS = {
+    "falcon": transformers.FalconConfig(**SMALL, num_hidden_layers=2, bos_token_id=0, eos_token_id=0),  # in parallel
+    "falcon, sequential": transformers.FalconConfig(
+        **SMALL, num_hidden_layers=2, parallel_attn=False, bias=True, bos_token_id=0, eos_token_id=0
+    ),
+    "phimoe": transformers.PhimoeConfig(**SMALL, **EXPERTS, num_hidden_layers=1),
+    "llama4": transformers.Llama4TextConfig(
+        **SMALL, **EXPERTS, num_hidden_layers=2, intermediate_size_mlp=96, head_dim=16
+    ),
+    "gptj": transformers.GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, bos_token_id=0, eos_token_id=0
+    ),
+}  # fmt: skip
+ROUTERS = {
+    "phimoe": {"model.layers.0.mlp.router": "PhimoeTopKRouter"},
+    "llama4": {f"model.layers.{i}.feed_forward.router": "Llama4Router" for i in (0, 1)},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_with_linear_layers_of_their_own(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    tokens = torch.arange(20)[None]
+    before = model(tokens).logits
+    routers = ROUTERS.get(name, {})
+    assert left(model) == {n: f"a {kind} computes something else than x·Wᵀ + b" for n, kind in routers.items()}
+    if routers:
+        with pytest.warns(UserWarning, match=f"qbench: Left in 16 bit: {next(iter(routers))}, as a "):
+            qbench.pack(model, "int8", block=32)
+    else:
+        qbench.pack(model, "int8", block=32)
+    assert not routers.keys() & packed_layers(model).keys()
+    assert (model(tokens).logits - before).norm() < 0.02 * before.norm()
+    assert not hasattr(CONFIGS[name], "quantization_config"), "another model may be made from it"
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=list(packed_layers(model)), task_type="CAUSAL_LM"))
+    optimizer, losses = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2), []
+    for _ in range(4):
+        loss = tuned(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+class WithItsOwnProduct(nn.Linear):
+    def forward(self, x):
+        return (x @ self.weight.T) + (0 if self.bias is None else self.bias)
+
+
+class WithATuple(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class WithAMask(nn.Linear):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+class OwnConv1D(Conv1D):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.T, self.bias)
+
+
+PLAIN = {"linear": nn.Linear, "renamed": Renamed, "own product": WithItsOwnProduct, "conv1d": Conv1D, "own": OwnConv1D}
+OTHERS = {"a tuple": WithATuple, "scaled": Scaled, "a mask": WithAMask}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_is_told_by_what_it_computes(device):
+    with torch.device(device):
+        assert all(replaceable(kind(5, 7)) for kind in PLAIN.values())
+        assert replaceable(WithItsOwnProduct(5, 7, bias=False))
+        assert not any(replaceable(kind(5, 7)) for kind in OTHERS.values())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert replaceable(WithItsOwnProduct(5, 7)) and not replaceable(Scaled(5, 7))
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
+    assert not replaceable(parametrized) and not replaceable(nn.Conv1d(5, 7, 1))
+
+
+@pytest.fixture(scope="module")
+def with_a_router(tmp_path_factory):
+    return sharded(CONFIGS["llama4"], tmp_path_factory.mktemp("llama4"))
+
+
+def test_a_run_names_what_it_leaves(with_a_router, tmp_path):
+    options = [f"model.path={with_a_router}", "tune=none", "eval.tokens=256", "data.seq=32", "block=32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qbench", "+format=nf4", *options, f"hydra.run.dir={tmp_path}"],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wanted = left(AutoModelForCausalLM.from_pretrained(with_a_router))
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["bits"]["left"] == wanted and len(wanted) == 2
+    sentence = "Left in 16 bit: model.layers.0.feed_forward.router, as a Llama4Router computes something else"
+    assert sentence in " ".join((tmp_path / "report.md").read_text().split())
+
+
+def test_every_linear_layer_of_the_usual_models_is_quantized(any_model):
+    model = AutoModelForCausalLM.from_pretrained(any_model)
+    assert not left(model) and len(linear_layers(model)) > 5
+    assert formats.get("nf4").quantize(next(iter(linear_layers(model).values())).weight).bits == 4
