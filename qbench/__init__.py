@@ -28,6 +28,7 @@ _LATER = {
 
 
 after("transformers.quantizers.auto", "qbench.pretrained")
+after("transformers.modeling_utils", "qbench.counting")
 after("peft", "qbench.lora")
 
 

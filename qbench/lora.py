@@ -8,8 +8,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraModel
 from torch import Tensor, nn
 
+from .counting import not_counted
 from .functions import add_low_rank
-from .layers import QuantLinear, packed_layers
+from .layers import QuantLinear
 
 
 class LoraQuantLinear(LoraLinear):
@@ -55,9 +56,7 @@ _count_parameters = PeftModel.get_nb_trainable_parameters
 def _count_weights(model: PeftModel) -> tuple[int, int]:
     """Parameters that are trained, and all: of a packed layer the weights that it stands for, not its bytes."""
     trained, total = _count_parameters(model)
-    for layer in packed_layers(model).values():
-        total += layer.num_weights - sum(p.numel() for p in layer.packed_parameters())
-    return trained, total
+    return trained, total + not_counted(model)
 
 
 # which print_trainable_parameters asks

@@ -27,6 +27,7 @@ ORDER = [
     "ops",
     "quant_linear",
     "layers",
+    "counting",
     "functions",
     "lora",
     "measure",

@@ -160,7 +160,10 @@ def test_fp16_with_a_scaler(tiny_llama, tmp_path, dtype):
 def test_the_parameters_of_packed_layers_are_counted(capsys):
     plain = AutoModelForCausalLM.from_pretrained(BUNDLED)
     weights = plain.num_parameters()
-    model = get_peft_model(qbench.pack(plain, "nf4", dq=True), LoraConfig(r=4, target_modules="all-linear"))
+    qbench.pack(plain, "nf4", dq=True)
+    assert plain.num_parameters() == weights
+    assert plain.num_parameters(exclude_embeddings=True) == weights - plain.model.embed_tokens.weight.numel()
+    model = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.get_nb_trainable_parameters() == (trained, weights + trained)
     model.print_trainable_parameters()
