@@ -30,6 +30,7 @@ _LATER = {
 after("transformers.quantizers.auto", "qbench.pretrained")
 after("transformers.modeling_utils", "qbench.counting")
 after("peft", "qbench.lora")
+after("torch.distributed.fsdp._fully_shard._fsdp_param", "qbench.fsdp")
 
 
 def __getattr__(name: str) -> Any:

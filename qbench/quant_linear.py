@@ -253,11 +253,9 @@ class QuantLinear(nn.Linear):
     def _stored(self, names: list[str]) -> list[Tensor]:
         found = [_as_stored(name, getattr(self, name)) for name in names]
         for name, tensor in zip(names, found, strict=True):
-            if tensor.dtype != self._dtypes[name]:  # FSDP's mixed precision casts what it gathers
-                raise TypeError(
-                    f"{name} of a packed weight is {tensor.dtype}, not {self._dtypes[name]} as it was; accepted: "
-                    "fully_shard(…) without a param_dtype in its mp_policy, on a model in that dtype"
-                )
+            if tensor.dtype != self._dtypes[name]:  # as by a framework that casts all parameters as it goes
+                kept = self._dtypes[name]
+                raise TypeError(f"{name} of a packed weight has been cast to {tensor.dtype}; accepted: {kept}")
         return found
 
     @property

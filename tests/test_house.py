@@ -26,6 +26,7 @@ ORDER = [
     "record",
     "ops",
     "quant_linear",
+    "fsdp",
     "layers",
     "counting",
     "functions",

@@ -334,6 +334,14 @@ def test_second_derivatives_by_finite_differences(where, monkeypatch):
     assert wanted.norm() > 1 and (second - wanted).norm() < 1e-4 * wanted.norm()
 
 
+def test_scales_that_were_cast_are_refused():
+    """As by a framework that casts whatever it gathers."""
+    _, layer = make()
+    layer._parameters["scale"] = nn.Parameter(layer.scale.bfloat16(), requires_grad=False)
+    with pytest.raises(TypeError, match=r"scale of a packed weight has been cast to torch.bfloat16; accepted: torch.fl"):
+        layer(torch.randn(2, 80))
+
+
 def test_a_gradient_for_scales_is_refused():
     q = formats.get("nf4", block=32).quantize(torch.randn(48, 80))
     scale = q.scale[0].clone().requires_grad_()

@@ -1,8 +1,7 @@
-"""What two processes do together, for test_parallel: `python -m tests.qbench.two_processes RANK PORT MODEL OUT`."""
+"""What two processes do together, for test_parallel: `python -m tests.qbench.two_processes RANK MODEL OUT`."""
 
 import copy
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -69,11 +68,10 @@ GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gat
 COLLECTIVES = (BROADCAST, GATHER)
 
 
-def main(rank: int, port: str, path: str, out: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
+def main(rank: int, path: str, out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", f"file://{out}.meeting", rank=rank, world_size=2)
     tokens = torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
     mine, found = tokens[2 * rank : 2 * rank + 2], {}
     sent = dict.fromkeys(COLLECTIVES, 0)
@@ -118,10 +116,11 @@ def main(rank: int, port: str, path: str, out: Path) -> None:
     found["fsdp_gathered_bytes"] = sent[GATHER] / (STEPS - 1)
 
     model = fully_shard(copy.deepcopy(packed), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    try:
-        train(model, mine)
-    except TypeError as error:
-        found["refused"] = str(error)
+    layer = next(iter(packed_layers(model).values()))
+    layer.register_forward_hook(
+        lambda layer, inputs, y: found.update(mixed_dtypes=[str(p.dtype) for p in (*layer.packed_parameters(), y)])
+    )
+    found["mixed"] = mean(train(model, mine))
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.barrier()
@@ -129,4 +128,4 @@ def main(rank: int, port: str, path: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
