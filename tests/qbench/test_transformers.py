@@ -11,7 +11,9 @@ import peft
 import pytest
 import torch
 import transformers
+import transformers.integrations.peft
 from accelerate import cpu_offload
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
@@ -118,11 +120,16 @@ def test_the_bundled_model(tmp_path):
 EVERYWHERE = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 
 
-@pytest.mark.parametrize(
-    "device_map", ["cpu", "auto", {"": "cpu"}, EVERYWHERE | {"model.layers.0": "cpu", "model.layers.1": "disk"}]
-)
+PARTLY_ON_DISK = EVERYWHERE | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, PARTLY_ON_DISK])
 def test_any_device_map(sharded_llama, packed_nf4, tmp_path, device_map):
     for folder, arguments in ((sharded_llama, NF4), (packed_nf4, None)):
+        if arguments and device_map is PARTLY_ON_DISK:
+            with pytest.raises(InputError, match="1.self_attn.q_proj is to lie on disk.* accepted: .*qbench.quantize"):
+                load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
+            continue
         model = load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
         assert torch.equal(logits(model), logits(load(packed_nf4)))
         assert not any(b.is_meta for module in model.modules() for b in module.buffers(recurse=False))
@@ -315,6 +322,13 @@ def test_only_what_can_be_loaded_is_saved(sharded_llama, tmp_path):
     with pytest.raises(InputError, match=f"{UP} is a LoraQuantLinear; accepted: a QuantLinear"):
         model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").iterdir())
+
+
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")),
+    reason="transformers 5.24 asks for PEFT 0.22 here, which is not out (huggingface/transformers#45405)",
+)
+def test_of_a_model_with_an_adapter_the_adapter_is_saved(sharded_llama, tmp_path):
     model = load(sharded_llama, NF4)
     model.add_adapter(LoraConfig(target_modules=["up_proj"]))
     model.save_pretrained(tmp_path / "adapter")
