@@ -223,6 +223,8 @@ class QuantLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.identified:
             destination.pop(f"{prefix}_extra_state", None)
+        if hasattr(self, "_hf_hook"):  # offloaded by accelerate: transformers takes what it saves from here
+            destination.update({prefix + n: _as_stored(n, destination[prefix + n]) for n in self._packed})
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

@@ -127,7 +127,7 @@ PARTLY_ON_DISK = EVERYWHERE | {"model.layers.0": "cpu", "model.layers.1": "disk"
 def test_any_device_map(sharded_llama, packed_nf4, tmp_path, device_map):
     for folder, arguments in ((sharded_llama, NF4), (packed_nf4, None)):
         if arguments and device_map is PARTLY_ON_DISK:
-            with pytest.raises(InputError, match="1.self_attn.q_proj is to lie on disk.* accepted: .*qbench.quantize"):
+            with pytest.raises(InputError, match=r"1.self_attn.q_proj is to lie on disk.* accepted: .*qbench.quantize"):
                 load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
             continue
         model = load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
