@@ -221,10 +221,9 @@ class QuantLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.identified:
+        sharded = hasattr(self.codes, "device_mesh")  # then accelerate expects all of a state to be
+        if not self.identified or sharded:
             destination.pop(f"{prefix}_extra_state", None)
-        if hasattr(self, "_hf_hook"):  # offloaded by accelerate: transformers takes what it saves from here
-            destination.update({prefix + n: _as_stored(n, destination[prefix + n]) for n in self._packed})
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

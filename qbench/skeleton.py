@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from formats import Format
 
@@ -118,6 +119,9 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
         for part in layer.stored():
             del tensors[f"{name}.{part}"]
         tensors |= recipe.tensors(name, layer)
+    for name, tensor in tensors.items():
+        if tensor.is_meta and tensor.shape == torch.Size():  # offloaded, in the shape that it has in the module
+            tensors[name] = load_offloaded_parameter(model, name).reshape(())
     return tensors
 
 
