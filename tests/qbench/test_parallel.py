@@ -24,7 +24,7 @@ def found(tiny_llama, tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "pytorch", "accelerate"])
 def test_two_processes_train_as_one(found, way):
     assert found[way] == pytest.approx(found["together"], abs=1e-4)
     assert found["together"][-1] < found["together"][0] - 0.1

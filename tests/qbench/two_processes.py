@@ -2,14 +2,18 @@
 
 import copy
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -49,6 +53,23 @@ def mean(losses: list[float]) -> list[float]:
     return (total / dist.get_world_size()).tolist()
 
 
+def sharded(model: PeftModel) -> PeftModel:
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def by_pytorch(model: PeftModel, state: dict) -> None:
+    model.to_empty(device="cpu")
+    set_model_state_dict(
+        model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    )
+
+
+def by_accelerate(model: PeftModel, state: dict) -> None:
+    fsdp2_load_full_state_dict(Accelerator(cpu=True), model, state)
+
+
 def counted(sent: dict[str, int], name: str) -> None:
     """Have the bytes that a collective of torch.distributed sends counted."""
     collective = getattr(dist, name)
@@ -71,6 +92,8 @@ COLLECTIVES = (BROADCAST, GATHER)
 def main(rank: int, path: str, out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= own  # which accelerate asks for
     dist.init_process_group("gloo", f"file://{out}.meeting", rank=rank, world_size=2)
     tokens = torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
     mine, found = tokens[2 * rank : 2 * rank + 2], {}
@@ -107,10 +130,7 @@ def main(rank: int, path: str, out: Path) -> None:
     found["ddp_gradient_bytes"] = gradients["sent"] / STEPS
     found["ddp_other_bytes"] = sent[BROADCAST] / (STEPS - 1)
 
-    model = copy.deepcopy(packed)
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(copy.deepcopy(packed))
     found["local_bytes"] = sum(p.to_local().nbytes for p in model.parameters())
     found["fsdp"] = mean(train(model, mine, sent))
     found["fsdp_gathered_bytes"] = sent[GATHER] / (STEPS - 1)
@@ -121,6 +141,14 @@ def main(rank: int, path: str, out: Path) -> None:
         lambda layer, inputs, y: found.update(mixed_dtypes=[str(p.dtype) for p in (*layer.packed_parameters(), y)])
     )
     found["mixed"] = mean(train(model, mine))
+    for name, fill in (("pytorch", by_pytorch), ("accelerate", by_accelerate)):  # as large models are loaded
+        model, buffers = make(path), dict(packed.named_buffers())
+        model = sharded(model.to("meta"))
+        fill(model, packed.state_dict() if rank == 0 else {})
+        for key, buffer in buffers.items():  # of no state: who shards a model on meta keeps them
+            parent, _, leaf = key.rpartition(".")
+            model.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
+        found[name] = mean(train(model, mine))
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.barrier()
