@@ -1,13 +1,13 @@
 """Parameters of a model with packed layers, counted as the weights that these stand for, by whoever counts them."""
 
 from torch import nn
-from transformers import PreTrainedModel
-
-from .layers import packed_layers
+from transformers.modeling_utils import PreTrainedModel
 
 
 def not_counted(model: nn.Module) -> int:
     """How many more weights the packed layers of a model stand for than their parameters have elements."""
+    from .layers import packed_layers  # which imports transformers, of which this follows a part
+
     layers = packed_layers(model).values()
     return sum(layer.num_weights - sum(p.numel() for p in layer.packed_parameters()) for layer in layers)
 

@@ -22,12 +22,17 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
     y: [..., out_features]. x: [..., in_features]. a: [rank, in_features]. b: [out_features, rank].
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasting(x):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):  # the backward runs outside of it, on the same dtypes
             return add_low_rank(y, x, a.to(dtype), b.to(dtype), scale)
     # flat within the function: its result must be no view, as some models add to it in place
     return _AddLowRank.apply(_rows(y), _rows(x), a, b, scale).view_as(y)
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether products of x are cast by autocast: on the device of x, if that kind has it."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:

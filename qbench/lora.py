@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from .counting import not_counted
-from .functions import add_low_rank
+from .functions import add_low_rank, autocasting
 from .layers import QuantLinear
 
 
@@ -29,7 +28,7 @@ class LoraQuantLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
         special = self.disable_adapters or self.lora_variant or self.merged or args or kwargs
-        plain = not special and not torch.is_autocast_enabled(x.device.type)
+        plain = not special and not autocasting(x)
         if not plain or len(active) != 1 or self.lora_B[active[0]].bias is not None:
             return super().forward(x, *args, **kwargs)
         name = active[0]

@@ -80,7 +80,7 @@ def quantize(
     scale = w.new_empty(block_count(n, block), dtype=torch.float32) if scale is None else scale.clone()
     pairs = bits == 4 and block % 2 == 0
     codes = w.new_empty(packed_bytes(n, bits) if pairs else n, dtype=torch.uint8)
-    for first, count, size in (0, blocks, block), (blocks, n % block > 0, n % block):
+    for first, count, size in (0, blocks, block), (blocks, int(n % block > 0), n % block):
         if count:
             launch = launches.quantize(_device(w.device)[0]["quantize"], bits, count, size, given, size < block, pairs)
             start = first * block

@@ -3,12 +3,24 @@
 Free of tensors and of Triton, so that a launch can be looked at, and compiled, where there is no GPU.
 """
 
+from importlib.metadata import PackageNotFoundError, version
 from math import gcd
 from typing import NamedTuple
 
 from formats.blockwise import block_count
 
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 LARGEST_BLOCK = 8192  #: weights that a quantize program can hold at once
+ASSEMBLY_PIPELINED = not _version("triton").startswith(
+    "3.7."
+)  #: Triton 3.7 fails on a pipelined loop with assembly in it
 ANY_TILE = 1024  # elements of a program that takes them one by one
 
 
@@ -61,7 +73,8 @@ def product(
         "COLUMNS": columns,
         "EVEN": n % rows == 0 and k % columns == 0,
     }
-    options = {"num_warps": choice["num_warps"], "num_stages": choice.get("num_stages", 1), "enable_fp_fusion": True}
+    stages = choice.get("num_stages", 1) if ASSEMBLY_PIPELINED else 1
+    options = {"num_warps": choice["num_warps"], "num_stages": stages, "enable_fp_fusion": True}
     if choice["path"] == "multiply_row":
         return Launch("multiply_row", (block_count(n, rows), m), constants, options)
     kernel, side, steps = "matmul", block_count(n, rows), block_count(k, columns)
