@@ -22,6 +22,7 @@ def pages(tmp_path_factory) -> dict[Path, str]:
     return {file.relative_to(folder): file.read_text() for file in folder.rglob("*.html")}
 
 
+@pytest.mark.thorough
 def test_every_module_has_a_page(pages):
     files = [file.relative_to(ROOT) for name in ("qbench", "formats") for file in (ROOT / name).rglob("*.py")]
     inside = [file for file in files if (ROOT / file.parent / "__init__.py").exists() and file.stem != "__main__"]
@@ -31,11 +32,13 @@ def test_every_module_has_a_page(pages):
         assert f'id="{name}"' in pages[Path("qbench.html")]
 
 
+@pytest.mark.thorough
 def test_what_comments_say_of_variables_is_told(pages):
     assert "whether blocks carry a shift z" in pages[Path("formats.html")]  # in the line
     assert "the linear layers of Llama" in pages[Path("qbench/bench/products.html")]  # in the line before
 
 
+@pytest.mark.thorough
 def test_every_link_leads_somewhere(pages):
     for page, text in pages.items():
         for target in set(re.findall(r'href="([^"$#]+)', text)):

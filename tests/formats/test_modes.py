@@ -29,7 +29,11 @@ def run(mode: str, file: Path, kernels: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module", params=["kernels", "reference"])
+REFERENCE = pytest.param("reference", marks=pytest.mark.thorough)
+FIRST = ("inference_mode", "device", "fake", "bfloat16")  #: that have been met; the others are for CI
+
+
+@pytest.fixture(scope="module", params=["kernels", REFERENCE])
 def plain(request, tmp_path_factory) -> tuple[Path, str]:
     """A file with what a process in no mode finds."""
     file = tmp_path_factory.mktemp("modes") / "plain.pt"
@@ -37,6 +41,7 @@ def plain(request, tmp_path_factory) -> tuple[Path, str]:
     return file, request.param
 
 
+@pytest.mark.thorough
 def test_without_numba_and_triton_plain_pytorch_gives_the_same_bits(tmp_path):
     code = f"""
 import sys, warnings
@@ -70,6 +75,6 @@ def test_kernels_that_cannot_be_imported_leave_the_reference_in_their_place(monk
         blockwise.load_kernels.__wrapped__()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m if m in FIRST else pytest.param(m, marks=pytest.mark.thorough) for m in MODES])
 def test_a_mode_that_comes_first_changes_nothing(mode, plain):
     run(mode, *plain)

@@ -95,6 +95,7 @@ def test_nor_its_bars_in_a_terminal(tmp_path, tiny_llama):
     assert "noise in a warning" in (tmp_path / "out" / messages.FILE).read_text("utf-8")
 
 
+@pytest.mark.thorough
 def test_training_all_weights_says_nothing_either(tmp_path, tiny_llama):
     done = job(tmp_path, "+format=none", "tune=full", f"model.path={tiny_llama}", *SHORT, "hydra.run.dir=out")
     assert done.returncode == 0

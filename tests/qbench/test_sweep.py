@@ -57,6 +57,7 @@ def undisturbed(tiny_llama, tmp_path_factory):
     return found
 
 
+@pytest.mark.thorough
 def test_killed_and_started_again_and_again(tiny_llama, tmp_path, undisturbed):
     generator = random.Random(0)
     done: dict[str, str] = {}
@@ -76,6 +77,7 @@ def test_killed_and_started_again_and_again(tiny_llama, tmp_path, undisturbed):
     assert {name: decided(r) for name, r in found.items()} == {name: decided(r) for name, r in undisturbed.items()}
 
 
+@pytest.mark.thorough
 def test_what_the_runs_share_is_measured_once(undisturbed):
     made = [r["run"]["baseline"] for r in undisturbed.values()]
     assert len({b["id"] for b in made}) == 1 and sum(not b["reused"] for b in made) == 1
@@ -85,6 +87,7 @@ def test_what_the_runs_share_is_measured_once(undisturbed):
             assert other[key]["baseline"] == one[key]["baseline"]
 
 
+@pytest.mark.thorough
 def test_peak_memory_is_the_runs_own(undisturbed):
     """But for the first of a format, which may have its kernels compiled."""
     in_order = sorted(undisturbed.values(), key=lambda r: r["run"]["started"])
@@ -117,6 +120,7 @@ def test_16_bit_runs_once_whatever_the_block(sweep, tmp_path):
     assert code == 0 and "1 of 1 runs are done" in said and len(results(tmp_path / "out")) == 1
 
 
+@pytest.mark.thorough
 def test_two_at_once_on_one_folder(tiny_llama, tmp_path, undisturbed):
     processes = [start(tmp_path, tiny_llama, sweep=FEW) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
@@ -126,6 +130,7 @@ def test_two_at_once_on_one_folder(tiny_llama, tmp_path, undisturbed):
     assert all(decided(result) == decided(undisturbed[name]) for name, result in results(tmp_path).items())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers_give_the_same(launcher, tiny_llama, tmp_path, undisturbed):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")

@@ -20,7 +20,7 @@ TRITON = ".".join(version("triton").split(".")[:2])
 RECORD = Path(__file__).parent / f"compiled-{TRITON}.json"
 SLACK = 1.1  # of releases that differ in their last number
 recorded = pytest.mark.skipif(not RECORD.exists(), reason=f"nothing is recorded for Triton {TRITON}")
-pytestmark = pytest.mark.slow
+compiles = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def found(tmp_path_factory):
     return [compiled.Compiled(**one) for one in json.loads(file.read_text())]
 
 
+@compiles
 def test_every_configuration_of_every_device_is_there(found):
     expected = [(one.name, one.capability) for c in compiled.DEVICES for one in compiled.configurations(c)]
     assert [(one.name, one.capability) for one in found] == expected
@@ -42,6 +43,7 @@ def record():
     return {(one["name"], one["capability"]): one for one in json.loads(RECORD.read_text())}
 
 
+@compiles
 @recorded
 def test_nothing_spills(found):
     """But for what a release of Triton is known to spill."""
@@ -50,10 +52,12 @@ def test_nothing_spills(found):
     assert sum(one["spills"] for one in known.values()) <= 8
 
 
+@compiles
 def test_shared_memory_suffices(found):
     assert not [one for one in found if one.shared > compiled.DEVICES[one.capability][1]]
 
 
+@compiles
 @recorded
 def test_no_kernel_takes_more_instructions_than_recorded(found):
     known = record()
