@@ -1,7 +1,10 @@
 """LoRA on packed layers: what PEFT puts there, whoever calls it."""
 
+from functools import wraps
 from typing import Any
 
+import peft
+import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraModel
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from .counting import not_counted
 from .functions import add_low_rank, autocasting
-from .layers import QuantLinear
+from .layers import QuantLinear, packed_layers
 
 
 class LoraQuantLinear(LoraLinear):
@@ -47,6 +50,22 @@ def _knowing(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kw
 
 
 LoraModel._create_new_module = staticmethod(_knowing)  # type: ignore[method-assign]  # it has no other door
+
+
+_prepare = peft.prepare_model_for_kbit_training
+
+
+@wraps(_prepare)
+def _prepared(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    # It makes all 16-bit weights fp32, and adapters begin in the dtype of the weight that they are on.
+    model = _prepare(model, *args, **kwargs)
+    for layer in packed_layers(model).values():
+        layer.dtype = torch.promote_types(layer.dtype, torch.float32)
+    return model
+
+
+for _module in (peft, peft.utils, peft.utils.other):
+    vars(_module)["prepare_model_for_kbit_training"] = _prepared
 
 
 _count_parameters = PeftModel.get_nb_trainable_parameters

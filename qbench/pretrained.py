@@ -142,6 +142,8 @@ class QBenchQuantizer(HfQuantizer):
                     f"{name} is to lie on disk, where there is its 16-bit weight alone; accepted: a device_map without "
                     "disk, or a packed checkpoint, which `python -m qbench.quantize` writes"
                 )
+            if layer.codes.is_meta and on_disk:
+                skeleton.check_offloaded(model, name, layer)
             skeleton.settle(layer, self.recipe.format)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}

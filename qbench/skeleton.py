@@ -95,6 +95,13 @@ def settle(layer: QuantLinear, fmt: Format) -> None:
         layer.table, layer.levels = _table_of(fmt), levels
 
 
+def check_offloaded(model: PreTrainedModel, name: str, layer: QuantLinear) -> None:
+    """Raises InputError where what is offloaded to disk comes back in another dtype, as with transformers 5.0."""
+    for part, tensor in layer.stored(f"{name}.").items():
+        if tensor.is_floating_point() and load_offloaded_parameter(model, part).dtype != tensor.dtype:
+            raise InputError(f"{part} is on disk, where this release of transformers rounds it; accepted: a newer one")
+
+
 def _table_of(fmt: Format) -> tuple[float, ...] | None:
     """The levels that a format has for every tensor; None where each has its own, or there are none."""
     levels = None if fmt.own_levels else fmt.empty(torch.Size([0]), torch.float32, "cpu").levels

@@ -130,6 +130,10 @@ def test_any_device_map(sharded_llama, packed_nf4, tmp_path, device_map):
             with pytest.raises(InputError, match=r"1.self_attn.q_proj is to lie on disk.* accepted: .*qbench.quantize"):
                 load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
             continue
+        if device_map is PARTLY_ON_DISK and transformers.__version__.startswith("5.0."):
+            with pytest.raises(InputError, match="is on disk, where this release of transformers rounds it"):
+                load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
+            continue
         model = load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
         assert torch.equal(logits(model), logits(load(packed_nf4)))
         assert not any(b.is_meta for module in model.modules() for b in module.buffers(recurse=False))
