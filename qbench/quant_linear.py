@@ -97,10 +97,8 @@ def _in_place(func: Any) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a tensor without storage, such as one that is sharded
-        return id(tensor)
+    """What tells the memory of a tensor from that of others; one without a storage, such as a sparse one, has its own."""
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else id(tensor)
 
 
 class QuantLinear(nn.Linear):

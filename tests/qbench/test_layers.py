@@ -247,6 +247,7 @@ def test_a_packed_weight_is_read_like_any_tensor():
     _, layer = make(bias=False)
     w = layer.weight
     assert type(w + 1) is torch.Tensor and type(w @ w.t()) is torch.Tensor and type(w.clone().mul_(2)) is torch.Tensor
+    assert w.to_sparse().to_dense().equal(w)  # made without a storage
     assert torch.zeros(48, 80).copy_(w).equal(w) and torch.ones(48, 80).add_(w).equal(w + 1)
     x = torch.randn(2, 80, requires_grad=True)
     nn.functional.linear(x, w).sum().backward()
