@@ -117,7 +117,7 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
         if not isinstance(layer := modules.get(name), QuantLinear):
             raise InputError(f"{name} is a {type(layer).__name__}; accepted: a QuantLinear")
     for name, layer in packed_layers(model).items():  # as files keep it
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+        tensors.pop(f"{name}._extra_state", None)  # one that is sharded has none
         tensors |= layer.stored(f"{name}.")
     match(empty, {name: Spec.of(tensor) for name, tensor in tensors.items()}, type(model).__name__)
     for name, layer in packed_layers(model).items():
