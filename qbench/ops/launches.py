@@ -18,9 +18,8 @@ def _version(package: str) -> str:
 
 
 LARGEST_BLOCK = 8192  #: weights that a quantize program can hold at once
-ASSEMBLY_PIPELINED = not _version("triton").startswith(
-    "3.7."
-)  #: Triton 3.7 fails on a pipelined loop with assembly in it
+#: whether a loop with assembly in it can be pipelined: Triton 3.7 fails on one
+ASSEMBLY_PIPELINED = not _version("triton").startswith("3.7.")
 ANY_TILE = 1024  # elements of a program that takes them one by one
 
 
