@@ -57,9 +57,22 @@ def _tried(layer: nn.Module) -> bool:
 
 def left(model: PreTrainedModel) -> dict[str, str]:
     """The linear layers beside the output head that stay in 16 bit, by name, and why."""
-    head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if _linear(module) and module is not head}
+    heads = _heads(model)
+    linear = {name: module for name, module in model.named_modules() if _linear(module) and module not in heads}
     return {name: why for name, module in linear.items() if (why := _why_not(module))}
+
+
+def _heads(model: PreTrainedModel) -> set[nn.Module | None]:
+    """The modules that make an answer of what the base of a model computes: `lm_head`, `score`, `classifier` and the like.
+
+    Where the base is no part of its own, they are the output embeddings or, without these, the module with the last
+    parameter, as in transformers' own quantizers.
+    """
+    output, base = model.get_output_embeddings(), model.base_model
+    if base is not model:
+        return {output, *model.modules()} - set(base.modules())
+    last = [name for name, _ in model.named_parameters()][-1:]
+    return {output} if output is not None else {model.get_submodule(name.rpartition(".")[0]) for name in last}
 
 
 def warn_of_left(model: PreTrainedModel) -> None:
@@ -78,9 +91,9 @@ def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers to quantize, by name: every linear one but the output head. Raises InputError if there is none."""
-    head = model.get_output_embeddings()
-    found = {name: m for name, m in model.named_modules() if replaceable(m) and m is not head}
+    """The layers to quantize, by name: every linear one but those of a head. Raises InputError if there is none."""
+    heads = _heads(model)
+    found = {name: m for name, m in model.named_modules() if replaceable(m) and m not in heads}
     if not found:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize besides its head")
     return found

@@ -21,10 +21,14 @@ from .shards import Spec
 _OF_OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # in older checkpoints; models compute them now
 
 
-def bare(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM of a config without its weights: parameters are on the meta device, buffers real."""
+def bare(config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The causal LM of a config, or a model of another kind, without its weights: parameters are on the meta device,
+    buffers real."""
+    config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+        if kind:
+            return kind._from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def match(
@@ -110,7 +114,7 @@ def _table_of(fmt: Format) -> tuple[float, ...] | None:
 
 def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     """The tensors of the checkpoint of a model. Raises InputError where they could not be read back by this recipe."""
-    empty, tensors = bare(model.config, model.dtype), model.state_dict()
+    empty, tensors = bare(model.config, model.dtype, type(model)), model.state_dict()
     place(empty, recipe.layers(empty))
     modules = dict(model.named_modules())
     for name in packed_layers(empty):
