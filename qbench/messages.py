@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "warnings.log"  #: in the folder of a run, if there was any
+LONGEST = 1000  #: characters of a text of others' that are shown
 OURS = "qbench: "  #: how a warning begins that the user must see
 
 
@@ -45,6 +46,27 @@ def left_in_words(layers: Mapping[str, str]) -> str:
     first, why = next(iter(layers.items()))
     others = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
     return f"Left in 16 bit: {first}, as {why}{others}."
+
+
+def visible(text: str, most: int = LONGEST) -> str:
+    """The text as one line that a terminal or a page shows as it is, cut to `most` characters.
+
+    What cannot be seen, such as what moves a cursor or turns the direction of reading, is there by its code: `\\x1b`.
+    """
+    if len(text) > most:
+        text = text[: most - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def all_visible(value: Any) -> Any:
+    """What JSON holds, with every text in it `visible`, keys too."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {visible(key): all_visible(item) for key, item in value.items()}
+    return type(value)(map(all_visible, value)) if isinstance(value, list | tuple) else value
 
 
 def printable() -> None:

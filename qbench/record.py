@@ -5,11 +5,12 @@ import json
 import math
 import os
 import platform
+import stat
 import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -23,14 +24,16 @@ import torch
 from formats import Format
 from formats.registry import ours
 
-from . import files
+from . import files, schema
 from .errors import InputError
+from .messages import visible
 
 if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 1
 FILE = "result.json"
+LARGEST = 128 << 20  #: bytes of a file of JSON that is read
 _PACKAGES = (
     "qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
     "lm_eval",
@@ -103,39 +106,97 @@ def write_json(path: Path, content: dict | list) -> Path:
 def read(path: Path | str) -> dict:
     """The result at a path: a result.json, or the folder that holds it. Raises InputError if it is no whole result."""
     path = Path(path)
-    file = path / FILE if path.is_dir() else path
-    result = read_json(file)
-    if not isinstance(result, dict) or not {"schema", "status", "run", "config", "metrics"} <= result.keys():
-        raise InputError(f"{file} is not a result of qbench's")
-    if result["schema"] != SCHEMA:
-        raise InputError(f"{file} has schema {result['schema']}; {SCHEMA} is accepted")
+    return _read(path / FILE if path.is_dir() else path)
+
+
+def _read(file: Path) -> dict:
+    result = read_json(file, parse_int=_integer, parse_constant=_no_number)
+    number = result.get("schema", SCHEMA) if isinstance(result, dict) else SCHEMA
+    if number != SCHEMA:
+        raise InputError(f"{visible(str(file))} has schema {visible(repr(number), 40)}; {SCHEMA} is accepted")
+    if found := schema.problem(result):
+        raise InputError(f"{visible(str(file))} is not a result of qbench's: {found}")
     return result
 
 
-def read_json(file: Path) -> Any:
-    """Raises InputError if it is no whole JSON file."""
+def _integer(text: str) -> int:
+    if abs(number := int(text)) >= 1 << 63:
+        raise ValueError("an integer of more than 64 bits")
+    return number
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def read_json(file: Path, **numbers: Callable[[str], Any]) -> Any:
+    """numbers: of `json.loads`. Raises InputError if it is no whole JSON file, and OSError."""
+    about = file.stat()
+    if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for who writes into it
+        raise InputError(f"{visible(str(file))} is no file, but {_kind(about.st_mode)}")
+    if about.st_size > LARGEST:
+        raise InputError(f"{visible(str(file))} has {about.st_size:,} bytes; up to {LARGEST:,} are accepted")
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8"), **numbers)
+    except RecursionError:
+        raise InputError(f"{visible(str(file))} is not a whole JSON file: it is nested too deep") from None
     except ValueError as error:  # JSON or UTF-8 cut short
-        raise InputError(f"{file} is not a whole JSON file: {error}") from error
+        raise InputError(f"{visible(str(file))} is not a whole JSON file: {visible(str(error), 200)}") from error
 
 
-def find(*paths: Path | str) -> list[Path]:
-    """Every result.json at or under the paths, each once, sorted."""
-    return sorted({file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob(FILE))})
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for is_one, name in kinds.items() if is_one(mode)), "a device")
+
+
+def find(*paths: Path | str, refused: Callable[[OSError], None] = lambda error: None) -> list[Path]:
+    """Every result.json at or under the paths, each once, sorted. Links to folders are not followed.
+
+    refused: is told of each folder that cannot be looked into. Raises InputError for a path that is not there.
+    """
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if not os.path.lexists(path):
+            raise InputError(f"{visible(str(path))} does not exist; accepted: result.json files or folders above them")
+        found |= set(_under(path, refused)) if path.is_dir() else {path}
+    return sorted(found)
+
+
+def _under(top: Path, refused: Callable[[OSError], None]) -> Iterator[Path]:
+    waiting = [os.fspath(top)]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.name == FILE:
+                        yield Path(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except OSError as error:
+            refused(error)
 
 
 def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
-    """Every result at or under the paths, by its file; and, by file, why one could not be read.
+    """Every result at or under the paths, by its file; and, by file or folder, why one could not be read.
 
-    To hold ten thousand, lists of numbers become arrays, and lists of records (layers) records of arrays.
+    To hold ten thousand, lists of numbers become arrays, and lists of records (layers) records of arrays, but in `config`.
+    Raises InputError for a path that is not there.
     """
-    results, unreadable = {}, {}
-    for file in find(*paths):
+    results: dict[Path, dict] = {}
+    unreadable: dict[Path, str] = {}
+
+    def refused(error: OSError) -> None:
+        path = Path(os.fsdecode(error.filename))
+        unreadable[path] = f"{visible(str(path))} cannot be read: {error.strerror}"
+
+    for file in find(*paths, refused=refused):
         try:
-            results[file] = _compact(read(file))
-        except (OSError, InputError) as problem:
+            results[file] = {key: item if key == "config" else _compact(item) for key, item in _read(file).items()}
+        except InputError as problem:
             unreadable[file] = str(problem)
+        except OSError as error:
+            error.filename = error.filename or file
+            refused(error)
     return results, unreadable
 
 
@@ -157,7 +218,7 @@ def load(*paths: Path | str) -> "pandas.DataFrame":
 
     A row a run, sorted by `path`, its folder; a column a number, named by its place in result.json
     (`metrics.quality.tuned.perplexity`; docs/result.md explains them all). Numbers of layers, windows and steps are lists,
-    as in `collect`. Warns of files that could not be read.
+    as in `collect`. Warns of files and folders that could not be read. Raises InputError for a path that is not there.
     """
     results, unreadable = collect(*paths)
     for reason in unreadable.values():
@@ -169,7 +230,8 @@ def as_frame(results: dict[Path, dict]) -> "pandas.DataFrame":
     """What `collect` found, as `load` gives it."""
     import pandas
 
-    rows = pandas.json_normalize(list(results.values()))
+    # of the keys that no schema names one may be called as our column is
+    rows = pandas.json_normalize([{key: r[key] for key in r if key != "path"} for r in results.values()])
     rows.insert(0, "path", [str(file.parent) for file in results])
     return rows
 

@@ -59,7 +59,7 @@ def test_another_schema_is_named(tmp_path):
 
 
 def test_a_finished_run_is_told_from_another(tmp_path):
-    done = record.blank({}) | {"status": "done", "run": {"id": "one"}}
+    done = record.blank({}) | {"status": "done", "run": {"id": "one", "started": record.now()}}
     record.write(tmp_path, done)
     assert record.finished(tmp_path, "one") == done
     assert record.finished(tmp_path, "two") is None and (tmp_path / "result-one.json").exists()
@@ -68,7 +68,7 @@ def test_a_finished_run_is_told_from_another(tmp_path):
 
 
 def test_a_failure_is_not_written_over_what_had_finished(tmp_path):
-    done = record.blank({}) | {"status": "done", "run": {"id": "one"}}
+    done = record.blank({}) | {"status": "done", "run": {"id": "one", "started": record.now()}}
     record.write(tmp_path, done)
     with pytest.raises(KeyError), record.kept(tmp_path, record.blank({})):
         raise KeyError("gone")
