@@ -28,26 +28,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import files, shards, skeleton
+from . import auto, files, shards, skeleton
 from .errors import InputError
 from .interop import bitsandbytes, gguf
 from .interop.packed import Foreign, Held, Packed
 from .layers import QuantLinear, packed_layers
+from .opened import GENERATION, reading
 from .pretrained import tell
 from .recipe import CONFIG, KEY, Recipe
 from .recipe import find as find_recipe
 from .shards import Contents
 
-GENERATION = "generation_config.json"
 LAYOUTS = {"qbench": Recipe, "bitsandbytes": bitsandbytes.Recipe}  #: those that can be written
 
 
@@ -57,18 +51,6 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-
-
-@contextmanager
-def reading(what: object) -> Iterator[None]:
-    """Whatever goes wrong in reading a model, but memory, as an InputError that names it."""
-    try:
-        yield
-    except (InputError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{what} could not be loaded: {first_line}") from error
 
 
 @dataclass(frozen=True)
@@ -102,11 +84,9 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path |
         raise InputError(f"{path} is not packed; accepted: what qbench.quantize or bitsandbytes wrote, a GGUF file")
     transformers_logging.disable_progress_bar()
     with reading(path):
-        tokens = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True) if tokenizer else found.tokenizer()
-        if isinstance(found, Foreign):
-            model = _filled(found, device, dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        tokens = auto.tokenizer(tokenizer) if tokenizer else found.tokenizer()
+        found.check()
+        model = _filled(found, device, dtype) if isinstance(found, Foreign) else auto.packed_model(path, dtype)
     model.to(device)  # type: ignore[arg-type]  # a wrapper hides its arguments
     return LoadedModel(model.eval().requires_grad_(False), tokens)
 

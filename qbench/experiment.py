@@ -69,7 +69,6 @@ class Experiment:
     training: list[Tensor] | Tensor
 
     def __init__(self, settings: Settings, result: dict, folder: Path):
-        models.refuse_packed(settings.model.path)
         self.settings, self.folder = settings, folder
         self.device = models.pick_device(settings.device)
         self.dtype = models.pick_dtype(settings.model.dtype, self.device)
@@ -79,36 +78,45 @@ class Experiment:
         result["run"]["seconds"] = self.phases.seconds
         self.found = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
         result["config"] = settings.plain(**self.found)
-        with self.phases("identify", "read text and weights"):
+        with self.phases("identify", "read text and model"):
             result["environment"] = record.environment(self.device)
             self.text = data.read(settings.data.path)
+            self._open(settings)
             weights = models.digest(settings.model.path, settings.model.revision)
             self.digests = {"weights": weights, "text": self.text.digest}
             if settings.eval.tasks:
                 self.digests["tasks"] = task_files.digest(settings.eval.tasks)
             code = [record.format_digest(fmt) for fmt in settings.formats]
             result["run"]["id"] = record.run_id(result["config"], **self.digests, formats=code)
+        result["config"] = settings.plain(**self.found, seq=self.seq)
+
+    def _open(self, settings: Settings) -> None:
+        """All that can be told before a weight is read: whether model, text, tokenizer and settings fit each other."""
+        chosen, text = settings.model, self.text
+        self.source = models.open(chosen.path, chosen.revision, chosen.trust_remote_code)
+        model, self.tokenizer = self.source.model, self.source.tokenizer
+        self.result["run"]["model"] = {"commit": self.source.commit, "wrappers": self.source.wrappers}
+        self.left = left(model)
+        self.seq = models.pick_seq(settings.data.seq, model)
+        scored = -(settings.eval.tokens // -(self.seq - 1))
+        told = self.tokenizer, model.config.get_text_config().vocab_size, self.seq
+        self.held_out = data.windows(text.held_out, *told, scored, seed=0)
+        if settings.tune:
+            adapters.check_rank(linear_layers(model), settings.tune)
+            wanted = settings.tune.steps * settings.tune.batch
+            if settings.tune.group_by_length:
+                self.training = data.examples(text.documents(), *told, wanted, settings.seed)
+            else:
+                self.training = data.windows(text.train, *told, wanted, settings.seed)
 
     def load(self) -> None:
-        settings, text = self.settings, self.text
+        settings = self.settings
         self.tasks = TaskStages(settings.eval, self.folder, self.phases) if settings.eval.tasks else None
         set_seed(settings.seed)
         with self.phases("load", "load the model"):
-            loaded = models.load(settings.model.path, self.dtype, self.device, settings.model.revision)
-            self.model, self.tokenizer = loaded.model, loaded.tokenizer
-            self.layers, self.left = linear_layers(loaded.model), left(loaded.model)
-            seq = models.pick_seq(settings.data.seq, self.model)
-            scored = -(settings.eval.tokens // -(seq - 1))
-            told = loaded.tokenizer, self.model.config.get_text_config().vocab_size, seq
-            self.held_out = data.windows(text.held_out, *told, scored, seed=0)
-            if settings.tune:
-                adapters.check_rank(self.layers, settings.tune)
-                wanted = settings.tune.steps * settings.tune.batch
-                if settings.tune.group_by_length:
-                    self.training = data.examples(text.documents(), *told, wanted, settings.seed)
-                else:
-                    self.training = data.windows(text.train, *told, wanted, settings.seed)
-        self.result["config"] = settings.plain(**self.found, seq=seq)
+            self.model = models.loaded(self.source, self.dtype, self.device).model
+            del self.source
+            self.layers = linear_layers(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def measure_baseline(self, store: Path | None) -> None:

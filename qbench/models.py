@@ -11,21 +11,21 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from formats import Format, QuantizedTensor
 
-from . import checkpoint, recipe, skeleton
-from .checkpoint import LoadedModel, reading
+from . import checkpoint, opened, skeleton
+from .checkpoint import LoadedModel
 from .errors import InputError
-from .interop import gguf
 from .layers import replace, warn_of_left, weight_of
+from .opened import Opened
+from .places import BUNDLED as BUNDLED
+from .places import commit, locate
 from .pretrained import tell
 from .recipe import Recipe
 from .shards import Spec
 
-BUNDLED = Path(__file__).parent / "assets" / "model"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -63,42 +63,27 @@ def _cpu_computes_in_bf16() -> bool:
     return any(check() for check in checks if check)
 
 
-def locate(path: str | None) -> Path | str:
-    """The folder of a model, a GGUF file, or the hub id that a path is; None is the bundled model. Raises InputError."""
-    folder = BUNDLED if path is None else Path(path).expanduser()
-    if gguf.is_one(folder):
-        return folder
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"model.path: {path!r} holds no config.json; accepted: a folder that save_pretrained wrote"
-            )
-        return folder
-    if path is None or path.count("/") != 1 or path.startswith((".", "/", "~")) or folder.parent.is_dir():
-        raise InputError(
-            f"model.path: {path!r} does not exist; accepted: a folder with a model, or a hub id owner/name"
-        )
-    return path
+def open(path: str | None, revision: str | None = None, trust: bool = False) -> Opened:
+    """Open a 16-bit checkpoint: all but its weights is there, and these have been found to be those of its config.
 
-
-def refuse_packed(path: str | None) -> None:
-    """Raises InputError where a path is a checkpoint that is packed already."""
-    source = locate(path)
-    if isinstance(source, Path) and (found := checkpoint.find(source)):
+    path: a folder as `save_pretrained` writes it, a hub id (the one case in which the network is used), None for the
+    bundled model. revision: of a hub id. trust: run the code that it brings along. Raises InputError, in one line.
+    """
+    if found := checkpoint.find(locate(path, revision, trust)):
         instead = "qbench.checkpoint.load brings it into Python, and qbench.measure.quality.evaluate scores it there"
         raise InputError(
             f"model.path: {path!r} is packed already, as {found}; accepted: a 16-bit checkpoint. {instead}"
         )
+    return opened.open(path, revision, trust)
 
 
 def digest(path: str | None, revision: str | None = None) -> str | None:
     """What tells a model's files from others: SHA-256 over a folder or file, of a hub id the commit. Raises InputError."""
+    if found := commit(path, revision):
+        return found
     source = locate(path)
-    if isinstance(source, Path):
-        files = [file for file in sorted(source.iterdir()) if file.is_file()] if source.is_dir() else [source]
-        return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
-    with reading(f"model.path: {path!r}"):
-        return AutoConfig.from_pretrained(source, revision=revision or "main")._commit_hash
+    files = [file for file in sorted(source.iterdir()) if file.is_file()] if source.is_dir() else [source]
+    return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -116,25 +101,24 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
 def remember_digests(path: str | None) -> None:
     """Have the digests of a model's files at hand, here and in children of this process."""
     with suppress(InputError):
-        if isinstance(locate(path), Path):
-            digest(path)
+        digest(path)
 
 
 _kept: dict[tuple, LoadedModel] = {}
 
 
-def keep(path: str | None, dtype: str, revision: str | None) -> None:
+def keep(path: str | None, dtype: str, revision: str | None, trust_remote_code: bool = False) -> None:
     """Have a model in the memory of the host, the last one asked for, where it leaves as much again free.
 
-    `load` hands it out, once: this is for children of this process, each of which does so.
+    `loaded` hands it out, once: this is for children of this process, each of which does so.
     """
-    key = (path, DTYPES[dtype], revision, digest(path, revision))
+    key = (path, DTYPES[dtype], revision, trust_remote_code, digest(path, revision))
     if key not in _kept:
         _kept.clear()
         with _one_thread():  # those that OpenMP has here would count against a child's own
-            loaded = load(path, DTYPES[dtype], torch.device("cpu"), revision)
-        if held_bytes(loaded.model) < psutil.virtual_memory().available:
-            _kept[key] = loaded
+            found = loaded(open(path, revision, trust_remote_code), DTYPES[dtype], torch.device("cpu"))
+        if held_bytes(found.model) < psutil.virtual_memory().available:
+            _kept[key] = found
 
 
 @contextmanager
@@ -147,34 +131,29 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def load(path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> LoadedModel:
-    """Load a causal LM and its tokenizer.
-
-    path: a folder as `save_pretrained` or `qbench.quantize` writes it, a GGUF file, or a hub id (the one case in which the
-    network is used); None is the bundled model. Weights come from safetensors, or from a pickle that
-    `torch.load(weights_only=True)` takes; code that a checkpoint brings along is not run. A packed checkpoint is loaded as
-    it is, see `checkpoint`. Raises InputError if it cannot be loaded.
-    """
-    if _kept and (kept := _kept.pop((path, dtype, revision, digest(path, revision)), None)):
+def loaded(source: Opened, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """The model of an opened checkpoint, and its tokenizer. Raises InputError if it cannot be loaded."""
+    key = (source.path, dtype, source.revision, source.trust, digest(source.path, source.revision)) if _kept else ()
+    if kept := _kept.pop(key, None):
         kept.model.to(device)  # type: ignore[arg-type]  # which transformers types as no method
         return kept
-    source = locate(path)
-    if isinstance(source, Path) and checkpoint.find(source):
+    return LoadedModel(source.load(dtype, device), source.tokenizer)
+
+
+def load(
+    path: str | None, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust: bool = False
+) -> LoadedModel:
+    """Load a causal LM and its tokenizer.
+
+    path: what `open` takes, or a packed checkpoint, which is loaded as it is: a folder that `qbench.quantize` wrote, a
+    GGUF file (see `checkpoint`). Weights come from safetensors, or from PyTorch's files, of which no more is run than
+    `torch.load(weights_only=True)` does. trust: run the code that a 16-bit checkpoint brings along. Raises InputError if
+    it cannot be loaded, or is not whole.
+    """
+    source = locate(path, revision, trust)
+    if checkpoint.find(source):
         return checkpoint.load(source, device, dtype)
-    options = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision or "main"}
-    transformers_logging.disable_progress_bar()
-    with reading(f"model.path: {path!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
-    if getattr(model.config, recipe.KEY, None) is not None:
-        raise InputError(
-            f"model.path: {path!r} is quantized already; accepted: a 16-bit checkpoint, or a packed one on disk"
-        )
-    for name, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            raise InputError(f"model.path: {name} of {path!r} holds NaN or Inf; finite weights are accepted")
-    model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # as above
-    return LoadedModel(model, tokenizer)
+    return loaded(opened.open(path, revision, trust), dtype, device)
 
 
 def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:

@@ -11,12 +11,15 @@ from .errors import InputError
 from .shards import Contents, Spec
 
 
-def named(model: PreTrainedModel, contents: Contents) -> tuple[dict[str, str], dict[str, Spec]]:
+def named(
+    model: PreTrainedModel, contents: Contents, undone: dict[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, Spec]]:
     """The name in the model of each tensor, by that in the files; and what a header tells of it, by that in the model.
 
-    Raises InputError for a tensor that is there twice.
+    undone: patterns in the names of the files, and what is put in their places. Raises InputError for a tensor that is
+    there twice.
     """
-    rename = renaming(model)
+    rename = renaming(model, undone)
     called: dict[str, str] = {}
     found: dict[str, Spec] = {}
     for file, specs in contents.items():
@@ -28,12 +31,12 @@ def named(model: PreTrainedModel, contents: Contents) -> tuple[dict[str, str], d
     return called, found
 
 
-def renaming(model: PreTrainedModel) -> Callable[[str, Path], str]:
+def renaming(model: PreTrainedModel, undone: dict[str, str] | None = None) -> Callable[[str, Path], str]:
     """What `from_pretrained` makes of names: the model's own renamings, and the prefix of the base model on or off.
 
     Some architectures also merge, split or turn tensors as they load; such a tensor is refused.
     """
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, undone or None)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"
+_LARGEST = 2**24  # bytes of a config.json
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,16 @@ def word(dtype: torch.dtype) -> str:
 
 
 def plain_config(folder: Path) -> dict:
-    """The config.json of a folder. Raises InputError where there is none."""
+    """The config.json of a folder, or a file that is one. Raises InputError where there is none."""
+    file = folder if folder.is_file() else folder / CONFIG
     try:
-        config = record.read_json(folder / CONFIG)
+        if (size := file.stat().st_size) > _LARGEST:
+            raise InputError(f"{file} has {size} bytes; accepted: up to {_LARGEST}")
+        config = record.read_json(file)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {CONFIG}") from None
     if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG} is no configuration of a model")
+        raise InputError(f"{file} is no configuration of a model")
     return config
 
 

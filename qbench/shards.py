@@ -6,7 +6,8 @@ each tensor to its place, in any order: no more of a file is in memory than one 
 """
 
 import json
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +22,7 @@ from .errors import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"  #: the same in PyTorch's files
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -66,23 +68,28 @@ def name(number: int, count: int) -> str:
     return f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def contents(folder: Path) -> Contents:
+def contents(folder: Path, pickles: bool = False) -> Contents:
     """The tensors of the checkpoint in a folder, by file; only headers are read.
 
-    Raises InputError naming the file that is missing, cut short, or without a tensor that the index places there.
+    pickles: where there are no safetensors, take PyTorch's files, of which no more is run than
+    `torch.load(weights_only=True)` does. Raises InputError naming the file that is missing, cut short, or without a tensor
+    that the index places there.
     """
-    index = folder / INDEX
-    if (folder / SINGLE).is_file():
-        where = {}
-        found = headers([folder / SINGLE])
-    elif index.is_file():
-        where = _weight_map(index)
-        found = headers([folder / file for file in sorted(set(where.values()))])
+    kinds = [(SINGLE, INDEX), PICKLES] if pickles else [(SINGLE, INDEX)]
+    for single, index in ((folder / single, folder / index) for single, index in kinds):
+        if single.is_file():
+            where = {}
+            found = headers([single])
+            break
+        if index.is_file():
+            where = _weight_map(index)
+            found = headers([folder / file for file in sorted(set(where.values()))])
+            break
     else:
         raise InputError(f"{folder} holds no weights; accepted: {SINGLE}, or {INDEX} and the files it names")
     for tensor, file in where.items():
         if tensor not in found[folder / file]:
-            raise InputError(f"{folder / file} lacks {tensor}, which {INDEX} places there")
+            raise InputError(f"{folder / file} lacks {tensor}, which {index.name} places there")
     return found
 
 
@@ -115,6 +122,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def header(file: Path) -> dict[str, Spec]:
     """The tensors of one file. Raises InputError naming it where it is missing or not whole."""
+    if file.suffix == ".bin":
+        return {name: Spec.of(tensor) for name, tensor in _unpickled(file, "meta").items()}
     specs = {}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -129,6 +138,30 @@ def header(file: Path) -> dict[str, Spec]:
     except SafetensorError as error:
         raise InputError(f"{file} is not a whole safetensors file: {error}") from error
     return specs
+
+
+def mapped(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file by name, mapped from it: each takes memory as it is used."""
+    if file.suffix == ".bin":
+        yield from _unpickled(file, "cpu").items()
+        return
+    with safe_open(file, framework="pt") as opened:
+        for tensor in opened.keys():  # noqa: SIM118  no dict
+            yield tensor, opened.get_tensor(tensor)
+
+
+def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+    """What a file of PyTorch's holds. Raises InputError for one that is no dict of tensors."""
+    try:
+        found = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except Exception as error:  # of many kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{file} is no whole file of tensors: {first}") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in found.items()):
+        raise InputError(f"{file} holds something else than tensors by name; accepted: a state_dict")
+    return found
 
 
 def read(file: Path, tensor: str) -> Tensor:

@@ -21,14 +21,24 @@ from .shards import Spec
 _OF_OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # in older checkpoints; models compute them now
 
 
-def bare(config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """The causal LM of a config, or a model of another kind, without its weights: parameters are on the meta device,
-    buffers real."""
+def bare(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    kind: type[PreTrainedModel] | None = None,
+    *,
+    buffers: bool = True,
+    trust: bool = False,
+) -> PreTrainedModel:
+    """The causal LM of a config, or a model of another kind, without its weights: parameters are on the meta device, and
+    without `buffers` these too.
+
+    trust: run the code that its checkpoint brings along.
+    """
     config = copy.deepcopy(config)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=not buffers):
         if kind:
             return kind._from_config(config, dtype=dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
 
 
 def match(

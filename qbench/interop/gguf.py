@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import formats
 from formats import Format, QuantizedTensor
 from formats.packing import pack
 
+from .. import auto
 from ..errors import InputError
 from ..layers import QuantLinear, linear_layers, weight_of
 from ..shards import Spec
@@ -148,7 +149,12 @@ class File(Foreign):
         for key in (f"{self.architecture}.rope.scaling.type", "split.count"):
             if (value := self.told(key)) not in (None, "none", 0, 1):
                 raise InputError(f"{self.path}: {key}: {value!r} is not supported; accepted: none")
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+        weights = sum(kept.shape.numel() for kept in self.found.values())
+        told = {
+            key.rpartition(".")[2]: self.told(key) for key in self.reader.fields if key.startswith(self.architecture)
+        }
+        auto.check_sizes(told, self.path, len(self.found), weights)
+        config = auto.gguf_config(self.path)
         if head := self.told(f"{self.architecture}.attention.key_length"):
             config.head_dim = head
         if ROPE in self.found:
@@ -165,7 +171,7 @@ class File(Foreign):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.told("tokenizer.ggml.model") is None:
             raise InputError(f"{self.path} brings no tokenizer; accepted: the folder of one, as `tokenizer`")
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+        return auto.tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def hold(self, model: PreTrainedModel) -> Held:
         names, linear = self._names(model), linear_layers(model)

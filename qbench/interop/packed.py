@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from formats import Format
 
-from .. import shards
+from .. import auto, shards
 from ..recipe import Recipe
 from ..shards import Contents
 
@@ -39,16 +39,21 @@ class Packed(ABC):
         """How it is packed, in a few words."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        return auto.tokenizer(self.path)
+
+    def check(self) -> None:
+        """Raises InputError where the model that is asked for is out of proportion to what is there."""
+        self.config()
+
+    def config(self) -> PreTrainedConfig:
+        specs = shards.merged(shards.contents(self.path))
+        return auto.config(self.path, len(specs), 8 * sum(spec.nbytes for spec in specs.values()))  # of a bit each
 
 
 class Foreign(Packed):
     """One in the layout of others. recipe: tells how a model that was read from it is saved."""
 
     recipe: ClassVar[type[Recipe]] = Recipe
-
-    def config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.path, local_files_only=True)
 
     @abstractmethod
     def hold(self, model: PreTrainedModel) -> Held:

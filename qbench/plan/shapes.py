@@ -11,9 +11,9 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .. import auto, places
 from ..errors import InputError
 from ..layers import linear_layers, weight_of
-from ..models import BUNDLED
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
 
@@ -108,12 +108,11 @@ def find(name: object) -> Shape:
     name = str(name)
     if name in built_in():
         return _of_name(name)
-    path = BUNDLED if name == "bundled" else Path(name).expanduser()
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.is_dir()
-    if not path.exists() and not is_hub_id:
+    path = places.BUNDLED if name == "bundled" else Path(name).expanduser()
+    if not path.exists() and not places.is_hub_id(name):
         raise InputError(f"model: {name!r} is unknown; accepted: {_accepted()}")
     try:
-        return Shape(name, AutoConfig.from_pretrained(path if path.exists() else name, trust_remote_code=False))
+        return Shape(name, auto.config(path if path.exists() else places.hub_config(name)))
     except Exception as error:
         raise InputError(f"model: {name!r} could not be read: {_first_line(error)}; accepted: {_accepted()}") from error
 

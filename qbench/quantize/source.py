@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
-from .. import checkpoint, models, names, recipe, shards, skeleton
+from .. import models, names, places, shards, skeleton
 from ..errors import InputError
 from ..layers import left
 from ..shards import Contents
@@ -42,19 +41,12 @@ def read(path: str | None) -> Source:
     Raises InputError, naming file or tensor, for a checkpoint that is not whole, not in 16 bit, or whose tensors are not
     the model's one by one.
     """
-    models.refuse_packed(path)
-    folder = models.locate(path)
-    if not isinstance(folder, Path):
+    if path is not None and not Path(path).expanduser().exists() and places.is_hub_id(path):
         raise InputError(f"model.path: {path!r} is a hub id; accepted: a folder that it was downloaded to")
-    config = recipe.plain_config(folder)
-    if method := config.get(recipe.KEY):
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise InputError(f"model.path: {path!r} is quantized already, by {method}; accepted: a 16-bit checkpoint")
-    with checkpoint.reading(f"model.path: {path!r}"):
-        model = skeleton.bare(AutoConfig.from_pretrained(folder, local_files_only=True), torch.bfloat16)
-    contents = shards.contents(folder)
-    called, found = names.named(model, contents)
-    skeleton.match(model, found, folder)
-    layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(model, found, folder).items()}
+    found = models.open(path)
+    contents = shards.contents(found.folder)
+    called, specs = names.named(found.model, contents, found.undone)
+    skeleton.match(found.model, specs, found.folder)
+    layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(found.model, specs, found.folder).items()}
     by_tensor = {tensor: layers[name] for tensor, name in called.items() if name in layers}
-    return Source(folder, config, contents, called, by_tensor, left(model))
+    return Source(found.folder, found.plain, contents, called, by_tensor, left(found.model))
