@@ -2,29 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-import formats
-from formats import Format
-from formats.contract import first_line
-from formats.registry import ours
+from . import keys
+from .errors import InputError
 
-from . import optim, starts
-from .errors import InputError, integer
+if TYPE_CHECKING:
+    from formats import Format  # with PyTorch, which takes seconds to import: what is wrong is told before
 
 FULL = "full"  #: all weights of a 16-bit model
 LOW_RANK = ("lora", "dora", "rslora")
 PROMPTS = ("prefix", "p_tuning")  #: which put virtual tokens before the text
-METHODS = (*LOW_RANK, "ia3", *PROMPTS, FULL)
+METHODS = keys.METHODS
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}  #: and transformers' names for them
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """path: a folder or a hub id, None the bundled model. dtype: auto, bfloat16, float16 or float32."""
+    """path: a folder or a hub id, None the bundled model. dtype: auto, bfloat16, float16 or float32. revision: branch, tag
+    or commit of a hub id. trust_remote_code: run the code that the model brings along."""
 
     path: str | None = None
     dtype: str = "auto"
     revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        keys.check(keys.RUN, vars(self), "model.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,7 @@ class DataSettings:
     seq: int | str = "auto"
 
     def __post_init__(self) -> None:
-        if self.seq != "auto":
-            integer("data.seq", self.seq, at_least=2)
+        keys.check(keys.RUN, vars(self), "data.")
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,8 @@ class EvalSettings:
     batch: int = 8
 
     def __post_init__(self) -> None:
-        integer("eval.tokens", self.tokens)
-        integer("eval.batch", self.batch)
-        if self.limit is not None:
-            integer("eval.limit", self.limit)
-        tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks
-        if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) and task for task in tasks):
-            raise InputError(
-                f"eval.tasks: {self.tasks!r} is not accepted; a list of tasks is, such as [qbench_docs,my_tasks]"
-            )
-        object.__setattr__(self, "tasks", list(tasks))
+        keys.check(keys.RUN, vars(self), "eval.")
+        object.__setattr__(self, "tasks", [self.tasks] if isinstance(self.tasks, str) else list(self.tasks))
 
     def plain(self) -> dict:
         """Without tasks, what is told of them is left out: it has no part in the result."""
@@ -104,50 +99,54 @@ class TuneSettings:
     clip: float = 1.0
     optimizer: str = "adamw"
     optimizer_budget: int | str | None = None
-    optimizer_page: int | str = optim.PAGE
+    optimizer_page: int | str = "2MiB"
     merge: bool = False
     adapter_format: str | None = None
     adapter_block: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "rank", "virtual_tokens", "init_rounds", "adapter_block"):
-            integer(f"tune.{name}", getattr(self, name))
-        for name in ("group_by_length", "checkpointing", "merge"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise InputError(f"tune.{name}: {value!r} is not accepted; true or false is")
-        for name, names in (
-            ("method", METHODS),
-            ("init", starts.INITS),
-            ("optimizer", optim.OPTIMIZERS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in names:
-                raise InputError(f"tune.{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(names)}")
+        keys.check(keys.RUN, vars(self), "tune.")
+        if self.method not in METHODS:
+            raise InputError(f"tune.method: {self.method} has no settings; accepted: {', '.join(METHODS)}")
         if self.init != "default" and self.method not in LOW_RANK:
             raise InputError(f"tune.init: {self.init} is for {', '.join(LOW_RANK)}; {self.method} takes default")
         if (self.merge or self.adapter_format) and self.method not in LOW_RANK:
             raise InputError(f"tune.merge: {self.method} has no low-rank matrices; accepted with {', '.join(LOW_RANK)}")
+        if self.method == "prefix" and self.checkpointing:
+            raise InputError(
+                "tune.checkpointing: true is not possible with prefix, which needs a cache; accepted: false"
+            )
         if self.adapter_format is not None:  # to be known before hours of training, not after
-            try:
-                formats.get(self.adapter_format, block=self.adapter_block)
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"tune.adapter_format: {first_line(error)}") from error
+            self.format_of_adapters()
         if self.batch % self.accumulate:
             raise InputError(f"tune.accumulate: {self.accumulate} does not divide tune.batch={self.batch}")
-        optim.checked(self.optimizer_budget, self.optimizer_page)
-        if self.optimizer_budget is not None and self.optimizer not in optim.PAGED:
-            takers = " or ".join(f"tune.optimizer={name}" for name in optim.PAGED)
+        if self.optimizer_budget is not None and self.optimizer not in keys.PAGED:
+            takers = " or ".join(f"tune.optimizer={name}" for name in keys.PAGED)
             raise InputError(
                 f"tune.optimizer_budget: {self.optimizer_budget!r} is not accepted with tune.optimizer={self.optimizer};"
                 f" null is, or {takers}"
             )
+        if self.optimizer_budget is not None:
+            from . import optim
+
+            optim.checked(self.optimizer_budget, self.optimizer_page)
+
+    def format_of_adapters(self) -> "Format":
+        """The format that adapters are measured in."""
+        import formats
+        from formats.contract import first_line
+
+        try:
+            return formats.get(str(self.adapter_format), block=self.adapter_block)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"tune.adapter_format: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that a run depends on. tune: None to leave the fine-tuning out."""
 
-    format: Format
+    format: "Format"
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     tune: TuneSettings | None = field(default_factory=TuneSettings)
@@ -156,7 +155,7 @@ class Settings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        integer("seed", self.seed, at_least=0)
+        keys.check(keys.RUN, {"seed": self.seed, "device": self.device})
         if self.tune and self.tune.method == FULL and self.format.name != "none":
             raise InputError(
                 f"tune.method: full trains the weights themselves, which {self.format.name} keeps as they are; accepted"
@@ -164,10 +163,10 @@ class Settings:
             )
 
     @property
-    def formats(self) -> list[Format]:
+    def formats(self) -> list["Format"]:
         """All that have a part in the numbers."""
         if self.tune and self.tune.adapter_format:
-            return [self.format, formats.get(self.tune.adapter_format, block=self.tune.adapter_block)]
+            return [self.format, self.tune.format_of_adapters()]
         return [self.format]
 
     def plain(self, **found: str | int) -> dict:
@@ -186,7 +185,9 @@ class Settings:
         }
 
 
-def _plain(fmt: Format) -> dict:
+def _plain(fmt: "Format") -> dict:
     """The name tells a format of ours; one of another package is told by its class as well."""
+    from formats.registry import ours
+
     plain, cls = {"name": fmt.name, "source": fmt.source}, type(fmt)
     return plain if ours(cls) else {**plain, "class": f"{cls.__module__}.{cls.__qualname__}"}

@@ -13,25 +13,21 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-import pandas
-
+from . import keys
 from .errors import InputError
 
-NAMES = ("tensorboard", "mlflow", "wandb")
+NAMES = keys.TRACKERS
 PROJECT = "qbench"
 
 
 def checked(names: object) -> tuple[str, ...]:
     """The trackers that `track` names. Raises InputError for one that is unknown or not installed."""
-    names = (
-        (names,) if isinstance(names, str) else tuple(names or ()) if isinstance(names, Sequence | None) else (names,)
-    )
-    for name in names:
-        if name not in NAMES:
-            raise InputError(f"track: {name!r} is unknown; accepted: {', '.join(NAMES)}, or a list of them")
+    keys.RUN["track"].check("track", names)
+    found = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
+    for name in found:
         if find_spec(name) is None:
             raise InputError(f"track: {name} is not installed; pip install 'qbench[{name}]' brings it")
-    return names
+    return found
 
 
 class Tracks:
@@ -48,6 +44,8 @@ class Tracks:
     def result(self, metrics: dict, step: int) -> None:
         """The metrics of a result, each number under its place in them."""
         if self._accelerator:
+            import pandas  # seconds to import
+
             flat = pandas.json_normalize(metrics, sep="/").iloc[0].to_dict()
             numbers = {k: v for k, v in flat.items() if isinstance(v, Number) and not isinstance(v, bool)}
             numbers = {re.sub(r"[^\w/. -]", "-", k): v for k, v in numbers.items()}  # MLflow takes no other names
@@ -60,6 +58,7 @@ def tracks(names: Sequence[str], folder: Path, config: dict) -> Iterator[Tracks]
     if not names:
         yield Tracks()
         return
+    import pandas
     from accelerate import Accelerator
 
     settings = {

@@ -234,8 +234,8 @@ def test_shares_of_a_mean_are_its_items_and_many_are_in_blocks():
 
 
 BAD = {
-    "a word": ("3", r"eval\.tasks: 3 is not accepted; a list of tasks is"),
-    "no strings": ("[1,2]", r"eval\.tasks: \[1, 2\] is not accepted; a list of tasks is"),
+    "a word": ("3", r"eval\.tasks: 3 is not accepted; a task or a list of tasks"),
+    "no strings": ("[1,2]", r"eval\.tasks: \[1, 2\] is not accepted; a task or a list of tasks"),
     "no path": (
         "[./nowhere]",
         r"'\./nowhere' is no YAML file, nor a folder.*accepted: qbench_continuation, qbench_docs",

@@ -1,0 +1,231 @@
+"""What every key of the three commands accepts; `--help` shows it, and settings from Python are held to the same.
+
+It imports nothing that takes time, so that a mistake is told before PyTorch is loaded. What each key means, and its
+default, is in conf/.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from .errors import InputError, byte_count
+
+METHODS = ("lora", "dora", "rslora", "ia3", "prefix", "p_tuning", "full")
+OPTIMIZERS = ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+PAGED = OPTIMIZERS[-2:]  #: those that take a budget
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+DTYPES = ("bfloat16", "float16", "float32")
+LARGEST = 2**31 - 1  #: that an index of 32 bits holds
+ENORMOUS = 1e30  #: in float32, as good as infinite, but finite still
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a key accepts. words: how that is said. allows: whether it does.
+
+    names: the words are a list of names. text: values are text, even those that look like a number.
+    """
+
+    words: str
+    allows: Callable[[object], bool]
+    names: bool = False
+    text: bool = False
+
+    def check(self, key: str, value: object) -> None:
+        """Raises InputError."""
+        if not self.allows(value):
+            problem = f"unknown; accepted: {self.words}" if self.names else f"not accepted; {self.words} is"
+            raise InputError(f"{key}: {shown(value)} is {problem}")
+
+    def __or__(self, other: "Accepted") -> "Accepted":
+        def either(value: object) -> bool:
+            return self.allows(value) or other.allows(value)
+
+        names = self.names and other.names
+        joint = ", " if names else " or "
+        return Accepted(f"{self.words}{joint}{other.words}", either, names, self.text or other.text)
+
+
+def shown(value: object) -> str:
+    """A value in a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _integer(least: int, most: int) -> Accepted:
+    def allows(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return Accepted(f"an integer of at least {least}, at most {most}", allows)
+
+
+def _number(least: float, most: float, *, above: bool = False, below: bool = False) -> Accepted:
+    """above: more than `least`; below: less than `most`."""
+
+    def allows(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return (least < value if above else least <= value) and (value < most if below else value <= most)
+
+    lower, upper = "above" if above else "of at least", "below" if below else "at most"
+    return Accepted(f"a number {lower} {least:g}, {upper} {most:g}", allows)
+
+
+def _one_of(names: Iterable[str]) -> Accepted:
+    known = tuple(names)
+    return Accepted(", ".join(known), lambda value: isinstance(value, str) and value in known, names=True)
+
+
+def _matching(words: str, pattern: str) -> Accepted:
+    return Accepted(words, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value)), names=True)
+
+
+def _text(words: str) -> Accepted:
+    return Accepted(words, lambda value: isinstance(value, str) and bool(value) and "\0" not in value, text=True)
+
+
+def _list_of(item: Accepted, words: str) -> Accepted:
+    def allows(value: object) -> bool:
+        return isinstance(value, list | tuple) and all(map(item.allows, value))
+
+    return Accepted(words, allows, item.names, item.text)
+
+
+def _bytes(least: int) -> Accepted:
+    def allows(value: object) -> bool:
+        try:
+            return byte_count("", value, least) <= 2**63
+        except (InputError, ValueError):  # as of an integer of more than 4,300 digits
+            return False
+
+    return Accepted(f"bytes, {least} or more, such as 67108864, 64MB or 1.5GiB,", allows)
+
+
+NULL = Accepted("null", lambda value: value is None, names=True)
+FLAG = Accepted("true or false", lambda value: isinstance(value, bool))
+BLOCK = _integer(1, LARGEST)
+COUNT = _integer(1, 1_000_000)
+DTYPE = _one_of(DTYPES)
+TASK = _text("a task")
+LAYER = _text("all, the end of a layer's name")
+
+#: python -m qbench
+RUN: Mapping[str, Accepted] = {
+    "block": BLOCK,
+    "dq": FLAG,
+    "seed": _integer(0, 2**32 - 1),  # NumPy's range
+    "device": _matching("auto, cpu, cuda, cuda:N", r"auto|cpu|cuda(:\d{1,3})?"),
+    "timeout": NULL | _number(0, 10**8, above=True),
+    "track": _one_of(TRACKERS) | _list_of(_one_of(TRACKERS), "a list of them") | NULL,
+    "model.path": NULL | _text("a folder, a GGUF file or a hub id owner/name"),
+    "model.dtype": _one_of(("auto", *DTYPES)),
+    "model.revision": NULL | _text("a branch, a tag or a commit"),
+    "model.trust_remote_code": FLAG,
+    "data.path": _text("a file, kjv or docs"),
+    "data.seq": _one_of(["auto"]) | _integer(2, 10_000_000),
+    "eval.tokens": _integer(1, 1_000_000_000),
+    "eval.tasks": TASK | _list_of(TASK, "a list of tasks, such as [qbench_docs,my_tasks],"),
+    "eval.limit": NULL | _integer(1, 1_000_000_000),
+    "eval.batch": COUNT,
+    "tune.method": _one_of((*METHODS, "none")),
+    "tune.steps": _integer(1, 10_000_000),
+    "tune.batch": COUNT,
+    "tune.accumulate": COUNT,
+    "tune.group_by_length": FLAG,
+    "tune.checkpointing": FLAG,
+    "tune.rank": COUNT,
+    "tune.alpha": _number(0, 1_000_000, above=True),
+    "tune.dropout": _number(0, 1, below=True),
+    "tune.init": _one_of(("default", "loftq", "pissa")),
+    "tune.init_rounds": _integer(1, 1000),
+    "tune.virtual_tokens": COUNT,
+    "tune.lr": _number(0, ENORMOUS, above=True),
+    "tune.schedule": _one_of(("constant", "cosine")),
+    "tune.warmup": _integer(0, 10_000_000),
+    "tune.weight_decay": _number(0, 1000),
+    "tune.clip": _number(0, ENORMOUS, above=True),
+    "tune.optimizer": _one_of(OPTIMIZERS),
+    "tune.optimizer_budget": NULL | _bytes(1),
+    "tune.optimizer_page": _bytes(4096),
+    "tune.merge": FLAG,
+    "tune.adapter_format": NULL | _text("the name of a format"),
+    "tune.adapter_block": BLOCK,
+}
+
+#: python -m qbench.quantize
+QUANTIZE: Mapping[str, Accepted] = {
+    "block": BLOCK,
+    "dq": FLAG,
+    "model.path": NULL | _text("a folder"),
+    "layout": _one_of(("qbench", "bitsandbytes")),
+    "out": NULL | _text("a new or empty folder"),
+}
+
+SIZE = _matching("a number with a unit, such as 24GB, 24GiB, 800MB", r"\s*\d{1,9}(\.\d+)?\s*[KMGTkmgt]?[Ii]?[Bb]\s*")
+#: python -m qbench.plan
+PLAN: Mapping[str, Accepted] = {
+    "model": NULL | _text("a name, a folder, a config.json or a hub id owner/name"),
+    "block": BLOCK,
+    "dq": FLAG,
+    "gpu": NULL | SIZE,
+    "device": _one_of(("cuda", "cpu")),
+    "method": _one_of(("lora", "full", "none")),
+    "rank": COUNT,
+    "targets": LAYER | _list_of(LAYER, "a list of them, such as [q_proj,v_proj],"),
+    "dropout": _number(0, 1, below=True),
+    "batch": COUNT,
+    "accumulate": COUNT,
+    "seq": _integer(2, 10_000_000),
+    "checkpointing": FLAG,
+    "attention": _one_of(("sdpa", "flash", "eager")),
+    "optimizer": _one_of(OPTIMIZERS),
+    "dtype.compute": DTYPE,
+    "dtype.embeddings": NULL | DTYPE,
+    "dtype.head": NULL | DTYPE,
+    "dtype.norms": NULL | DTYPE,
+    "dtype.adapters": DTYPE,
+    "dtype.gradients": NULL | DTYPE,
+    "dtype.states": DTYPE,
+    "context": NULL | SIZE,
+    "fragmentation": NULL | _number(0, 100, below=True),
+    "sweep": FLAG,
+    "blocks": _list_of(BLOCK, "a list of integers of at least 1, such as [32,64],"),
+    "paper": FLAG,
+    "check": FLAG,
+    "figure": NULL | _text("a file"),
+    "json": NULL | _text("a file"),
+}
+
+
+def check(table: Mapping[str, Accepted], values: Mapping[str, object], prefix: str = "") -> None:
+    """Raises InputError for a value, named without the prefix of its key, that is not accepted."""
+    for name, value in values.items():
+        table[f"{prefix}{name}"].check(f"{prefix}{name}", value)
+
+
+def leaves(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Of a nested config the values by dotted key."""
+    found: dict[str, object] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        found |= leaves(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def unknown(key: str, table: Mapping[str, Accepted]) -> str:
+    """What is said of a key that is not in the table: the nearest, else those beside it."""
+    within = [known for known in table if known.startswith(f"{key}.")]
+    if within:
+        return f"{key} is a group of keys; accepted: {', '.join(within)}"
+    last = key.rpartition(".")[2]
+    same = [known for known in table if known.rpartition(".")[2] == last]
+    near = same or get_close_matches(key, table, 1, 0.7)
+    if near:
+        return f"{key} is unknown; did you mean {' or '.join(near)}?"
+    group = key.rpartition(".")[0]
+    beside = [known for known in table if group and known.startswith(f"{group}.")]
+    return f"{key} is unknown; accepted: {', '.join(beside or (k for k in table if '.' not in k))}; --help explains all"
