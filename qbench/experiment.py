@@ -81,6 +81,7 @@ class Experiment:
         with self.phases("identify", "read text and model"):
             result["environment"] = record.environment(self.device)
             self.text = data.read(settings.data.path)
+            self.metrics["data"] = self.text.metrics()
             self._open(settings)
             weights = models.digest(settings.model.path, settings.model.revision)
             self.digests = {"weights": weights, "text": self.text.digest}
@@ -98,9 +99,8 @@ class Experiment:
         self.result["run"]["model"] = {"commit": self.source.commit, "wrappers": self.source.wrappers}
         self.left = left(model)
         self.seq = models.pick_seq(settings.data.seq, model)
-        scored = -(settings.eval.tokens // -(self.seq - 1))
         told = self.tokenizer, model.config.get_text_config().vocab_size, self.seq
-        self.held_out = data.windows(text.held_out, *told, scored, seed=0)
+        self.held_out = data.held_out(text, *told, settings.eval.tokens)
         if settings.tune:
             adapters.check_rank(linear_layers(model), settings.tune)
             wanted = settings.tune.steps * settings.tune.batch
@@ -108,6 +108,7 @@ class Experiment:
                 self.training = data.examples(text.documents(), *told, wanted, settings.seed)
             else:
                 self.training = data.windows(text.train, *told, wanted, settings.seed)
+            self.metrics["data"]["examples"] = len(self.training)
 
     def load(self) -> None:
         settings = self.settings
