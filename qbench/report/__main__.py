@@ -15,7 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import messages
+from ..errors import InputError
+from ..messages import visible
 from . import findings, page, table, words
+from .words import escaped
 
 TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -28,18 +31,18 @@ def main() -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="result.json files or folders above them")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; by default PATH/report")
     arguments = parser.parse_args()
-    for path in arguments.paths:
-        if not path.exists():
-            stderr.print(f"qbench: {path} does not exist; accepted: result.json files or folders above them")
-            return 2
-    with stderr.status("reading results"):
-        found = page.find(*arguments.paths)
+    try:
+        with stderr.status("reading results"):
+            found = page.find(*arguments.paths)
+    except InputError as error:
+        stderr.print(f"qbench: {error}")
+        return 2
     for reason in list(found.unreadable.values())[:20]:
         stderr.print(f"qbench: skipped: {reason}")
     if len(found.unreadable) > 20:
         stderr.print(f"qbench: skipped {len(found.unreadable) - 20} more")
     if not found.settings:
-        stderr.print(f"qbench: no finished run under {', '.join(map(str, arguments.paths))}")
+        stderr.print(f"qbench: no finished run under {visible(', '.join(map(str, arguments.paths)))}")
         return 2
     first = arguments.paths[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
@@ -47,27 +50,29 @@ def main() -> int:
         with stderr.status("drawing the report"):
             written = page.write(found, out)
     except OSError as error:
-        stderr.print(f"qbench: {out} cannot be written: {error.strerror or error}")
+        stderr.print(f"qbench: {visible(str(out))} cannot be written: {error.strerror or error}")
         return 1
     with suppress(BrokenPipeError):  # whoever reads the output may have enough of it
         show(found)
         sys.stdout.flush()
     if found.failed:
         stderr.print(f"qbench: not finished: {words.count(len(found.failed), 'run')}; the page says why")
-    stderr.print(f"\n{os.path.relpath(written)} is the page; report.md, results.parquet and results.csv are beside it")
+    stderr.print(
+        f"\n{visible(os.path.relpath(written))} is the page; report.md, results.parquet and results.csv are beside it"
+    )
     return 0
 
 
 def show(results: page.Found) -> None:
     """Print the answers, and the most telling columns as Markdown."""
     for setting in results.settings:
-        print(f"## {setting.title}\n\n{findings.compared(setting)}\n")
-        print("\n".join(f"- {sentence}" for sentence in findings.answer(setting)), end="\n\n")
+        print(f"## {escaped(setting.title)}\n\n{escaped(findings.compared(setting))}\n")
+        print("\n".join(f"- {escaped(sentence)}" for sentence in findings.answer(setting)), end="\n\n")
         found = table.shown(setting, TERMINAL)
         print("| " + " | ".join(column.head for column in found.columns) + " |")
         print("|---" * len(found.columns) + "|")
         for row in found.rows:
-            print("| " + " | ".join(cell.text for cell in row.cells) + " |")
+            print("| " + " | ".join(escaped(cell.text) for cell in row.cells) + " |")
         print()
     print(findings.note(results.settings))
 

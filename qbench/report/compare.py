@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from .differences import Difference, Windows, corrected, paired
+from .. import schema
+from .differences import LARGEST, Difference, Windows, corrected, paired
 from .keys import AFTERWARDS, WHERE, completed, name, text, told, varied_in
 from .words import UNTUNED, method, title
 
@@ -55,9 +56,14 @@ class Configuration:
         )
 
     def values(self, *keys: str) -> list[float]:
-        """A number in the metrics of each run that has it."""
+        """A number in the metrics of each run that has it, and finite."""
         found = (_at(result["metrics"], keys) for _, result in self.runs.values())
-        return [value for value in found if value is not None]
+        return [value for value in found if _comparable(value)]
+
+    def diverged(self, stage: str) -> int:
+        """How many runs were scored at a stage, but with no finite perplexity."""
+        scored = [_at(result["metrics"], ("quality", stage)) for _, result in self.runs.values()]
+        return sum(bool(scores) and not _comparable(scores["perplexity"]) for scores in scored)
 
     def mean(self, *keys: str) -> float | None:
         """The mean over seeds of a number in the runs' metrics; None where they lack it."""
@@ -78,7 +84,8 @@ class Configuration:
         return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
     def nll(self, stage: str) -> float | None:
-        return self.mean("quality", stage, "nll")
+        """None too where the perplexity is not finite."""
+        return None if self.mean("quality", stage, "perplexity") is None else self.mean("quality", stage, "nll")
 
     def order(self, stage: str) -> float:
         """The nll, and where there is none infinity: what sorts configurations, the best first."""
@@ -88,7 +95,9 @@ class Configuration:
     def windows(self, *keys: str, each: str = "windows") -> Windows:
         """The mean nll of each window, or what `each` names, of the runs that have scores at that place in the metrics."""
         found = {seed: _at(result["metrics"], (*keys, each)) for seed, (_, result) in self.runs.items()}
-        return {seed: np.asarray(values, np.float64) for seed, values in found.items() if values is not None}
+        return {
+            seed: np.asarray(values, np.float64) for seed, values in found.items() if values is not None
+        }  # None: NaN
 
 
 @dataclass(eq=False)
@@ -141,12 +150,20 @@ def _at(found: Any, keys: Sequence[str]) -> Any:
     return found
 
 
-def usable(result: dict) -> bool:
-    """Whether a finished result has all that a comparison needs."""
-    keys = {"format", "block", "dq", "seed", "model", "data", "tune", "eval"}
-    scores = [_at(result["metrics"], ("quality", stage, "nll")) for stage in ("baseline", "quantized")]
-    bits = [_at(result["metrics"], ("bits", of)) for of in ("baseline", "per_parameter")]
-    return keys <= result["config"].keys() and all(isinstance(number, int | float) for number in scores + bits)
+def _comparable(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
+def lacking(result: dict) -> str | None:
+    """What a finished result lacks of all that a comparison needs; None if it has it."""
+    if found := schema.lacking(result):
+        return found
+    places: list[tuple[str, ...]] = [
+        ("quality", stage, key) for stage in ("baseline", "quantized") for key in ("nll", "perplexity")
+    ]
+    places += [("bits", "baseline"), ("bits", "per_parameter")]
+    odd = [".".join(place) for place in places if not _comparable(_at(result["metrics"], place))]
+    return f"metrics.{odd[0]} is not finite, or larger than {LARGEST:g}" if odd else None
 
 
 def compare(results: dict[Path, dict]) -> list[Setting]:

@@ -5,7 +5,6 @@ of differences, such as all formats against 16 bit at one stage, are corrected f
 "Controlling the false discovery rate").
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,8 +12,9 @@ import numpy as np
 from scipy.stats import false_discovery_control, t
 
 from ..measure.statistics import clustered_mean
-from .words import SIGNIFICANT, count, plus_minus
+from .words import SIGNIFICANT, count, grown, number, plus_minus
 
+LARGEST = 1e100  #: of a number that is compared: sums and squares of such are finite
 Windows = Mapping[int, np.ndarray]  #: by seed, the mean nll of each window, or the share of each document in a score
 
 
@@ -40,7 +40,9 @@ class Difference:
     def percent(self) -> str:
         """The per cent of the perplexity that it is, with its standard error."""
         found = per_cent(self.delta)
-        return found if self.stderr is None else f"{found} ± {100 * math.exp(self.delta) * self.stderr:.2f}%"
+        if self.stderr is None:
+            return found
+        return f"{found} ± {number(100 * (grown(self.delta) + 1) * self.stderr, '.2f')}%"
 
     def __str__(self) -> str:
         return f"{'' if self.distinguishable else '≈ '}{plus_minus(self.delta, self.stderr, '+.4f')}"
@@ -48,18 +50,18 @@ class Difference:
 
 def per_cent(delta: float) -> str:
     """A difference of the nll as that of the perplexity."""
-    return f"{'+' if delta >= 0 else '−'}{100 * abs(math.expm1(delta)):.2f}%"
+    return f"{'+' if delta >= 0 else '−'}{number(100 * abs(grown(delta)), '.2f')}%"
 
 
 def paired(ours: Windows, theirs: Windows, seeded: bool = True) -> Difference | None:
-    """ours − theirs, p uncorrected; None where there are not the same windows.
+    """ours − theirs, p uncorrected; None where there are not the same windows, or one is not finite.
 
     seeded: only the same seeds meet, of which there may be none. Otherwise a seed has no part in it, and any run will do.
     """
     spare = None if seeded else next(iter(theirs.values()), None)
     meeting = [(a, theirs.get(seed, spare)) for seed, a in ours.items()]
     rows = [a - b for a, b in meeting if b is not None and len(a) == len(b) > 0]
-    if not rows:
+    if len({len(row) for row in rows}) != 1 or not np.isfinite(rows).all() or np.abs(rows).max() > LARGEST:
         return None
     delta, over_windows = clustered_mean(np.mean(rows, 0)[:, None])
     over_seeds = np.var(np.mean(rows, 1), ddof=1) / len(rows) if len(rows) > 1 else 0.0

@@ -1,5 +1,6 @@
 """The figures of a run, drawn from its result."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ STYLE: "dict[RcKeyType, Any]" = {
     "figure.constrained_layout.use": True,
     "savefig.bbox": "tight",  # a long name in a title makes a wider figure
     "axes.titlelocation": "left",
+    "text.parse_math": False,  # a name may have two dollar signs
 }
 
 
@@ -108,18 +110,24 @@ def errors(result: dict) -> tuple[Figure | None, str]:
     return figure, caption
 
 
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def quality(result: dict) -> tuple[Figure, str]:
     """Perplexity before and after, with its uncertainty."""
     scores = result["metrics"]["quality"]
-    names = list(scores)
+    names = [name for name in words.STAGES if name in scores and _finite(scores[name]["nll"])]
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.2))
     for i, name in enumerate(names):
         row, against = scores[name], scores[name].get("against_baseline")
         axes[0].errorbar(
             row["nll"], i, xerr=1.96 * (row["stderr"] or 0), color=CYCLE[i], marker=MARKERS[i], capsize=3, ls="none"
         )
-        axes[0].annotate(f"{row['perplexity']:.2f}", (row["nll"], i), (0, 6), textcoords="offset points", ha="center")
-        if against:
+        axes[0].annotate(
+            words.number(row["perplexity"], ".2f"), (row["nll"], i), (0, 6), textcoords="offset points", ha="center"
+        )
+        if against and _finite(against["delta_nll"]):
             error = 1.96 * (against["stderr"] or 0)
             axes[1].errorbar(
                 against["delta_nll"], i, xerr=error, color=CYCLE[i], marker=MARKERS[i], capsize=3, ls="none"
@@ -147,7 +155,8 @@ def loss(result: dict) -> tuple[Figure, str]:
     axes.plot(steps, tune["loss"], color=BLUE, marker=".", lw=1, label="training loss")
     scores = result["metrics"]["quality"]
     for name, color, style in (("quantized", ORANGE, "--"), ("tuned", GREEN, "-.")):
-        axes.axhline(scores[name]["nll"], color=color, ls=style, lw=1.2, label=f"held out, {name}")
+        if _finite(scores[name]["nll"]):
+            axes.axhline(scores[name]["nll"], color=color, ls=style, lw=1.2, label=f"held out, {name}")
     axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
     axes.set_title(f"Fine-tuning by {words.method(config)} on {words.title(result['config'])}")
     axes.legend(frameon=False)

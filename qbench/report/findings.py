@@ -10,7 +10,7 @@ from .chosen import frontier, pairs_by
 from .compare import Configuration, Setting, difference
 from .differences import Difference, corrected, tally
 from .methods import at_best
-from .words import SIGNIFICANT, count, listed
+from .words import SIGNIFICANT, count, listed, number
 
 
 @lru_cache
@@ -49,7 +49,7 @@ def compared(setting: Setting) -> str:
 
 
 def _perplexity(c: Configuration, stage: str) -> str:
-    return f"{c.known('quality', stage, 'perplexity'):.2f}"
+    return number(c.known("quality", stage, "perplexity"), ".2f")
 
 
 def _frontier(setting: Setting, stage: str) -> str:
@@ -62,7 +62,9 @@ def _frontier(setting: Setting, stage: str) -> str:
         against = ""
         if found:
             against = f", {found.percent}" if found.distinguishable else ", not distinguishable from 16 bit"
-        told.append(f"{c.title} ({c.known('bits', 'per_parameter'):.3f} bits: {_perplexity(c, stage)}{against})")
+        told.append(
+            f"{c.title} ({number(c.known('bits', 'per_parameter'), '.3f')} bits: {_perplexity(c, stage)}{against})"
+        )
     if len(best) == 1:
         return f"{_when(setting, stage)} {told[0]} alone is on the frontier of bits and perplexity."
     return f"{_when(setting, stage)} on the frontier of bits and perplexity are {listed(told, '; ')}."
@@ -109,8 +111,10 @@ def _effect(setting: Setting, key: str, name: str) -> list[str]:
         found = effects(setting, key, stage)
         if not found:
             continue
-        saved = np.mean([b.known("bits", "per_parameter") - a.known("bits", "per_parameter") for a, b, _ in found])
-        what = f"saves {saved:.3f} bits a weight on average; " if not sentences else ""
+        saved = float(
+            np.mean([b.known("bits", "per_parameter") - a.known("bits", "per_parameter") for a, b, _ in found])
+        )
+        what = f"saves {number(saved, '.3f')} bits a weight on average; " if not sentences else ""
         told = tally([d for *_, d in found], "pair")
         sentences.append(f"{what}{setting.when(stage)} the perplexity is {told}")
     return [f"{name} {'; '.join(sentences)}."] if sentences else []

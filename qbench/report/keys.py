@@ -50,11 +50,11 @@ def told(config: dict, keys: Iterable[str]) -> list[str]:
     """What a config has for those keys, in words."""
     flat = _flat(config, (*WHERE, "tune"))
     values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
-    packed = flat.get("tune.adapter_format")
+    packed, init = flat.get("tune.adapter_format"), flat.get("tune.init", "")
     names = {
         "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}",
         "tune.method": method(config["tune"]),
-        "tune.init": INITS.get(flat.get("tune.init", "")) if config["tune"]["method"] in LOW_RANK else "",
+        "tune.init": INITS.get(init, init) if config["tune"]["method"] in LOW_RANK else "",
         "tune.merge": "merged" if flat.get("tune.merge") else "",
         "tune.adapter_format": f"adapters in {packed}" if packed else "",
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from .compare import Configuration, Setting
 from .differences import Difference, corrected, paired
 from .methods import series
-from .words import INITS, MERGED, title
+from .words import INITS, MERGED, merged, title
 
 PLAIN = "default"  #: B at zero
 
@@ -53,7 +53,7 @@ class Afterwards:
     def name(self) -> str:
         if self.kind == "adapters":
             return f"A, B in {self.configuration.config['tune'].get('adapter_format')}"
-        return MERGED.get(self.kind, self.kind)
+        return MERGED[self.kind]
 
     @property
     def apart(self) -> bool:
@@ -132,10 +132,10 @@ def afterwards(setting: Setting) -> list[Afterwards]:
 
 def _measured(c: Configuration) -> Configuration:
     """With the runs alone whose adapters were measured, for the means to be over the same seeds."""
-    return replace(c, runs={seed: (file, r) for seed, (file, r) in c.runs.items() if r["metrics"].get("merged")})
+    return replace(c, runs={seed: (file, r) for seed, (file, r) in c.runs.items() if merged(r["metrics"])})
 
 
 def _kinds(c: Configuration) -> Sequence[str]:
     """Of what was measured; in the format of 16 bit again, merged adapters are as they were."""
-    found = dict.fromkeys(kind for _, r in c.runs.values() for kind in r["metrics"].get("merged") or {})
+    found = dict.fromkeys(kind for _, r in c.runs.values() for kind in merged(r["metrics"]))
     return [kind for kind in found if not (kind == "requantized" and c.is_16_bit)]

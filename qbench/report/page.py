@@ -2,29 +2,38 @@
 
 import base64
 import io
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from .. import record
+from ..messages import all_visible, visible
 from . import charts, findings, table, tables
-from .compare import Setting, compare, usable
-from .words import count
+from .compare import Setting, compare, lacking
+from .words import count, escaped
 from .words import title as titled
 
+if TYPE_CHECKING:
+    import pandas
+
 PAGE, TWIN = "report.html", "report.md"
+_LISTS = (list, tuple, np.ndarray)
 ROWS = 400  #: rows of a table before the page keeps to the frontier and the best
 
 
 @dataclass
 class Found:
-    """What lies at the paths. results: all, by file, as `collect` has them. settings: the finished ones compared."""
+    """What lies at the paths. results: all, by file, as `collect` has them. settings: the finished ones compared. failed:
+    the others. shown: all, with every text in them `visible`, as the settings and those that failed have it too.
+    """
 
     results: dict[Path, dict]
+    shown: dict[Path, dict]
     settings: list[Setting]
     failed: dict[Path, dict]
     unreadable: dict[Path, str]
@@ -33,31 +42,45 @@ class Found:
 def find(*paths: Path) -> Found:
     """Everything under the paths that is a result, whatever state it is in."""
     results, unreadable = record.collect(*paths)
-    for file in [f for f, r in results.items() if r["status"] == "done" and not usable(r)]:
-        unreadable[file] = f"{file} says it is done but lacks what a comparison needs"
-        del results[file]
-    failed = {file: result for file, result in results.items() if result["status"] != "done"}
-    return Found(results, compare(results), failed, unreadable)
+    for file, result in list(results.items()):
+        if result["status"] == "done" and (found := lacking(result)):
+            unreadable[file] = f"{visible(str(file))} says it is done but lacks what a comparison needs: {found}"
+            del results[file]
+    shown = {file: all_visible(result) for file, result in results.items()}
+    failed = {file: result for file, result in shown.items() if result["status"] != "done"}
+    return Found(results, shown, compare(shown), failed, unreadable)
 
 
 def write(found: Found, folder: Path) -> Path:
     """Write the page and all that goes with it into `folder`; returns the page. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    frame = record.as_frame(found.results)
-    numbers = frame[
-        [name for name in frame if not frame[name].map(lambda cell: isinstance(cell, list | tuple | np.ndarray)).any()]
-    ]
-    for name in numbers.select_dtypes(object):
-        if numbers[name].map(type).nunique() > 1:  # Parquet has one type a column
-            numbers = numbers.assign(**{name: numbers[name].map(lambda cell: None if cell is None else str(cell))})
+    numbers = _numbers(found.results)
     numbers.to_parquet(folder / "results.parquet", index=False)
     numbers.to_csv(folder / "results.csv", index=False)
     content = _content(found, folder)
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    for name in (PAGE, TWIN):
-        environment = jinja2.Environment(loader=loader, autoescape=name == PAGE, keep_trailing_newline=True)
+    for name, finalize in ((PAGE, None), (TWIN, _in_markdown)):
+        environment = jinja2.Environment(loader=loader, autoescape=True, finalize=finalize, keep_trailing_newline=True)
         (folder / name).write_text(environment.get_template(f"page{Path(name).suffix}").render(content), "utf-8")
     return folder / PAGE
+
+
+def _in_markdown(value: object) -> Markup:
+    return value if isinstance(value, Markup) else Markup(escaped(str(value)))
+
+
+def _numbers(results: dict[Path, dict]) -> "pandas.DataFrame":
+    """What has one value a run, as Parquet takes it: one type a column, and no half of a surrogate pair."""
+    frame = record.as_frame(results)
+    frame = frame[[name for name in frame if not frame[name].map(lambda cell: isinstance(cell, _LISTS)).any()]]
+    for name in frame.select_dtypes(object):
+        if frame[name].map(type).nunique() > 1 or not isinstance(frame[name].iloc[0], bool):
+            frame = frame.assign(**{name: frame[name].map(lambda cell: None if cell is None else _whole(str(cell)))})
+    return frame.rename(columns=_whole)
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _content(found: Found, folder: Path) -> dict:
@@ -119,20 +142,20 @@ def _failure(file: Path, result: dict, folder: Path) -> dict:
     try:
         name = f"{titled(result['config'])}, seed {result['config']['seed']}"
     except (KeyError, TypeError):  # what was asked for was no configuration
-        name = file.parent.name
+        name = visible(file.parent.name)
     message = " ".join(str(why["message"]).split())
     return {
         "title": name,
         "status": result["status"],
         "why": f"{why['type']}: {message}",
-        "path": os.path.relpath(file, folder),
+        "path": table.link(file, folder),
     }
 
 
 def _environments(found: Found) -> list[str]:
     """Each machine and set of versions that runs were made with, the most used first."""
     lines: Counter[str] = Counter()
-    for result in found.results.values():
+    for result in found.shown.values():
         environment = result["environment"]
         if environment:
             versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)

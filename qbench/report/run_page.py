@@ -3,24 +3,25 @@
 import json
 from pathlib import Path
 
+from ..messages import all_visible
 from . import figures, tasks, words
+from .words import escaped
 
 
 def write(folder: Path, result: dict) -> Path:
     """Write report.md and its figures into `folder` from a finished result."""
-    drawn = figures.draw(result, folder)
+    drawn = figures.draw(result := all_visible(result), folder)
     table, scores = words.table(result), tasks.of_run(result)
     config, environment = result["config"], result["environment"]
     error, memory = result["metrics"]["error"], result["metrics"]["memory"]
     lines = [
-        f"# {words.title(config)} on {config['model']['path'] or 'the bundled model'}",
+        f"# {escaped(words.title(config))} on {escaped(config['model']['path'] or 'the bundled model')}",
         "",
-        *words.answer(result),
-        *tasks.answer_of_run(result),
+        *map(escaped, (*words.answer(result), *tasks.answer_of_run(result))),
         "",
         *table.markdown(),
         "",
-        f"{table.note} {words.speed(result)}",
+        f"{table.note} {escaped(words.speed(result))}",
         "",
         *(("## Tasks", "", *scores.markdown(), "", scores.note, "") if scores else ()),
         *(line for name, caption in drawn for line in (f"![{caption}]({name})", "", caption, "")),
@@ -28,8 +29,8 @@ def write(folder: Path, result: dict) -> Path:
         "",
         "| SQNR, dB | mse | relative | largest | output, relative |",
         "|---|---|---|---|---|",
-        f"| {error['sqnr_db'] and round(error['sqnr_db'], 3)} | {error['mse']:.4g} | {error['relative']:.4g} |"
-        f" {error['max_abs']:.4g} | {error['output_relative']:.4g} |",
+        f"| {error['sqnr_db'] and round(error['sqnr_db'], 3)} |"
+        + "".join(f" {words.number(error[key], '.4g')} |" for key in ("mse", "relative", "max_abs", "output_relative")),
         "",
         "## Memory",
         "",
@@ -45,8 +46,8 @@ def write(folder: Path, result: dict) -> Path:
         "",
         "## How it was run",
         "",
-        f"{environment['device']}, {environment['threads']} threads; "
-        + ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
+        escaped(f"{environment['device']}, {environment['threads']} threads; ")
+        + escaped(", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number))
         + f"; run {result['run']['id']}, {result['run']['started']}, "
         + f"{sum(result['run']['seconds'].values()):.1f} s.",
         "",

@@ -3,10 +3,11 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from .compare import Configuration, Setting
 from .differences import Difference
-from .words import plus_minus
+from .words import number, plus_minus
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ QUALITY = ("quality", "quantized")
 def row(c: Configuration) -> list[Cell]:
     """The cells of a configuration, one for each of COLUMNS."""
 
-    def number(form: str, *keys: str, scale: float = 1.0) -> Cell:
+    def cell(form: str, *keys: str, scale: float = 1.0) -> Cell:
         return numeral(c.mean(*keys), form, scale)
 
     def delta(stage: str) -> Cell:
@@ -78,20 +79,20 @@ def row(c: Configuration) -> list[Cell]:
     peak = peak_bytes(c)
     return [
         Cell(c.title + seeds),
-        number(".3f", "bits", "per_parameter"),
-        number(",.1f", "memory", "model_bytes", scale=1e-6),
-        number(".2f", *QUALITY, "perplexity"),
+        cell(".3f", "bits", "per_parameter"),
+        cell(",.1f", "memory", "model_bytes", scale=1e-6),
+        cell(".2f", *QUALITY, "perplexity"),
         delta("quantized"),
-        number(".4f", *QUALITY, "against_baseline", "kl_mean"),
+        cell(".4f", *QUALITY, "against_baseline", "kl_mean"),
         tuned(c),
         delta("tuned"),
-        number(".1%", *QUALITY, "against_baseline", "top1_agreement"),
-        number(".2f", "error", "sqnr_db"),
-        number(".4f", "error", "output_relative"),
-        number(",.0f", "throughput", "prefill_tokens_s", "median"),
-        number(",.0f", "throughput", "decode_tokens_s", "median"),
-        number(",.0f", "throughput", "tune_tokens_s", "median"),
-        Cell(f"{peak / 1e6:,.0f}", peak) if peak else Cell(),
+        cell(".1%", *QUALITY, "against_baseline", "top1_agreement"),
+        cell(".2f", "error", "sqnr_db"),
+        cell(".4f", "error", "output_relative"),
+        cell(",.0f", "throughput", "prefill_tokens_s", "median"),
+        cell(",.0f", "throughput", "decode_tokens_s", "median"),
+        cell(",.0f", "throughput", "tune_tokens_s", "median"),
+        numeral(peak or None, ",.0f", 1e-6),
     ]
 
 
@@ -103,7 +104,7 @@ def peak_bytes(c: Configuration) -> float | None:
 
 
 def numeral(value: float | None, form: str, scale: float = 1.0) -> Cell:
-    return Cell() if value is None else Cell(f"{value * scale:{form}}".replace("-", "−"), value)
+    return Cell() if value is None else Cell(number(value * scale, form), value)
 
 
 def difference(found: Difference | None) -> Cell:
@@ -113,8 +114,11 @@ def difference(found: Difference | None) -> Cell:
 def tuned(c: Configuration) -> Cell:
     """The perplexity after the fine-tune, with half its interval."""
     keys = ("quality", "tuned", "perplexity")
-    value = c.mean(*keys)
-    return Cell(plus_minus(value, c.interval(*keys), ".2f"), value) if value else Cell()
+    value, diverged = c.mean(*keys), c.diverged("tuned")
+    if value is None:
+        return Cell("diverged" if diverged else "")
+    lost = f" ({diverged} diverged)" if diverged else ""
+    return Cell(plus_minus(value, c.interval(*keys), ".2f") + lost, value)
 
 
 def shown(setting: Setting, columns: list[str] | None = None) -> Table:
@@ -135,5 +139,10 @@ def filled(table: Table, columns: list[str] | None = None) -> Table:
 
 
 def sources(c: Configuration, folder: Path) -> list[tuple[int, str]]:
-    """Seed and path, as seen from `folder`, of the result.json behind each run of a row."""
-    return [(seed, os.path.relpath(file, folder)) for seed, (file, _) in sorted(c.runs.items())]
+    """Seed and `link` of the result.json behind each run of a row."""
+    return [(seed, link(file, folder)) for seed, (file, _) in sorted(c.runs.items())]
+
+
+def link(file: Path, folder: Path) -> str:
+    """To a file from a page in `folder`."""
+    return quote(os.fsencode(os.path.relpath(file, folder)).replace(os.fsencode(os.sep), b"/"))

@@ -1,44 +1,56 @@
 """What lm-eval's tasks say: of one run against its baseline, of many against 16 bit, paired on the same documents."""
 
-import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from . import words
-from .compare import Configuration, Setting, references
+from .compare import STAGES, Configuration, Setting, references
 from .differences import Difference, corrected, paired
 from .table import Cell, Column, Row, Table
-from .words import SIGNIFICANT, listed, plus_minus
+from .words import SIGNIFICANT, grown, listed, number, plus_minus
 
 MOST = 8  #: tasks in the table of a comparison
 
 
 def of_run(result: dict) -> words.Table | None:
     """A row a score: the baseline's, then that of each stage and by how much it differs."""
-    stages = result["metrics"].get("tasks")
+    stages = _stages(result)
     if not stages:
         return None
     rows = []
-    for task, metric in _scores(stages["baseline"]):
+    for task, metric in _scores(next(iter(stages.values()))):
         row = [f"{task} {metric}"]
-        for found in (stage[task][metric] for stage in stages.values()):
-            against = found.get("against_baseline")
-            row.append(" ".join([_value(found["value"]), *([_change(found["log"], **against)] if against else [])]))
+        for name in stages:
+            found = stages[name].get(task, {}).get(metric)
+            row.append(_told(found) if found else "")
         rows.append(row)
     return words.Table(["task", *stages], rows, _note("the baseline", ""))
+
+
+def _told(score: dict) -> str:
+    against = score.get("against_baseline")
+    if not against:
+        return _value(score["value"])
+    return f"{_value(score['value'])} {_change(score['log'], against['delta'], against['stderr'], against['p'])}"
 
 
 def answer_of_run(result: dict) -> list[str]:
     """How many scores each stage moves, in a sentence."""
     told, tested = [], []
-    for name, stage in (result["metrics"].get("tasks") or {}).items():
+    for name, stage in _stages(result).items():
         scores = [stage[task][metric] for task, metric in _scores(stage)]
         tested = [score for score in scores if "against_baseline" in score]
         sure = [score for score in tested if _sure(score["against_baseline"]["p"])]
-        worse = sum(score["against_baseline"]["delta"] * _better(score) < 0 for score in sure)
+        worse = sum((score["against_baseline"]["delta"] or 0) * _better(score) < 0 for score in sure)
         if tested:
             told.append(f"{worse} of the {name} model are distinguishably worse, {len(sure) - worse} better")
     return [f"Of {len(tested)} task scores, compared with the baseline, {'; '.join(told)}."] if told else []
+
+
+def _stages(result: dict) -> dict[str, dict]:
+    """The scores by stage, the baseline's first."""
+    found = result["metrics"].get("tasks", {})
+    return {stage: found[stage] for stage in ("baseline", *STAGES) if stage in found}
 
 
 @dataclass(eq=False)
@@ -144,14 +156,14 @@ def _sure(p: float | None) -> bool:
     return p is not None and p < SIGNIFICANT
 
 
-def _value(value: float) -> str:
-    return plus_minus(value, None, ".2f" if abs(value) >= 10 else ".4f")
+def _value(value: float | None) -> str:
+    return number(value, ".2f" if value and abs(value) >= 10 else ".4f")
 
 
-def _change(log: bool, delta: float, stderr: float | None, p: float | None) -> str:
+def _change(log: bool, delta: float | None, stderr: float | None, p: float | None) -> str:
     """A difference, of logarithms as the per cent that it is."""
-    if log:
-        delta, stderr = 100 * math.expm1(delta), stderr and 100 * math.exp(delta) * stderr
+    if log and delta is not None:
+        delta, stderr = 100 * grown(delta), stderr and 100 * (grown(delta) + 1) * stderr
     return ("" if _sure(p) else "≈ ") + plus_minus(delta, stderr, "+.2f" if log else "+.4f") + "%" * log
 
 

@@ -9,7 +9,7 @@ from .compare import Configuration, Setting
 from .differences import Difference, tally
 from .low_rank import Afterwards, Start
 from .methods import Claim, Series
-from .words import INITS, listed, plus_minus, title
+from .words import INITS, listed, number, plus_minus, title
 
 T = TypeVar("T")
 VERDICTS = ("not confirmed", "confirmed, as far as can be told apart,", "confirmed, and better,")
@@ -122,7 +122,7 @@ def _range(values: Iterable[float | None], form: str) -> str:
     found = [value for value in values if value is not None]
     if not found:
         return "?"
-    low, high = (f"{value:{form}}".replace("-", "−") for value in (min(found), max(found)))
+    low, high = (number(value, form) for value in (min(found), max(found)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -168,5 +168,5 @@ def _worst(some: Sequence[tuple[Afterwards, Difference]]) -> str:
         return ""
     c, worst = max(sure, key=lambda pair: pair[1].delta)
     won = c.known("quality", "quantized", "nll") - c.known("quality", "tuned", "nll")
-    share = f", {worst.delta / won:.0%} of what the fine-tune won" if won > 0 else ""
+    share = f", {number(worst.delta / won, '.0%')} of what the fine-tune won" if won > 0 else ""
     return f"; the most is lost on {c.title}, {worst.percent}{share}"

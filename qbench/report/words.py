@@ -1,6 +1,7 @@
 """The answer of a run in sentences and as the rows of one table, for the terminal and the page alike."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,24 @@ from ..messages import left_in_words
 
 SIGNIFICANT = 0.05
 MOST = 6  #: names in a list before it is cut
+_MARKS = re.compile(
+    r"[\\`*\[\]<|$~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)"  # anywhere
+    r"|^(?:>|#+(?=\s|$)|[-+=]+(?=\s|$))|(?<=^\d)[.)](?=\s|$)"  # as a line begins
+)
+
+
+def escaped(text: str) -> str:
+    """A text in Markdown that shows it as it is: it brings no link, no HTML, no formula, no cell of a table."""
+    return _MARKS.sub(r"\\\g<0>", text)
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in digits, or where they would be too many as a power of ten; a result has None for one not finite."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1e12:
+        form = ".3g"
+    return f"{value:{form}}".replace("-", "−")
 
 
 def title(config: dict) -> str:
@@ -25,6 +44,8 @@ METHODS = {
 
 INITS = {"default": "B = 0", "loftq": "LoftQ", "pissa": "PiSSA"}
 
+STAGES = ("baseline", "quantized", "initial", "tuned")  #: of which there are scores
+
 #: what became of the adapters, as a row is called
 MERGED = {"adapters": "A, B packed", "16bit": "merged", "requantized": "requantized"}
 
@@ -40,12 +61,22 @@ def _sized(tune: dict) -> str:
     return method(tune) + size.get(tune["method"], f", rank {tune['rank']}")
 
 
+def grown(delta: float) -> float:
+    """By what share a perplexity grows where its logarithm grows by `delta`: infinite beyond what floats hold."""
+    try:
+        return math.expm1(delta)
+    except OverflowError:
+        return math.inf
+
+
 def _change(against: dict, other: str = "the baseline's") -> str:
     """A difference of log-likelihoods as the per cent of the other perplexity that it is."""
     delta, stderr = against["delta_nll"], against["stderr"]
-    percent = f"{100 * abs(math.expm1(delta)):.2f}%"
+    if delta is None or not math.isfinite(delta):
+        return f"not to be compared with {other}"
+    percent = f"{number(100 * abs(grown(delta)), '.2f')}%"
     if stderr is not None:
-        percent += f" ± {100 * math.exp(delta) * stderr:.2f}%"
+        percent += f" ± {number(100 * (grown(delta) + 1) * stderr, '.2f')}%"
     if against["p"] is None or against["p"] > SIGNIFICANT:
         return f"not distinguishable from {other} ({'+' if delta > 0 else '−'}{percent})"
     return f"{'above' if delta > 0 else 'below'} {other} by {percent}"
@@ -57,15 +88,18 @@ def answer(result: dict) -> list[str]:
     bits, quality, error = metrics["bits"], metrics["quality"], metrics["error"]
     quantized, baseline = quality["quantized"], quality["baseline"]["perplexity"]
     if config["format"]["name"] == "none":
-        sentences = [f"16 bit: the baseline that formats are compared with. Its perplexity is {baseline:.2f}."]
+        sentences = [
+            f"16 bit: the baseline that formats are compared with. Its perplexity is {number(baseline, '.2f')}."
+        ]
     else:
         against = quantized["against_baseline"]
-        noise = f"{error['sqnr_db']:.2f} dB signal to quantization noise" if error["sqnr_db"] else "no error"
+        noise = f"{number(error['sqnr_db'], '.2f')} dB signal to quantization noise" if error["sqnr_db"] else "no error"
         sentences = [
-            f"{title(config)}: {bits['per_parameter']:.3f} bits a weight, {bits['compression']:.2f}× smaller than 16 bit;"
-            f" {noise}.",
-            f"Its perplexity on held-out text, {quantized['perplexity']:.2f}, is {_change(against)} ({baseline:.2f});"
-            f" {100 * against['top1_agreement']:.1f}% of the most probable tokens stay the same.",
+            f"{title(config)}: {number(bits['per_parameter'], '.3f')} bits a weight, {number(bits['compression'], '.2f')}×"
+            f" smaller than 16 bit; {noise}.",
+            f"Its perplexity on held-out text, {number(quantized['perplexity'], '.2f')}, is {_change(against)}"
+            f" ({number(baseline, '.2f')}); {number(against['top1_agreement'], '.1%')} of the most probable tokens stay"
+            " the same.",
         ]
     if sentence := left_in_words(bits.get("left", {})):
         sentences.append(sentence)
@@ -73,7 +107,7 @@ def answer(result: dict) -> list[str]:
         tune = config["tune"]
         sentences.append(
             f"After {tune['steps']} steps of {_sized(tune)}, the perplexity is"
-            f" {quality['tuned']['perplexity']:.2f}, {_change(quality['tuned']['against_baseline'])}."
+            f" {number(quality['tuned']['perplexity'], '.2f')}, {_change(quality['tuned']['against_baseline'])}."
         )
     return [*sentences, *_around_the_fine_tune(metrics, config)]
 
@@ -84,25 +118,30 @@ def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
     if "init" in metrics:
         alone, start = (_noise(metrics["init"][key]) for key in ("quantized", "initial"))
         sentences.append(
-            f"{INITS[tune['init']]} starts from {start}, the quantized weights alone have {alone}; before the first step"
-            f" the perplexity is {metrics['quality']['initial']['perplexity']:.2f}."
+            f"{INITS.get(tune['init'], tune['init'])} starts from {start}, the quantized weights alone have {alone};"
+            f" before the first step the perplexity is {number(metrics['quality']['initial']['perplexity'], '.2f')}."
         )
     told = {
         "adapters": f"With A and B in {tune.get('adapter_format')}",
         "16bit": "Merged into 16 bits",
         "requantized": f"Merged and in {config['format']['name']} again",
     }
-    for name, found in metrics.get("merged", {}).items():
+    for name, found in merged(metrics).items():
         change = _change(found["against_unmerged"], "that of the adapters kept apart")
         sentences.append(
-            f"{told[name]}, at {found['bits']['model']:.3f} bits a parameter of the whole model, the perplexity is"
-            f" {found['perplexity']:.2f}, {change}."
+            f"{told[name]}, at {number(found['bits']['model'], '.3f')} bits a parameter of the whole model, the perplexity"
+            f" is {number(found['perplexity'], '.2f')}, {change}."
         )
     return sentences
 
 
+def merged(metrics: dict) -> dict[str, dict]:
+    """What became of the adapters, of the kinds that are known."""
+    return {name: found for name, found in metrics.get("merged", {}).items() if name in MERGED}
+
+
 def _noise(error: dict) -> str:
-    return "no error" if error["sqnr_db"] is None else f"{error['sqnr_db']:.2f} dB"
+    return "no error" if error["sqnr_db"] is None else f"{number(error['sqnr_db'], '.2f')} dB"
 
 
 @dataclass
@@ -119,12 +158,12 @@ class Table:
 
     def markdown(self) -> list[str]:
         """Its lines."""
-        rule = "|---" * len(self.columns) + "|"
-        return [f"| {' | '.join(self.columns)} |", rule, *(f"| {' | '.join(row)} |" for row in self.rows)]
+        head, *rows = (f"| {' | '.join(map(escaped, row))} |" for row in (self.columns, *self.rows))
+        return [head, "|---" * len(self.columns) + "|", *rows]
 
 
-def _rate(rates: dict | None) -> str:
-    return f"{rates['median']:,.0f}" if rates else ""
+def _rate(rates: dict | None, scale: float = 1) -> str:
+    return number(rates["median"] and scale * rates["median"], ",.0f") if rates else ""
 
 
 def table(result: dict) -> Table:
@@ -143,7 +182,7 @@ def table(result: dict) -> Table:
         )
         if (scores := quality.get(name))
     ]
-    rows += [_row(MERGED[name], found, None, found["bytes"], None) for name, found in metrics.get("merged", {}).items()]
+    rows += [_row(MERGED[name], found, None, found["bytes"], None) for name, found in merged(metrics).items()]
     return Table(columns, rows)
 
 
@@ -151,12 +190,12 @@ def _row(name: str, scores: dict, per_weight: float | None, held: int | None, sp
     against, speeds = scores.get("against_baseline"), speeds or {}
     return [
         name,
-        plus_minus(scores["perplexity"], scores["perplexity"] * (scores["stderr"] or 0), ".2f"),
+        plus_minus(scores["perplexity"], (scores["perplexity"] or 0) * (scores["stderr"] or 0), ".2f"),
         plus_minus(against["delta_nll"], against["stderr"], "+.4f") if against else "",
-        f"{against['kl_mean']:.4f}" if against else "",
-        f"{100 * against['top1_agreement']:.1f}%" if against else "",
-        f"{per_weight:.3f}" if per_weight else "",
-        f"{held / 1e6:.1f}" if held else "",
+        number(against["kl_mean"], ".4f") if against else "",
+        number(against["top1_agreement"], ".1%") if against else "",
+        number(per_weight, ".3f") if per_weight else "",
+        number(held / 1e6, ".1f") if held else "",
         _rate(speeds.get("prefill_tokens_s")),
         _rate(speeds.get("decode_tokens_s")),
     ]
@@ -165,20 +204,20 @@ def _row(name: str, scores: dict, per_weight: float | None, held: int | None, sp
 def speed(result: dict) -> str:
     """The rates that are the format's own, and the number of tokens scored, in a sentence each."""
     rates, scored = result["metrics"]["throughput"], result["metrics"]["quality"]["baseline"]["tokens"]
-    quantize, dequantize = (rates[f"{verb}_weights_s"]["median"] / 1e6 for verb in ("quantize", "dequantize"))
-    sentences = [
-        f"{scored:,} held-out tokens of {result['config']['data']['path']} were scored.",
-        f"Quantizing runs at {quantize:,.0f} and dequantizing at {dequantize:,.0f} million weights/s"
-        + (f", fine-tuning at {rates['tune_tokens_s']['median']:,.0f} tokens/s." if "tune_tokens_s" in rates else "."),
-    ]
+    sentences = [f"{scored:,} held-out tokens of {result['config']['data']['path']} were scored."]
+    quantize, dequantize = (rates.get(f"{verb}_weights_s") for verb in ("quantize", "dequantize"))
+    if quantize and dequantize:
+        tuning = f", fine-tuning at {_rate(rates['tune_tokens_s'])} tokens/s" if rates.get("tune_tokens_s") else ""
+        sentences.append(
+            f"Quantizing runs at {_rate(quantize, 1e-6)} and dequantizing at {_rate(dequantize, 1e-6)} million"
+            f" weights/s{tuning}."
+        )
     return " ".join(sentences)
 
 
-def plus_minus(value: float, stderr: float | None, form: str) -> str:
-    text = f"{value:{form}}"
-    if stderr:
-        text += f"±{stderr:{form.lstrip('+')}}"
-    return text.replace("-", "−")
+def plus_minus(value: float | None, stderr: float | None, form: str) -> str:
+    text = number(value, form)
+    return f"{text}±{number(stderr, form.lstrip('+'))}" if stderr else text
 
 
 def listed(names: Sequence[str], between: str = ", ") -> str:

@@ -16,10 +16,14 @@ def result(delta, stderr, p, name="nf4"):
     rate = {"median": 100.0, "samples": [100.0]}
     scores = {"nll": 3.0, "perplexity": 20.0855, "stderr": 0.02, "tokens": 512, "windows": [3.0, 3.0]}
     return {
-        "config": {"format": {"name": name}, "block": 64, "dq": True, "data": {"path": "kjv"}, "tune": {"method": "none"}},
+        "environment": None,
+        "config": {
+            "format": {"name": name}, "block": 64, "dq": True, "seed": 0, "device": "cpu", "model": {"path": None},
+            "data": {"path": "kjv"}, "eval": {"tokens": 512}, "tune": {"method": "none"},
+        },
         "metrics": {
             "bits": {"per_parameter": 4.127, "baseline": 16.0, "compression": 3.877, "model": 5.0},
-            "error": {"sqnr_db": 20.7},
+            "error": {"sqnr_db": 20.7, "output_relative": 0.1, "layers": []},
             "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": against}},
             "memory": {"baseline_bytes": 16e6, "model_bytes": 5e6},
             "throughput": {

@@ -64,6 +64,7 @@ def learning_rates(setting: Setting) -> Chart | None:
         axes.axhline(untuned, **SIXTEEN)
         axes.set(xscale="log", yscale="log", title=name)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.5 * untuned))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     for axes in grid.flat[len(panels) :]:

@@ -124,7 +124,7 @@ def layers(setting: Setting) -> Chart | None:
     for start in starts[1:]:
         axes.axvline(start, color="white", lw=1.5)
     axes.set_xlabel("layers by kind, each from the first block to the last")
-    figure.colorbar(image, ax=axes, label="error of the output, relative", shrink=0.9)
+    figure.colorbar(image, ax=axes, label="error of the output, relative", shrink=0.9, format="{x:g}")
     return Chart("layers", "Relative error of each layer's output on real text, the largest mean on top.", figure)
 
 
@@ -175,6 +175,7 @@ def throughput(setting: Setting) -> Chart | None:
         style = SIXTEEN | {"lw": 1.2} if c.is_16_bit else look.line(c.format)
         axes.plot(rows, rates, **style, label=c.title)
     axes.set(xscale="log", yscale="log", xlabel="M, tokens read at once", ylabel="tokens/s, quantized model")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(rows, [f"{m}" for m in rows])
     axes.xaxis.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
@@ -186,12 +187,13 @@ def throughput(setting: Setting) -> Chart | None:
 
 
 def _by_rows(c: Configuration) -> tuple[list[int], list[float]] | None:
-    """Rows, and the median over seeds of the median rate."""
-    found = [r["metrics"].get("throughput", {}).get("by_rows") for _, r in c.runs.values()]
-    found = [f for f in found if f]
+    """Rows, and the median over seeds of the median rate, of those that have the rows of the first."""
+    found = [r["metrics"]["throughput"].get("by_rows") for _, r in c.runs.values()]
+    found = [(list(f["rows"]), np.asarray(f["median"], float)) for f in found if isinstance(f, dict)]
     if not found:
         return None
-    return [int(m) for m in found[0]["rows"]], list(np.median([f["median"] for f in found], 0))
+    rows = found[0][0]
+    return [int(m) for m in rows], list(np.median([rates for others, rates in found if others == rows], 0))
 
 
 def _plainest(setting: Setting) -> list[Configuration]:

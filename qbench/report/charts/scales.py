@@ -36,7 +36,7 @@ def _over(
     """Lines over a key of the config, those alike in all else together; a panel before the fine-tune and one after."""
 
     def at(c: Configuration) -> Any:
-        return (c.config | c.config["tune"]).get(key)
+        return c.config["block"] if key == "block" else c.config["tune"].get(key)
 
     look = Look.of(setting)
     sizes = sorted({at(c) for c in setting.configurations if at(c) and not (c.is_16_bit and key == "block")})
