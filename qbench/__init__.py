@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .record import load
 
 __all__ = ["QBenchConfig", "Result", "load", "pack", "run"]
+__version__ = "0.1.0"
 
 # imported once one is asked for, with all that it needs
 _LATER = {

@@ -4,47 +4,51 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from qbench import messages
 
-from qbench import groups, jobs, messages
-from qbench.jobs import CONF, HERE, stderr
-
-EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
+if TYPE_CHECKING:
+    from qbench.arguments import Check, Job
 
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
     messages.printable()
-    if "--formats" in sys.argv[1:]:
-        from qbench import catalog
-
-        return catalog.show()
     modules: dict[str, Any] = sys.modules
     modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
-    jobs.codes.clear()
-    groups.store()
-    sweep = sweep_folder(sys.argv[1:])
-    # keys of a format come with it, and before a sweep has chosen one there is none: hence `++`
-    sys.argv[1:] = [f"++{argument}" if argument.startswith("format.") else argument for argument in sys.argv[1:]]
-    first = next((i for i, argument in enumerate(sys.argv) if i and "=" in argument), len(sys.argv))  # side by side
-    ours = [f"hydra.searchpath=[file://{EXPERIMENTS.parent}]", *([f"hydra.sweep.dir={sweep}"] if sweep else [])]
-    sys.argv[first:first] = ours
+    codes: list[int] = []
+
+    def load() -> tuple["Job", "Check"]:
+        from qbench import groups, jobs, places
+
+        def check(config: dict) -> None:
+            path = jobs.settings_of(config).model.path
+            if not (path and places.is_hub_id(path)):  # else it may be a download, which a run has to begin
+                places.locate(path)
+
+        groups.store()
+        jobs.codes = codes
+        return jobs.job, check
+
     try:
+        if "--formats" in sys.argv[1:]:
+            from qbench import catalog
+
+            return catalog.show()
+        from qbench import arguments  # Hydra, which takes a while too: Ctrl-C is a line from here on
+
+        sweep = sweep_folder(sys.argv[1:])
+        told = [f"hydra.sweep.dir={arguments.quoted(str(sweep))}"] if sweep else []
         with messages.aside():
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(jobs.job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        stderr.print(f"qbench: {jobs.one_line(error)}")
-        return 2
+            if code := arguments.start(arguments.RUN, load, told):
+                return code
+        return summary(sweep) if sweep and sweep.is_dir() else max(codes, default=0)
     except KeyboardInterrupt:
-        stderr.print("qbench: interrupted; what was measured is in result.json; the same command goes on from there")
+        begun = "what was measured is in result.json; the same command goes on from there"
+        sys.stderr.write(f"qbench: interrupted; {begun if codes else 'no run had begun'}\n")
         return 130
-    return summary(sweep) if sweep and sweep.is_dir() else max(jobs.codes, default=0)
 
 
 def sweep_folder(arguments: list[str]) -> Path | None:
@@ -52,12 +56,14 @@ def sweep_folder(arguments: list[str]) -> Path | None:
 
     None where the arguments ask for no sweep.
     """
+    from qbench.arguments import text_of
+
     named = [argument.removeprefix("+experiments=") for argument in arguments if argument.startswith("+experiments=")]
     if not named and not {"-m", "--multirun"} & set(arguments):
         return None
     for argument in arguments:
         if argument.startswith("hydra.sweep.dir="):
-            return Path(argument.removeprefix("hydra.sweep.dir="))
+            return Path(text_of(argument.removeprefix("hydra.sweep.dir=")))
     decisive = sorted(
         a for a in arguments if "=" in a and not a.lstrip("+").startswith(("hydra", "timeout=", "track="))
     )
@@ -66,7 +72,8 @@ def sweep_folder(arguments: list[str]) -> Path | None:
 
 def summary(folder: Path) -> int:
     """Say how many runs of a sweep are done, and which are not and why. 0 if all are, else 1."""
-    from qbench import baseline, record
+    from qbench import baseline, jobs, record
+    from qbench.arguments import stderr
 
     baseline.clear(folder / jobs.BASELINES)
     results, unreadable = record.collect(folder)

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from formats import Format
 
-from . import experiment, groups, jobs
+from . import arguments, experiment, groups, jobs, keys
 from . import track as trackers
 from .errors import InputError
 from .report import tasks, words
@@ -45,7 +45,7 @@ class Result(dict[str, Any]):
         return f"<Result of {words.title(self['config'])} in {self.folder}>"
 
     def _repr_markdown_(self) -> str:
-        lines = [f"{sentence}  " for sentence in self.answer]
+        lines = [f"{words.escaped(sentence)}  " for sentence in self.answer]
         for table in filter(None, (words.table(self), tasks.of_run(self))):
             lines += ["", *table.markdown(), "", table.note]
         return "\n".join(lines)
@@ -105,11 +105,14 @@ def _keys(given: str | Path | Keys | None) -> dict[str, Any]:
 
 def _composed(format: str, tune: str, given: Keys) -> dict[str, Any]:
     """The configuration of a command line that says as much. Raises InputError."""
+    for key in keys.leaves(given):
+        if key not in keys.RUN:
+            raise InputError(keys.unknown(key, keys.RUN))
     groups.store()
     try:
-        with initialize_config_dir(str(jobs.CONF), version_base="1.3"):
+        with initialize_config_dir(str(arguments.CONF), version_base="1.3"):
             config = compose("config", [f"+format={format}", f"tune={tune}"])
         config.merge_with(OmegaConf.create(dict(given)))
-        return jobs.plain(config)
+        return arguments.plain(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(jobs.one_line(error)) from error
+        raise InputError(arguments.one_line(error)) from error

@@ -9,9 +9,12 @@ from omegaconf import OmegaConf
 
 import formats
 from formats.contract import first_line
+from qbench import keys
+from qbench.arguments import GROUP, NO_FORMAT
 from qbench.errors import InputError
+from qbench.keys import shown
 
-GROUP, CUSTOM = "format", "custom"
+CUSTOM = "custom"
 _PLAIN = bool | int | float | str | None  #: what a config can hold of the defaults of options
 
 
@@ -23,7 +26,7 @@ def choices() -> list[str]:
 def unknown(name: str) -> str:
     """What is said of a name that +format= does not accept."""
     problem = formats.problems().get(name)
-    return f"format: {problem}" if problem else f"format: {name!r} is unknown; accepted: {', '.join(choices())}"
+    return f"format: {problem}" if problem else f"format: {shown(name)} is unknown; accepted: {', '.join(choices())}"
 
 
 def store() -> None:
@@ -40,24 +43,15 @@ def _store(name: str, content: dict) -> None:
     ConfigStore.instance().store(group=GROUP, name=name, node=node)
 
 
-def settle(config: dict) -> dict:
-    """A resolved config in which `format` is what `formats.get` takes.
-
-    The target is what `custom` stands for, and nothing to the other formats of a sweep.
-    """
-    if isinstance(config.get(GROUP), dict):
-        config[GROUP].pop("target", None)
-    return config
-
-
 def format_of(config: dict) -> formats.Format:
-    """The format of a settled config. Raises InputError."""
+    """The format of a resolved config. Raises InputError."""
     recipe = config.get(GROUP)
     if not isinstance(recipe, dict):
-        raise InputError(f"format: none is given; accepted: {', '.join('+format=' + name for name in choices())}")
+        raise InputError(NO_FORMAT)
     if not isinstance(recipe.get("name"), str):
         found = "none is given" if recipe.get("name") is None else f"{recipe['name']!r} names no class"
         raise InputError(f"format.target: {found}; accepted: module.Class, such as my_module.MyFormat")
+    keys.check(keys.RUN, {"block": recipe.get("block", 64), "dq": recipe.get("dq", False)})
     try:
         return formats.get(**recipe)
     except (ValueError, TypeError, KeyError) as error:

@@ -14,34 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 import formats
 from qbench import messages, record
+from qbench.arguments import INTERRUPTED, plain, stderr
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
-from qbench.groups import GROUP, format_of, settle, unknown
+from qbench.groups import format_of
 
 if TYPE_CHECKING:
     from qbench.settings import Settings
 
-HERE = Path(__file__).parent
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
-INTERRUPTED = 130
-#: launchers that Hydra knows once an extra is installed
-LAUNCHERS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
-stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-
-
-def plain(config: DictConfig) -> dict:
-    """The resolved config, without Hydra's own part."""
-    keys = [str(key) for key in config if key != "hydra"]
-    found: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
-    return settle(found)
 
 
 def config_hash(*, _root_: DictConfig) -> str:
@@ -58,31 +44,14 @@ OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
 def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
     """The typed settings of a resolved config; fmt: one to take for what it says. Raises InputError."""
-    from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
+    from qbench.settings import Settings, parts
 
-    tune = config["tune"]
     return Settings(
         format=fmt or format_of(config),
-        model=ModelSettings(**config["model"]),
-        data=DataSettings(**config["data"]),
-        tune=None if tune["method"] == "none" else TuneSettings(**tune),
-        eval=EvalSettings(**config["eval"]),
+        **parts(config),
         seed=config["seed"],
         device=config["device"],
     )
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's message of several lines, as one that names the input and what is accepted."""
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == GROUP:
-            return unknown(name)
-        extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
-        install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
-        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith("full_key"))
 
 
 codes: list[int] = []  #: what came of the jobs of this process: 0 done, 1 failed, 2 bad input

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import keys
 from .errors import InputError
@@ -183,6 +183,17 @@ class Settings:
             "tune": asdict(self.tune) if self.tune else {"method": "none"},
             "eval": self.eval.plain(),
         }
+
+
+def parts(config: dict) -> dict[str, Any]:
+    """The parts of `Settings` that a resolved config has, but for its format. Raises InputError."""
+    tune = config["tune"]
+    return {
+        "model": ModelSettings(**config["model"]),
+        "data": DataSettings(**config["data"]),
+        "tune": None if tune["method"] == "none" else TuneSettings(**tune),
+        "eval": EvalSettings(**config["eval"]),
+    }
 
 
 def _plain(fmt: "Format") -> dict:

@@ -12,7 +12,7 @@ import yaml
 
 import formats
 from qbench.__main__ import main
-from qbench.jobs import CONF
+from qbench.arguments import CONF
 from qbench.testing import check_format
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,7 @@ ORDER = [
     "imports",
     "errors",
     "keys",
+    "manual",
     "messages",
     "catalog",
     "files",
@@ -91,7 +92,7 @@ def test_formats_know_torch_and_themselves():
 def test_imports_of_the_harness_run_one_way():
     for file in (ROOT / "qbench").rglob("*.py"):
         parts = file.relative_to(ROOT / "qbench").with_suffix("").parts
-        if parts[0] in ("__main__", "api", "jobs", "groups", "__init__") or parts in HYDRAS:
+        if parts[0] in ("__main__", "api", "arguments", "jobs", "groups", "__init__") or parts in HYDRAS:
             continue
         for name in imported(file):
             assert name.partition(".")[0] not in ("hydra", "omegaconf"), f"{file} sees a Hydra config"

@@ -1,23 +1,16 @@
 """python -m qbench.plan model=llama-65b +format=nf4 dq=true gpu=48GB: will it fit, and what would make it?"""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-
-from qbench import groups, messages
+from qbench import messages
 from qbench.errors import InputError
-from qbench.groups import format_of
-from qbench.jobs import CONF, one_line, plain, stderr
 
 if TYPE_CHECKING:
-    from formats import Format
+    from omegaconf import DictConfig
+
+    from qbench.arguments import Check, Job
     from qbench.plan.settings import PlanSettings
 
 
@@ -26,29 +19,31 @@ def main() -> int:
     messages.printable()
     # PEFT would import it: 3 s; the stub does not know that None bars an import
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        stderr.print("qbench: --multirun: a plan is one at a time; accepted: sweep=true, which compares formats")
-        return 2
     codes.clear()
-    groups.store()
     try:
-        # its own folder of conf/: beside the group `model`, Hydra would take `model=` for a choice of that
-        hydra.main(version_base="1.3", config_path=str(CONF / "plan"), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        stderr.print(f"qbench: {one_line(error)}")
-        return 2
+        from qbench import arguments  # Hydra, which takes a while to import: Ctrl-C is a line from here on
+
+        return arguments.start(arguments.PLAN, load) or max(codes, default=0)
     except KeyboardInterrupt:
-        stderr.print("qbench: interrupted")
+        sys.stderr.write("qbench: interrupted\n")
         return 130
-    return max(codes, default=0)
+
+
+def load() -> tuple["Job", "Check"]:
+    """The job, and what is known to be wrong before it."""
+    from qbench import groups
+
+    groups.store()
+    return job, settings_of
 
 
 codes: list[int] = []  #: what came of the job: 0 done, 2 bad input
 
 
-def job(config: DictConfig) -> None:
+def job(config: "DictConfig") -> None:
     """What Hydra runs; bad input is told here, for Hydra would add lines of its own."""
+    from qbench.arguments import plain, stderr
+
     try:
         answer(plain(config))
         codes.append(0)
@@ -59,25 +54,26 @@ def job(config: DictConfig) -> None:
 
 def answer(asked: dict) -> None:
     """Count, print, and write what is asked for. Raises InputError."""
+    from rich.console import Console
+
+    from qbench.arguments import stderr
+
     with stderr.status("counting"):  # transformers and PEFT take seconds to import
         from qbench.plan import advice, check, paper, words
         from qbench.plan.count import count
         from qbench.plan.shapes import find
         from qbench.record import write_json
 
-        for key in ("sweep", "paper", "check"):
-            if not isinstance(asked[key], bool):
-                raise InputError(f"{key}: {asked[key]!r} is not accepted; true or false is")
         content: list[dict] | dict
         if asked["paper"]:
             found = paper.compare()
             plans, content = [one.plan for one in found], paper.plain(found)
         elif asked["sweep"]:
-            settings, blocks = settings_of(asked), _blocks(asked["blocks"])
+            settings, blocks = settings_of(asked), tuple(asked["blocks"])
             plans = advice.sweep(find(asked["model"]), settings, blocks)
             content = [words.plain(plan) for plan in plans]
         else:
-            settings = settings_of(asked, format_of(asked))
+            settings = settings_of(asked)
             shape, measured = find(asked["model"]), None
             plans = [count(shape, settings)]
             if asked["check"]:
@@ -108,26 +104,21 @@ def answer(asked: dict) -> None:
         console.print(f"\nWritten: {', '.join(written)}")
 
 
-def settings_of(asked: dict, fmt: "Format | None" = None) -> "PlanSettings":
+def settings_of(asked: dict) -> "PlanSettings":
     """The typed settings of a resolved config, without a format those of a sweep. Raises InputError."""
+    from qbench.groups import format_of
     from qbench.plan.settings import UNQUANTIZED, Dtypes, PlanSettings, size
 
     names = set(PlanSettings.__dataclass_fields__) - {"format", "dtype", "gpu", "context", "targets"}
     targets = asked["targets"]
     return PlanSettings(
-        format=UNQUANTIZED if fmt is None else fmt,
+        format=UNQUANTIZED if asked["sweep"] or asked["paper"] else format_of(asked),
         dtype=Dtypes(**asked["dtype"]),
         gpu=None if asked["gpu"] is None else size("gpu", asked["gpu"]),
         context=None if asked["context"] is None else size("context", asked["context"]),
-        targets=tuple(map(str, targets)) if isinstance(targets, list) else str(targets),
+        targets=tuple(targets) if isinstance(targets, list) else targets,
         **{name: asked[name] for name in names},
     )
-
-
-def _blocks(asked: object) -> tuple[int, ...]:
-    if not isinstance(asked, list) or not asked:
-        raise InputError(f"blocks: {asked!r} is not accepted; a list of positive integers, such as [32,64], is")
-    return tuple(asked)
 
 
 if __name__ == "__main__":

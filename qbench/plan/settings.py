@@ -9,13 +9,10 @@ import torch
 import formats
 from formats import Format
 
-from ..errors import InputError, integer
-from ..models import DTYPES
+from .. import keys
+from ..errors import InputError
 
-METHODS = ("lora", "full", "none")
-OPTIMIZERS = ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}  #: what a model is told
-DEVICES = ("cuda", "cpu")
 UNQUANTIZED = formats.get("none")
 UNITS = {"B": 1} | {f"{p}B": 10 ** (3 * (i + 1)) for i, p in enumerate("KMGT")}
 UNITS |= {f"{p}IB": 2 ** (10 * (i + 1)) for i, p in enumerate("KMGT")}
@@ -46,13 +43,10 @@ class Dtypes:
     states: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            missing = value is None and type(self).__dataclass_fields__[name].default is None
-            if not missing and value not in DTYPES:
-                raise InputError(f"dtype.{name}: {value!r} is none; accepted: {', '.join(DTYPES)}")
+        keys.check(keys.PLAN, vars(self), "dtype.")
 
     def of(self, name: str) -> torch.dtype:
-        return DTYPES[getattr(self, name) or self.compute]
+        return getattr(torch, getattr(self, name) or self.compute)
 
 
 @dataclass(frozen=True)
@@ -80,20 +74,10 @@ class PlanSettings:
     fragmentation: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("batch", 1), ("accumulate", 1), ("seq", 2)):
-            integer(name, getattr(self, name), least)
-        known = {"method": METHODS, "optimizer": OPTIMIZERS, "attention": ATTENTION, "device": DEVICES}
-        for name, names in known.items():
-            if getattr(self, name) not in names:
-                raise InputError(f"{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(names)}")
-        if not isinstance(self.checkpointing, bool):
-            raise InputError(f"checkpointing: {self.checkpointing!r} is not accepted; true or false is")
+        told = {name: value for name, value in vars(self).items() if name not in ("format", "dtype", "gpu", "context")}
+        keys.check(keys.PLAN, told)
         if self.batch % self.accumulate:
             raise InputError(f"accumulate: {self.accumulate} does not divide batch={self.batch}")
-        for name, below in (("dropout", 1), ("fragmentation", 100)):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < below):
-                raise InputError(f"{name}: {value!r} is not accepted; a number of at least 0 and below {below} is")
         if self.method == "full" and self.format.name != "none":
             raise InputError(f"method: full trains 16-bit weights, not {self.format.name}; accepted with +format=none")
 
@@ -120,7 +104,3 @@ class PlanSettings:
 
     def but(self, **changes: Any) -> "PlanSettings":
         return replace(self, **changes)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,21 +1,18 @@
 """python -m qbench.quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: where Hydra ends, and a person looks on."""
 
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from qbench import groups, messages
+from qbench import messages
 from qbench.errors import InputError
 from qbench.files import Busy
-from qbench.groups import format_of
-from qbench.jobs import CONF, INTERRUPTED, one_line, plain, stderr
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from formats import Format
+    from qbench.arguments import Check, Job
 
 AGAIN = "what is done is kept; the same command goes on from there"
 
@@ -23,26 +20,40 @@ AGAIN = "what is done is kept; the same command goes on from there"
 def main() -> int:
     """Do what the command line says. 0: done; 1: failed; 2: bad input; 130: interrupted."""
     messages.printable()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
     codes: list[int] = []
 
-    def job(config: DictConfig) -> None:
-        codes.append(attempt(plain(config)))  # what it raised, Hydra would speak of as well
+    def job(config: "DictConfig") -> None:
+        codes.append(attempt(arguments.plain(config)))  # what it raised, Hydra would speak of as well
 
-    if {"-m", "--multirun"} & set(sys.argv):
-        stderr.print("qbench: --multirun is not accepted; one checkpoint at a time is")
-        return 2
-    groups.store()
+    def load() -> tuple["Job", "Check"]:
+        from qbench import groups
+
+        groups.store()
+        return job, check
+
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="quantize")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        stderr.print(f"qbench: {one_line(error)}")
-        return 2
-    return max(codes, default=0)
+        from qbench import arguments  # Hydra, which takes a while to import: Ctrl-C is a line from here on
+
+        return arguments.start(arguments.QUANTIZE, load) or max(codes, default=0)
+    except KeyboardInterrupt:
+        sys.stderr.write("qbench: interrupted\n")
+        return 130
+
+
+def check(config: dict) -> "Format":
+    """The format of a resolved config, once there is a folder to write to as well. Raises InputError."""
+    from qbench.groups import format_of
+
+    fmt = format_of(config)
+    if config["out"] is None:
+        raise InputError("out: none is given; accepted: a new or empty folder")
+    return fmt
 
 
 def attempt(config: dict) -> int:
     """Quantize what a configuration names. Returns the exit code."""
+    from qbench.arguments import INTERRUPTED, stderr
+
     try:
         quantize(config)
     except InputError as error:
@@ -62,9 +73,12 @@ def attempt(config: dict) -> int:
 
 def quantize(config: dict) -> None:
     """Raises InputError, files.Busy, OSError."""
-    fmt = format_of(config)
-    if not isinstance(config["out"], str):
-        raise InputError("out: none is given; accepted: a new or empty folder")
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from qbench.arguments import stderr
+
+    fmt = check(config)
     out = Path(config["out"]).expanduser()
     with stderr.status("starting"):  # transformers takes seconds to import
         from qbench import checkpoint, shards

@@ -61,9 +61,9 @@ def test_a_format_and_a_method_of_its_own(tiny_llama, tmp_path, monkeypatch):
     ("given", "message"),
     [
         ({"format": "nf5"}, r"format: 'nf5' is unknown; accepted: .*nf4"),
-        ({"block": 0}, "block must be a positive integer"),
+        ({"block": 0}, "block: 0 is not accepted; an integer of at least 1"),
         ({"tune": "loha"}, "tune: 'loha' is unknown; accepted: .*lora"),
-        ({"tune": {"stps": 3}}, "stps"),
+        ({"tune": {"stps": 3}}, r"tune\.stps is unknown; did you mean tune\.steps\?"),
         ({"model": "no/such/folder"}, "model.path"),
         ({"data": {"seq": 1}}, "data.seq"),
         ({"device": "tpu"}, "device: 'tpu'"),

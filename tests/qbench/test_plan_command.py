@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import formats
-from qbench.jobs import CONF
+from qbench.arguments import CONF
 from qbench.plan.__main__ import main
 
 GB = 10**9
@@ -67,9 +67,9 @@ BAD = {
     "no causal LM": (["model=vit.json", "+format=nf4"], r"model: no causal LM comes of 'vit\.json'"),
     "no format": (["model=bundled"], r"format: none is given; accepted: .*\+format=nf4"),
     "unknown format": (["model=bundled", "+format=nf5"], r"nf5.*accepted: fp4.*quantile"),
-    "block": (["model=bundled", "+format=nf4", "block=0"], r"block must be a positive integer, got 0"),
-    "gpu": (["model=bundled", "+format=nf4", "gpu=foo"], r"gpu: 'foo' is no size; accepted: .*24GB"),
-    "gpu without a unit": (["model=bundled", "+format=nf4", "gpu=48"], r"gpu: 48 is no size; accepted: .*unit"),
+    "block": (["model=bundled", "+format=nf4", "block=0"], r"block: 0 is not accepted; an integer of at least 1"),
+    "gpu": (["model=bundled", "+format=nf4", "gpu=foo"], r"gpu: 'foo' is unknown; accepted: .*24GB"),
+    "gpu without a unit": (["model=bundled", "+format=nf4", "gpu=48"], r"gpu: 48 is unknown; accepted: .*unit"),
     "batch": (["model=bundled", "+format=nf4", "batch=-1"], r"batch: -1 is not accepted; an integer of at least 1"),
     "seq": (["model=bundled", "+format=nf4", "seq=1025"], r"seq: 1025 is more than the model's 1024 positions"),
     "rank": (["model=bundled", "+format=nf4", "rank=300"], r"rank: 300 is larger than .*q_proj.*accepted: 1 to 256"),
@@ -78,8 +78,8 @@ BAD = {
     "optimizer": (["model=bundled", "+format=nf4", "optimizer=lion"], r"optimizer: 'lion'.*paged_adamw"),
     "dtype": (["model=bundled", "+format=nf4", "dtype.head=int3"], r"dtype\.head: 'int3'.*bfloat16"),
     "fragmentation": (["model=bundled", "+format=nf4", "fragmentation=-1"], r"fragmentation: -1.*at least 0"),
-    "typo": (["model=bundled", "+format=nf4", "blok=32"], r"blok"),
-    "blocks": (["model=bundled", "sweep=true", "blocks=[0]"], r"blocks: 0 is not accepted; an integer of at least 1"),
+    "typo": (["model=bundled", "+format=nf4", "blok=32"], r"blok is unknown; did you mean block\?"),
+    "blocks": (["model=bundled", "sweep=true", "blocks=[0]"], r"blocks: \[0\] is not accepted; a list of integers of at least 1"),
     "sweep": (["model=bundled", "sweep=maybe"], r"sweep: 'maybe' is not accepted; true or false"),
     "sweep of full": (["model=bundled", "sweep=true", "method=full"], r"sweep: method=full .*accepted: lora, none"),
     "multirun": (["-m", "model=bundled"], r"--multirun: .*sweep=true"),

@@ -161,7 +161,7 @@ def test_a_failure_is_a_row_and_the_sweep_goes_on(sweep, tmp_path):
     assert code == 1 and len(found) == 4 and "1 of 4 runs are done" in said
     kinds = sorted((r["status"], (r["error"] or {}).get("type")) for r in found.values() if r["status"] != "done")
     assert kinds == [("failed", "FloatingPointError"), ("failed", "InputError"), ("failed", "InputError")]
-    assert "block must be a positive integer" in said and "no finite likelihood" in said
+    assert "block: 0 is not accepted" in said and "no finite likelihood" in said
 
 
 def test_a_run_that_takes_too_long_is_a_row(sweep, tmp_path):
