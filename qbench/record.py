@@ -129,7 +129,7 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON's")
 
 
-def read_json(file: Path, **numbers: Callable[[str], Any]) -> Any:
+def read_json(file: Path, **numbers: Any) -> Any:
     """numbers: of `json.loads`. Raises InputError if it is no whole JSON file, and OSError."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for who writes into it
@@ -179,8 +179,8 @@ def _under(top: Path, refused: Callable[[OSError], None]) -> Iterator[Path]:
 def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
     """Every result at or under the paths, by its file; and, by file or folder, why one could not be read.
 
-    To hold ten thousand, lists of numbers become arrays, and lists of records (layers) records of arrays, but in `config`.
-    Raises InputError for a path that is not there.
+    To hold ten thousand, lists of numbers become arrays, and lists of records (layers) records of arrays, but in `config`;
+    texts are `whole`. Raises InputError for a path that is not there.
     """
     results: dict[Path, dict] = {}
     unreadable: dict[Path, str] = {}
@@ -191,7 +191,7 @@ def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
 
     for file in find(*paths, refused=refused):
         try:
-            results[file] = {key: item if key == "config" else _compact(item) for key, item in _read(file).items()}
+            results[file] = {whole(key): _compact(item, key != "config") for key, item in _read(file).items()}
         except InputError as problem:
             unreadable[file] = str(problem)
         except OSError as error:
@@ -200,17 +200,26 @@ def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
     return results, unreadable
 
 
-def _compact(value: Any) -> Any:
+def _compact(value: Any, arrays: bool = True) -> Any:
+    if isinstance(value, str):
+        return whole(value)
     if isinstance(value, dict):
-        return {key: _compact(item) for key, item in value.items()}
+        return {whole(key): _compact(item, arrays) for key, item in value.items()}
     if not isinstance(value, list) or not value:
         return value
     kinds = {type(item) for item in value}
-    if kinds <= {int, float}:
+    if arrays and kinds <= {int, float}:
         return np.array(value)
-    if kinds == {dict} and len({tuple(item) for item in value}) == 1:
-        return {key: _compact([item[key] for item in value]) for key in value[0]}
-    return tuple(sys.intern(item) for item in value) if kinds == {str} else value
+    if arrays and kinds == {dict} and len({tuple(item) for item in value}) == 1:
+        return {whole(key): _compact([item[key] for item in value]) for key in value[0]}
+    if kinds == {str}:
+        return tuple(sys.intern(whole(item)) for item in value)
+    return [_compact(item, arrays) for item in value]
+
+
+def whole(text: str) -> str:
+    """With the code of each half of a surrogate pair, of which names of files may have some and UTF-8 has none."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def load(*paths: Path | str) -> "pandas.DataFrame":
@@ -232,7 +241,7 @@ def as_frame(results: dict[Path, dict]) -> "pandas.DataFrame":
 
     # of the keys that no schema names one may be called as our column is
     rows = pandas.json_normalize([{key: r[key] for key in r if key != "path"} for r in results.values()])
-    rows.insert(0, "path", [str(file.parent) for file in results])
+    rows.insert(0, "path", [whole(str(file.parent)) for file in results])
     return rows
 
 

@@ -70,17 +70,15 @@ def _in_markdown(value: object) -> Markup:
 
 
 def _numbers(results: dict[Path, dict]) -> "pandas.DataFrame":
-    """What has one value a run, as Parquet takes it: one type a column, and no half of a surrogate pair."""
+    """What has one value a run, as Parquet takes it: one type a column."""
     frame = record.as_frame(results)
     frame = frame[[name for name in frame if not frame[name].map(lambda cell: isinstance(cell, _LISTS)).any()]]
-    for name in frame.select_dtypes(object):
-        if frame[name].map(type).nunique() > 1 or not isinstance(frame[name].iloc[0], bool):
-            frame = frame.assign(**{name: frame[name].map(lambda cell: None if cell is None else _whole(str(cell)))})
-    return frame.rename(columns=_whole)
+    texts = {name for name in frame if frame[name].dtype.kind == "O"}
+    return frame.assign(**{name: frame[name].map(_text) for name in texts})
 
 
-def _whole(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+def _text(cell: object) -> str | None:
+    return None if cell is None or cell != cell else str(cell)
 
 
 def _content(found: Found, folder: Path) -> dict:

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from qbench import record
 from qbench.report.compare import Setting, compare
+from qbench.settings import TuneSettings
 
 RATE = {"median": 100.0, "samples": [100.0, 101.0]}
 BITS = {"none": 16.0, "int8": 8.0}
@@ -46,6 +48,59 @@ def finished(name="nf4", seed=0, quantized=(3.0, 3.1), tuned=None, block=64, dq=
             "throughput": {**rates, "tune_tokens_s": RATE, "baseline": rates},
         },
     }
+
+
+def whole(name="nf4", seed=0, shift=0.0, **more) -> dict:
+    """A finished result with every key that docs/result.md explains. shift: of the loss of its 12 windows."""
+    windows = 3 + 0.1 * np.random.default_rng(9).normal(size=12)
+    result = finished(name, seed, windows + shift, windows + shift / 2 - 1, **more)
+    config, metrics, quality = result["config"], result["metrics"], result["metrics"]["quality"]
+    tune = asdict(TuneSettings(init="loftq", merge=True, adapter_format="int8"))
+    result["config"] = config | {
+        "format": {"name": name, "source": "a paper"}, "model": {"path": None, "dtype": "float32", "revision": None},
+        "data": {"path": "kjv", "seq": 32}, "tune": tune,
+        "eval": {"tokens": 512, "tasks": ["docs"], "limit": None, "batch": 8},
+    }  # fmt: skip
+    result["run"] |= {"id": "0123456789abcdef", "seconds": {"load": 1.5}, "baseline": {"id": "a", "reused": False}}
+    result["environment"] |= {"platform": "Linux", "cuda": None, "cpu_flags": ["avx2"]}
+    weights = {"sqnr_db": 20.7, "mse": 1e-4, "relative": 0.09, "max_abs": 0.5}
+    metrics["error"] |= weights
+    metrics["error"]["layers"] = [layer | weights for layer in metrics["error"]["layers"]]
+    metrics["bits"] |= {"quantized_parameters": 1000, "parameters": 2000, "left": {"layers.0.router": "it is a router"}}
+    metrics["memory"] |= {"weights_bytes": 500, "tuned_bytes": 6_000_000}
+    metrics["throughput"] |= {
+        "quantize_weights_s": RATE,
+        "dequantize_weights_s": RATE,
+        "tuned": metrics["throughput"]["baseline"],
+    }
+    quality["initial"] = quality["quantized"]
+    for scores in quality.values():
+        scores.get("against_baseline", {})["kl_p99"] = 0.1
+    documents = {
+        "value": 0.5,
+        "stderr": 0.1,
+        "n": 3,
+        "log": False,
+        "documents": [1.0, 0.0, 0.5],
+        "higher_is_better": True,
+    }
+    paired = {"against_baseline": {"delta": 0.0, "stderr": 0.1, "p": 1.0}}
+    metrics["tasks"] = {
+        "baseline": {"docs": {"acc": documents}},
+        **{stage: {"docs": {"acc": documents | paired}} for stage in ("quantized", "tuned")},
+    }
+    steps = {key: [3.0, 2.5] for key in ("loss", "grad_norm", "lr", "tokens_s")}
+    metrics["tune"] = {**steps, "trainable": 100, "padding": 0.0, "optimizer": {"peak_bytes": 800}}
+    init = {"quantized": weights, "initial": weights}
+    metrics["init"] = {"method": "loftq", **init, "layers": [{"name": "layers.0.q_proj", **init}]}
+    unmerged = {
+        "against_unmerged": {"delta_nll": 0.0, "stderr": 0.0, "p": 1.0},
+        "bits": {"model": 5.0},
+        "bytes": 5_000_000,
+    }
+    metrics["merged"] = {kind: quality["tuned"] | unmerged for kind in ("adapters", "16bit", "requantized")}
+    metrics["weights"] = {"edges": [-1.0, -0.5, 0.5, 1.0], "density": [0.2, 1.0, 0.2], "levels": [[-1.0, 0.0, 1.0]]}
+    return result
 
 
 def score(windows) -> dict:

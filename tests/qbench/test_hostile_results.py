@@ -1,0 +1,286 @@
+"""No result.json takes a report down: one that is none is skipped and named, and the texts of others stay texts."""
+
+import gzip
+import html.parser
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from urllib.parse import unquote_to_bytes
+from xml.etree import ElementTree
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+import qbench
+from qbench import record
+from qbench.messages import visible
+from qbench.report import page, terminal
+from qbench.report.__main__ import main
+
+from .results import whole
+
+GOOD = [("none", 0, 0.0), ("nf4", 0, 0.02), ("nf4", 1, 0.03), ("int8", 0, 0.001)]
+TEXTS = [
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</td></table><h1>x", "&lt;b&gt;", "{{ 7 * 7 }}",
+    "a | b | c", "[x](javascript:alert(1))", "![x](http://host/x.png)", "<http://host>", "`a` **b** _c_ ~~d~~", "# head",
+    "1. one", "- item", "> quote", "---", "```", "\\", "$\\frac{$", "$x$ and $$y$$", "x_1^{2", "[red]x[/red]", "[/]",
+    ":smile:", "\x1b[31mred\x1b]0;title\x07", "\x9b31m", "a\nb\r\nc\td", "\x00", "\u202eabc\u2066", "\u200b", "\ud800",
+    "\udcff", "\u0301" * 50, "../../etc/passwd", "/", "..", "%s %n {0} {x.__class__}", "", " ", "'; drop table", "=1+1",
+    "a" * 100_000, "名前 🙂", "nan", "none",
+]  # fmt: skip
+TOKEN = "\ue000"  # around what json.dumps would not write
+RAW = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "1" + "0" * 400,
+    "1" + "0" * 5000,
+    "[" * 100_000,
+    "[" * 100 + "]" * 100,
+    "01",
+    "'x'",
+]
+NUMBERS = [None, True, False, -1, 0, 1, 2.5, 64.0, 1e304, -1e304, 5e-324, 2**63, -(2**70), 1e15]
+OTHERS = [[], {}, [[]], [1, [2]], [None], [True], [1.0] * 3, {"a": 1}, {"a": {"b": []}}, [{"a": 1}, {"b": 2}], ["x"]]
+VALUES = [*TEXTS, *NUMBERS, *OTHERS, *(f"{TOKEN}{raw}{TOKEN}" for raw in RAW)]
+
+
+def containers(value: object) -> Iterator[dict | list]:
+    if isinstance(value, dict | list):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value[:3]:
+            yield from containers(item)
+
+
+def mutate(result: dict, random: Random) -> None:
+    """Change one thing: a value, a key, the length of a list."""
+    holder = random.choice([found for found in containers(result) if found])
+    at = random.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    kind = random.randrange(10)
+    if kind < 6:
+        holder[at] = random.choice(VALUES)
+    elif kind < 8:
+        del holder[at]
+    elif isinstance(holder, list):
+        holder[:] = random.choice([holder[:1], holder * 2, [*holder, random.choice(VALUES)], holder + holder[:1]])
+    elif kind == 8:
+        holder[random.choice(TEXTS)] = holder.pop(at)
+    else:
+        holder[random.choice([*TEXTS, "path", "block", "windows"])] = random.choice(VALUES)
+
+
+def written(result: dict) -> bytes:
+    text = json.dumps(record._plain(result))
+    return re.sub(r'"\\ue000(.*?)\\ue000"', lambda of: of[1], text).encode()
+
+
+def spoilt(content: bytes, random: Random) -> bytes:
+    """What a disk, an editor or a transfer may leave of a file."""
+    at = random.randrange(len(content))
+    return random.choice(
+        [
+            b"", content[:at], content[:at] + random.randbytes(8) + content[at:], content[:at] + b"\xff" + content[at:],
+            gzip.compress(content), content.decode().encode("utf-16"), b"\xef\xbb\xbf" + content, content + content,
+            b"[]", b"null", b'"text"', b"[" * 200_000, b'{"a":' * 200_000, b"\0" * 4096, b"<html></html>",
+            content.replace(b"{", b"["),
+        ]
+    )  # fmt: skip
+
+
+def spoil(folder: Path, random: Random) -> None:
+    """Something in the place of the file that is none, or none that can be read."""
+    file = folder / record.FILE
+    kind = random.choice(["folder", "pipe", "socket", "gone", "loop", "huge", "zero"])
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "socket":
+        here = os.getcwd()
+        os.chdir(folder)  # as the name of a socket must be short
+        try:
+            socket.socket(socket.AF_UNIX).bind(record.FILE)
+        finally:
+            os.chdir(here)
+    elif kind == "gone":
+        file.symlink_to("nowhere")
+    elif kind == "loop":
+        file.symlink_to(record.FILE)
+    elif kind == "huge":
+        with file.open("wb") as sparse:
+            sparse.truncate(5 << 30)
+    else:
+        file.symlink_to("/dev/zero")
+
+
+def fill(folder: Path, count: int, seed: int = 0) -> None:
+    """Mutations of a good result, a folder each; in an eighth of them the name of the folder is odd too."""
+    for i in range(count):
+        random = Random(f"{seed} {i}")
+        name = f"{i}"
+        if random.random() < 0.125:
+            name += random.choice(TEXTS).replace("/", "").replace("\0", "")[:50]
+        here = folder / os.fsdecode(name.encode("utf-8", "replace" if "\ud800" in name else "surrogateescape"))
+        here.mkdir(parents=True)
+        result = json.loads(json.dumps(record._plain(whole("nf4", 100 + i, 0.02))))
+        kind = random.random()
+        if kind < 0.1 and sys.platform != "win32":
+            spoil(here, random)
+        elif kind < 0.2:
+            (here / record.FILE).write_bytes(spoilt(written(result), random))
+        else:
+            for _ in range(random.choice([1, 1, 1, 2, 5])):
+                mutate(result, random)
+            (here / record.FILE).write_bytes(written(result))
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    for name, seed, shift in GOOD:
+        record.write(tmp_path / "runs" / "good" / f"{name}{seed}", whole(name, seed, shift))
+    return tmp_path / "runs"
+
+
+def report(folder: Path, monkeypatch, capsys) -> tuple[str, str]:
+    """Of the command: standard output and error. The page and its twin are whole."""
+    monkeypatch.setattr("sys.argv", ["qbench.report", str(folder), "--out", str(folder.parent / "report")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main() == 0
+    said = capsys.readouterr()
+    for text in said:
+        assert [c for c in text if c != "\n" and not c.isprintable()] == []
+    whole_page(folder.parent / "report" / page.PAGE)
+    whole_twin(folder.parent / "report" / page.TWIN)
+    for file in (folder.parent / "report" / "figures").iterdir():
+        ElementTree.parse(file)
+    return said.out, said.err
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {f"{tag} {name}" for name, _ in attrs}
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+def whole_page(file: Path) -> None:
+    text = file.read_text("utf-8")
+    seen = Tags(text)
+    assert seen.tags["script"] == seen.tags["h1"] == 1 and not seen.tags.keys() & {"b", "iframe", "object"}
+    assert not [name for name in seen.attributes if name.partition(" ")[2].startswith("on")]
+    assert seen.tags["img"] == text.count("<figure>")
+    for link in seen.links:
+        assert link.startswith(("data:image/svg+xml;base64,", "#s")) or exists(file.parent, link), link
+    assert not [c for c in text if c != "\n" and not c.isprintable()]
+
+
+def whole_twin(file: Path) -> None:
+    text = file.read_text("utf-8")
+    assert not [c for c in text if c != "\n" and not c.isprintable()]
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inline = [child for token in tokens for child in token.children or ()]
+    kinds = {token.type for token in (*tokens, *inline)}
+    assert not kinds & {
+        "html_block",
+        "html_inline",
+        "code_block",
+        "fence",
+        "blockquote_open",
+        "hr",
+        "em_open",
+        "strong_open",
+    }
+    assert sum(token.type == "heading_open" and token.tag == "h1" for token in tokens) == 1
+    for token in inline:
+        link = token.attrs.get("href") or token.attrs.get("src")
+        assert link is None or exists(file.parent, str(link)), link
+    columns = 0
+    for line in text.splitlines():
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("| ") else 0
+        assert not found or columns in (0, found), line
+        columns = found
+
+
+def exists(folder: Path, link: str) -> bool:
+    return os.path.lexists(os.fsencode(folder) + b"/" + unquote_to_bytes(link))
+
+
+def part_of(text: str, start: str, end: str) -> str:
+    return text.partition(start)[2].partition(end)[0]
+
+
+def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
+    """The property: the bad are named and change nothing, the others are shown."""
+    said, _ = report(good, monkeypatch, capsys)
+    before = [(good.parent / "report" / name).read_text("utf-8") for name in (page.PAGE, page.TWIN)]
+    fill(good / "bad", count, seed)
+    found = page.find(good)
+    files = {Path(folder) / record.FILE for folder in (good / "bad").iterdir()}
+    refused, rest = files & found.unreadable.keys(), files & found.results.keys()
+    assert refused | rest == files and len(refused) > count / 4 and len(rest) > count / 8
+    for file in refused:
+        assert visible(str(file)) in found.unreadable[file] and found.unreadable[file].isprintable()
+    apart = good.parent / "apart"
+    for file in rest:
+        (apart / file.parent.name).parent.mkdir(exist_ok=True)
+        shutil.move(file.parent, apart / file.parent.name)
+
+    # the good with the bad: as without, but for the list of those skipped
+    now, err = report(good, monkeypatch, capsys)
+    assert now == said and err.count("qbench: skipped") == min(len(refused), 21)
+    after = [(good.parent / "report" / name).read_text("utf-8") for name in (page.PAGE, page.TWIN)]
+    marks = ('<section id="skipped">', "</section>"), (f"\n## {len(refused)} skipped: ", "## How it was run")
+    for first, second, (start, end) in zip(before, after, marks, strict=True):
+        above, listing, below = re.split(f"({re.escape(start)}.*?)(?={end})", second, flags=re.S)
+        assert listing.count(record.FILE) >= len(refused)
+        shared = re.sub(r", \d+ files? skipped", "", above) + below.removeprefix("</section>")
+        assert shared.split() == first.split()
+    reasons = Tags(after[0]).tags["code"] - Tags(before[0]).tags["code"]
+    assert reasons == len(refused)
+
+    # in Python
+    with pytest.warns(UserWarning) as told:
+        frame = qbench.load(good)
+    names = [str(warning.message) for warning in told]
+    unread = {file for file in refused if any(visible(str(file)) in name for name in names)}
+    assert len(frame) == len(GOOD) + len(refused - unread)
+
+    # what is a result is shown, by the page and by the terminal
+    for folder in apart.iterdir():
+        result = record.read(folder)
+        if result["status"] == "done":
+            out = io.StringIO()
+            terminal.show(result, folder, Console(file=out, width=80, force_terminal=True))
+            terminal.show_line(result, True, Console(file=out, width=80, force_terminal=True))
+            assert re.sub(r"\x1b\[\d+m", "", out.getvalue()).replace("\n", "").isprintable()
+    record.write(apart / "none", whole("none"))
+    report(apart, monkeypatch, capsys)
+
+
+def test_bad_results_are_named_and_change_nothing(good, monkeypatch, capsys):
+    hold(good, 40, monkeypatch, capsys)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_three_hundred_of_them(good, monkeypatch, capsys, seed):
+    hold(good, 100, monkeypatch, capsys, seed)
