@@ -99,7 +99,7 @@ class Recipe:
                 raise InputError(f"{KEY}: {key}: {plain.get(key)!r} is not accepted; {kind.__name__} is")
         words = {word(dtype): dtype for dtype in shards.CODES if dtype.is_floating_point}
         for name in (plain.get("dtype"), *plain["dtypes"].values()):
-            if name not in words:
+            if not isinstance(name, str) or name not in words:
                 raise InputError(f"{KEY}: dtype: {name!r} is unknown; accepted: {', '.join(words)}")
         arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
         module = plain["format"].rpartition(".")[0]
