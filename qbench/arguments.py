@@ -353,7 +353,7 @@ def show_help(command: Command) -> None:
     for group, file in command.groups.items():
         names = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
         if names != file.stem:
-            chosen[group] = (file.stem, f"where {group}.… begin", names)
+            chosen[group] = (file.stem, "the fine-tune: what its keys are where nothing is said", names)
     manual.show(told.header, chosen, explained, command.keys, told.footer)
 
 

@@ -43,8 +43,8 @@ def show(
     console = Console(highlight=False, markup=False)
     table = Table(
         Column("key=default", no_wrap=True, style="bold"),
-        Column("what it means", ratio=3),
-        Column("what it accepts", ratio=2),
+        Column("what it means", ratio=3, overflow="fold"),
+        Column("what it accepts", ratio=2, overflow="fold"),
         box=SIMPLE_HEAD,
         show_edge=False,
         expand=True,
@@ -54,7 +54,7 @@ def show(
         table.add_row(f"{name}={default}", meaning, names)
     for name, accepts in accepted.items():
         default, meaning = explained[name]
-        table.add_row(f"{name}={default}", meaning, accepts.words)
+        table.add_row(f"{name}={default}", meaning, accepts.words.rstrip(","))
     console.print(header)
     console.print(table)
     console.print()
