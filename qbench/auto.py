@@ -25,7 +25,8 @@ from .recipe import plain_config
 TRUST = "model.trust_remote_code=true"
 MOST_LAYERS = 10_000  #: of a model of whose tensors nothing is known
 _MOST_NAMED = 10**6  # labels, codebooks and the like, each of which transformers makes an object of
-_OF_LAYERS = re.compile(r"n_layer|block_count|.*layers|.*_blocks|.*depth")
+_FEW_LAYERS, _FEW_WEIGHTS = 256, 2**20  # which any config may ask for: defaults that a small model has no use for
+_OF_LAYERS = re.compile(r"n_layer|block_count|.*layers|.*_blocks|.*depth|.*experts")
 _NO_SIZE = re.compile(r".*(position|length|window|token|context|_id|seed|dtype|theta|max_|chunk|scale|version).*")
 
 
@@ -43,16 +44,17 @@ def config(folder: Path, tensors: int | None = None, weights: int | None = None,
 def check_sizes(plain: dict, where: object, tensors: int | None = None, weights: int | None = None) -> None:
     """Raises InputError where a configuration cannot be that of a model of so many tensors and weights, or names code to
     be fetched."""
-    layers = MOST_LAYERS if tensors is None else tensors
+    layers = MOST_LAYERS if tensors is None else max(tensors, _FEW_LAYERS)
+    sizes = None if weights is None else max(weights, _FEW_WEIGHTS)
     for key, value in _leaves(plain):
         if "implementation" in key and isinstance(value, str) and "/" in value:
             raise InputError(f"{where}: {key}: {value!r} would fetch code; accepted: eager, sdpa, and such names")
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int) or _NO_SIZE.fullmatch(key):
             continue
         if _OF_LAYERS.fullmatch(key) and value > layers:
-            raise InputError(f"{where}: {key}: {value} is more than its {layers} tensors; accepted: up to those")
-        if weights is not None and not _NO_SIZE.fullmatch(key) and value > weights:
-            raise InputError(f"{where}: {key}: {value} is more than its {weights} weights; accepted: up to those")
+            raise InputError(f"{where}: {key}: {value} is not accepted; for {tensors} tensors up to {layers} is")
+        if sizes is not None and value > sizes:
+            raise InputError(f"{where}: {key}: {value} is not accepted; for {weights} weights up to {sizes} is")
         if key.startswith("num_") and key.endswith(("labels", "codebooks")) and value > _MOST_NAMED:
             raise InputError(f"{where}: {key}: {value} is not accepted; up to {_MOST_NAMED} is")
 

@@ -35,7 +35,7 @@ from . import auto, files, shards, skeleton
 from .errors import InputError
 from .interop import bitsandbytes, gguf
 from .interop.packed import Foreign, Held, Packed
-from .layers import QuantLinear, packed_layers
+from .layers import QuantLinear, coverage, packed_layers
 from .opened import GENERATION, reading
 from .pretrained import tell
 from .recipe import CONFIG, KEY, Recipe
@@ -85,8 +85,11 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path |
     transformers_logging.disable_progress_bar()
     with reading(path):
         tokens = auto.tokenizer(tokenizer) if tokenizer else found.tokenizer()
-        found.check()
-        model = _filled(found, device, dtype) if isinstance(found, Foreign) else auto.packed_model(path, dtype)
+        if isinstance(found, Foreign):
+            model = _filled(found, device, dtype)
+        else:
+            found.config()  # refuses what `from_pretrained` would begin to build
+            model = auto.packed_model(path, dtype)
     model.to(device)  # type: ignore[arg-type]  # a wrapper hides its arguments
     return LoadedModel(model.eval().requires_grad_(False), tokens)
 
@@ -190,7 +193,7 @@ def _recipe(
         arguments = known.arguments
     first = next(iter(layers.values()))
     arguments = arguments or {"name": first.format, "block": first.block, "dq": first.dq}
-    return layout.of(arguments, {name: layer.dtype for name, layer in layers.items()}, model)
+    return layout.of(arguments, {name: layer.dtype for name, layer in layers.items()}, model, coverage(model))
 
 
 def finish(folder: Path, config: dict, recipe: Recipe, contents: Contents) -> None:

@@ -12,7 +12,7 @@ import formats
 from formats import QuantizedTensor
 
 from . import adapters, baseline, data, files, merge, messages, models, record, starts, track
-from .layers import left, linear_layers, replace, weight_of
+from .layers import coverage, linear_layers, replace, weight_of
 from .measure import distribution, error, quality, task_files, throughput
 from .measure.statistics import paired
 from .phases import Phases
@@ -97,7 +97,7 @@ class Experiment:
         self.source = models.open(chosen.path, chosen.revision, chosen.trust_remote_code)
         model, self.tokenizer = self.source.model, self.source.tokenizer
         self.result["run"]["model"] = {"commit": self.source.commit, "wrappers": self.source.wrappers}
-        self.left = left(model)
+        self.coverage = coverage(model)
         self.seq = models.pick_seq(settings.data.seq, model)
         told = self.tokenizer, model.config.get_text_config().vocab_size, self.seq
         self.held_out = data.held_out(text, *told, settings.eval.tokens)
@@ -190,7 +190,8 @@ class Experiment:
             "compression": 16 * weights / (8 * stored),
             "quantized_parameters": weights,
             "parameters": self.parameters,
-            "left": self.left,
+            "eligible_parameters": self.coverage.eligible,
+            "left": self.coverage.left,
         }
         self.targets = list(packed)
         del self.layers

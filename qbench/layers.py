@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from formats.modes import aside
 
 from .errors import InputError
 from .messages import OURS, left_in_words
-from .quant_linear import QuantLinear
+from .quant_linear import PackedParameter, QuantLinear
 
 
 def replaceable(layer: nn.Module) -> bool:
@@ -55,6 +56,49 @@ def _tried(layer: nn.Module) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """Which weights of a model are quantized, or would be, of all that have two or more dimensions and are in neither
+    embeddings nor head. quantized, eligible: how many. left: the rest, by name, and why.
+    """
+
+    quantized: int
+    eligible: int
+    left: dict[str, str]
+
+    @property
+    def share(self) -> float:
+        return self.quantized / self.eligible if self.eligible else 1.0
+
+    def in_words(self) -> str:
+        return left_in_words(self.left, self.share)
+
+    def plain(self) -> dict:
+        return {"quantized": self.quantized, "eligible": self.eligible, "left": self.left}
+
+
+def coverage(model: PreTrainedModel) -> Coverage:
+    """Of a 16-bit model, a packed one, or one on the meta device."""
+    heads, linear = _heads(model), left(model)
+    apart = [m for m in model.modules() if isinstance(m, nn.Embedding) or m in heads]
+    aside = {id(p) for m in apart for p in m.parameters(recurse=False)}
+    quantized = sum(layer.packed.numel for layer in packed_layers(model).values())
+    others: dict[str, tuple[int, str]] = {}  # weights and reason
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, PackedParameter) or parameter.dim() < 2 or id(parameter) in aside:
+            continue
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if own == "weight" and replaceable(module):
+            quantized += parameter.numel()
+            continue
+        why = f"a {type(module).__name__} keeps it as {list(parameter.shape)}, in no linear layer"
+        others[owner if owner in linear else name] = parameter.numel(), linear.get(owner, why)
+    largest_first = sorted(others, key=lambda name: -others[name][0])
+    every = quantized + sum(weights for weights, _ in others.values())
+    return Coverage(quantized, every, {name: others[name][1] for name in largest_first})
+
+
 def left(model: PreTrainedModel) -> dict[str, str]:
     """The linear layers beside the output head that stay in 16 bit, by name, and why."""
     heads = _heads(model)
@@ -77,7 +121,7 @@ def _heads(model: PreTrainedModel) -> set[nn.Module | None]:
 
 def warn_of_left(model: PreTrainedModel) -> None:
     """Tell who quantizes a model in Python what stays as it is."""
-    if sentence := left_in_words(left(model)):
+    if sentence := coverage(model).in_words():
         warnings.warn(f"{OURS}{sentence}", UserWarning, stacklevel=3)
 
 

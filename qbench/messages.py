@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+MOST = 0.9  #: share of the weights below which it is not "the model" that is quantized
 FILE = "warnings.log"  #: in the folder of a run, if there was any
 LONGEST = 1000  #: characters of a text of others' that are shown
 OURS = "qbench: "  #: how a warning begins that the user must see
@@ -39,13 +40,17 @@ class _Aside:
 _aside: _Aside | None = None
 
 
-def left_in_words(layers: Mapping[str, str]) -> str:
-    """Of linear layers that are not quantized, by name with the reason, a sentence; empty where there are none."""
+def left_in_words(layers: Mapping[str, str], share: float = 1.0) -> str:
+    """Of weights that are not quantized, by name with the reason, a sentence; empty where there are none.
+
+    share: of the weights that could be, the part that is quantized.
+    """
     if not layers:
         return ""
     first, why = next(iter(layers.items()))
     others = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
-    return f"Left in 16 bit: {first}, as {why}{others}."
+    only = "Only " if share < MOST else ""
+    return f"{only}{100 * share:.1f}% of the weights are quantized. Left in 16 bit: {first}, as {why}{others}."
 
 
 def visible(text: str, most: int = LONGEST) -> str:

@@ -18,7 +18,7 @@ from formats import Format, QuantizedTensor
 from . import checkpoint, opened, skeleton
 from .checkpoint import LoadedModel
 from .errors import InputError
-from .layers import replace, warn_of_left, weight_of
+from .layers import coverage, replace, warn_of_left, weight_of
 from .opened import Opened
 from .places import BUNDLED as BUNDLED
 from .places import commit, locate
@@ -197,7 +197,7 @@ def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False,
     dtypes = {name: weight_of(layer).dtype for name, layer in layers.items()}
     replace(model, quantize(layers, recipe.format))
     model.config = copy.copy(model.config)  # other models may have been made from it, and are not packed
-    tell(model, Recipe.of(recipe.arguments, dtypes))
+    tell(model, Recipe.of(recipe.arguments, dtypes, coverage=coverage(model)))
     return model
 
 

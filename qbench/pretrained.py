@@ -127,7 +127,7 @@ class QBenchQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from . import skeleton
-        from .layers import packed_layers
+        from .layers import coverage, packed_layers
 
         if self.refused:
             raise self.refused
@@ -147,7 +147,7 @@ class QBenchQuantizer(HfQuantizer):
             skeleton.settle(layer, self.recipe.format)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}
-            self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes)
+            self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes, coverage=coverage(model))
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:

@@ -23,7 +23,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .layers import QuantLinear
+    from .layers import Coverage, QuantLinear
 
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"
@@ -33,12 +33,13 @@ _LARGEST = 2**24  # bytes of a config.json
 @dataclass(frozen=True)
 class Recipe:
     """arguments: what `formats.get` takes: name, block, dq, and options of the format. dtype: of the weights as they
-    were, None before they have been seen; others: of the layers where it was another. Raises InputError for arguments
-    of which there is no format."""
+    were, None before they have been seen; others: of the layers where it was another. coverage: a `layers.Coverage`, for
+    who reads the file. Raises InputError for arguments of which there is no format."""
 
     arguments: dict
     dtype: torch.dtype | None
     others: dict[str, torch.dtype]
+    coverage: dict | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -47,14 +48,21 @@ class Recipe:
             raise InputError(f"{KEY}: {first_line(error)}") from error
 
     @classmethod
-    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype], model: "PreTrainedModel | None" = None) -> "Recipe":
+    def of(
+        cls,
+        arguments: dict,
+        dtypes: dict[str, torch.dtype],
+        model: "PreTrainedModel | None" = None,
+        coverage: "Coverage | None" = None,
+    ) -> "Recipe":
         """dtypes: of the weight of each layer, by its name; empty before they have been seen. model: in which these are
         packed, if there is one yet.
 
         Raises InputError for what the layout cannot keep.
         """
         usual = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else None
-        return cls(arguments, usual, {layer: dtype for layer, dtype in dtypes.items() if dtype != usual})
+        others = {layer: dtype for layer, dtype in dtypes.items() if dtype != usual}
+        return cls(arguments, usual, others, coverage.plain() if coverage else None)
 
     @cached_property
     def format(self) -> Format:
@@ -87,6 +95,7 @@ class Recipe:
             "options": options,
             "dtype": None if self.dtype is None else word(self.dtype),
             "dtypes": {layer: word(dtype) for layer, dtype in self.others.items()},
+            "coverage": self.coverage,
         }
 
     @classmethod
@@ -106,7 +115,7 @@ class Recipe:
         if module and module not in sys.modules:  # a checkpoint may name code, not run it
             raise InputError(f"{KEY}: format: {plain['format']} is code of yours; accepted once {module} is imported")
         others = {layer: words[name] for layer, name in plain["dtypes"].items()}
-        return cls(arguments, words[plain["dtype"]], others)
+        return cls(arguments, words[plain["dtype"]], others, plain.get("coverage"))
 
 
 def word(dtype: torch.dtype) -> str:

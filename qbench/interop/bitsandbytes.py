@@ -15,7 +15,7 @@ Which layers are packed is told by these names: what llm_int8_skip_modules, or a
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,7 +30,7 @@ from formats.scales import NESTED_BLOCK, dynamic_map
 
 from .. import names, recipe, shards
 from ..errors import InputError
-from ..layers import QuantLinear, replaceable, weight_of
+from ..layers import Coverage, QuantLinear, replaceable, weight_of
 from ..recipe import CONFIG, KEY, word
 from ..shards import Contents, Spec
 from .packed import Foreign, Held
@@ -112,10 +112,16 @@ def places(layer: str, fmt: Format) -> dict[str, str]:
 class Recipe(recipe.Recipe):
     """config: the quantization_config."""
 
-    config: dict
+    config: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, arguments: dict, dtypes: dict[str, torch.dtype], model: PreTrainedModel | None = None) -> "Recipe":
+    def of(
+        cls,
+        arguments: dict,
+        dtypes: dict[str, torch.dtype],
+        model: PreTrainedModel | None = None,
+        coverage: Coverage | None = None,
+    ) -> "Recipe":
         base = recipe.Recipe.of(arguments, dtypes)
         fmt = base.format
         if fmt.name not in TYPES or fmt.block not in BLOCKS:
@@ -130,7 +136,7 @@ class Recipe(recipe.Recipe):
         config |= before if is_one(before) else {}
         config |= {"bnb_4bit_quant_type": fmt.name, "bnb_4bit_use_double_quant": fmt.dq}
         config["llm_int8_skip_modules"] = _skipped(model) if model else None
-        return cls(arguments, base.dtype, base.others, config)
+        return cls(arguments, base.dtype, base.others, config=config)
 
     def plain(self) -> dict:
         return self.config

@@ -41,11 +41,8 @@ class Packed(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return auto.tokenizer(self.path)
 
-    def check(self) -> None:
-        """Raises InputError where the model that is asked for is out of proportion to what is there."""
-        self.config()
-
     def config(self) -> PreTrainedConfig:
+        """Raises InputError where it asks for a model that is out of proportion to what is there."""
         specs = shards.merged(shards.contents(self.path))
         return auto.config(self.path, len(specs), 8 * sum(spec.nbytes for spec in specs.values()))  # of a bit each
 

@@ -86,7 +86,7 @@ def quantize(config: dict) -> None:
 
         layout = checkpoint.layout_of(config["layout"])
         found = source.read(config["model"]["path"])
-    recipe = layout.of(config["format"], found.dtypes)
+    recipe = layout.of(config["format"], found.dtypes, coverage=found.coverage)
     columns = [BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(TextColumn("quantize"), *columns, console=stderr, disable=not stderr.is_terminal) as progress:
         before = sum(spec.nbytes for spec in shards.merged(found.contents).values())
@@ -94,7 +94,7 @@ def quantize(config: dict) -> None:
         contents = stream.run(found, recipe, out, lambda n: progress.advance(task, n), stderr.print)
     after = sum(spec.nbytes for spec in shards.merged(contents).values())
     stderr.print(f"{out}: {len(found.layers)} layers in {fmt!r}, {decimal(before)} to {decimal(after)}")
-    if sentence := messages.left_in_words(found.left):
+    if sentence := found.coverage.in_words():
         stderr.print(sentence)
 
 

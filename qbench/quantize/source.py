@@ -8,22 +8,22 @@ from torch import nn
 
 from .. import models, names, places, shards, skeleton
 from ..errors import InputError
-from ..layers import left
+from ..layers import Coverage, coverage
 from ..shards import Contents
 
 
 @dataclass(frozen=True)
 class Source:
     """folder, contents: the files. names: what the model calls a tensor of a file. layers: those to quantize, without
-    their weights, by the name of the weight in the files; the weight of layer L is named L.weight in the model. left: the
-    other linear layers, and why."""
+    their weights, by the name of the weight in the files; the weight of layer L is named L.weight in the model. coverage:
+    what is quantized, and what is not."""
 
     folder: Path
     config: dict
     contents: Contents
     names: dict[str, str]
     layers: dict[str, nn.Module]
-    left: dict[str, str]
+    coverage: Coverage
 
     def layer_name(self, tensor: str) -> str:
         return self.names[tensor].removesuffix(".weight")
@@ -49,4 +49,4 @@ def read(path: str | None) -> Source:
     skeleton.match(found.model, specs, found.folder)
     layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(found.model, specs, found.folder).items()}
     by_tensor = {tensor: layers[name] for tensor, name in called.items() if name in layers}
-    return Source(found.folder, found.plain, contents, called, by_tensor, left(found.model))
+    return Source(found.folder, found.plain, contents, called, by_tensor, coverage(found.model))

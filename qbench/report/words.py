@@ -101,8 +101,9 @@ def answer(result: dict) -> list[str]:
             f" ({number(baseline, '.2f')}); {number(against['top1_agreement'], '.1%')} of the most probable tokens stay"
             " the same.",
         ]
-    if sentence := left_in_words(bits.get("left", {})):
-        sentences.append(sentence)
+    share = bits["quantized_parameters"] / bits.get("eligible_parameters", bits["quantized_parameters"])
+    if sentence := left_in_words(bits.get("left", {}), share):
+        sentences.append(f"{sentence} The whole model takes {bits['model']:.2f} bits a weight.")
     if "tuned" in quality:
         tune = config["tune"]
         sentences.append(
