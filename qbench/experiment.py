@@ -1,5 +1,6 @@
 """One experiment: load, measure, quantize, measure, fine-tune, measure, record."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,16 +12,17 @@ from transformers import PreTrainedModel, set_seed
 import formats
 from formats import QuantizedTensor
 
-from . import adapters, baseline, data, files, merge, messages, models, record, starts, track
+from . import adapters, baseline, checkpoint, data, files, merge, messages, models, places, record, starts, track
 from .layers import coverage, linear_layers, replace, weight_of
 from .measure import distribution, error, quality, task_files, throughput
 from .measure.statistics import paired
 from .phases import Phases
-from .report import run_page, words
-from .settings import FULL, PROMPTS, Settings, TuneSettings
+from .report import card, run_page, words
+from .settings import FULL, Settings, TuneSettings
 from .task_stages import TaskStages
 from .tune import train
 
+ADAPTER, BASE = "adapter", "base"  #: folders: of a run's adapters, and in it of what these belong to
 ERROR_WINDOWS = 4  # windows of held-out text whose activations weigh the error of the outputs
 
 
@@ -102,7 +104,7 @@ class Experiment:
         told = self.tokenizer, model.config.get_text_config().vocab_size, self.seq
         self.held_out = data.held_out(text, *told, settings.eval.tokens)
         if settings.tune:
-            adapters.check_rank(linear_layers(model), settings.tune)
+            self.spared = adapters.check(model, settings.tune, self.seq)
             wanted = settings.tune.steps * settings.tune.batch
             if settings.tune.group_by_length:
                 self.training = data.examples(text.documents(), *told, wanted, settings.seed)
@@ -152,6 +154,9 @@ class Experiment:
         self.metrics["quality"][name] = scores.metrics(self.baseline.scores)
         if name == "tuned":
             self.tuned = scores
+            fmt = self.settings.format
+            arguments = fmt.arguments or {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
+            card.write(self.folder / ADAPTER, self.result, arguments)
         self.metrics["throughput"] |= rates if name == "quantized" else {name: rates}
         if self.tasks:
             self.tasks.score(name, self.model, self.tokenizer)
@@ -160,11 +165,8 @@ class Experiment:
     def _measured(self, name: str, phase: str, logits: quality.BaselineLogits) -> tuple[quality.Scores, dict]:
         with self.phases(phase, f"score the {name} model", len(self.held_out)) as advance:
             scores = quality.evaluate(self.model, self.held_out, logits, name == "baseline", advance)
-        # PEFT puts virtual tokens before each call, so only `generate` could decode after them
-        tune = self.settings.tune if name == "tuned" else None
-        virtual = tune is not None and tune.method in PROMPTS
         with self.phases(f"time_{name}", f"time the {name} model"):
-            return scores, throughput.generation_rates(self.model, self.held_out[0], decodes=0 if virtual else 16)
+            return scores, throughput.generation_rates(self.model, self.held_out[0])
 
     def quantize(self) -> None:
         settings, metrics, layers = self.settings, self.metrics, self.layers
@@ -200,6 +202,7 @@ class Experiment:
         self, settings: TuneSettings, layers: Mapping[str, nn.Module], packed: dict[str, QuantizedTensor]
     ) -> dict[str, starts.Start]:
         """Where LoRA starts on each layer, and the error that is left there."""
+        layers = {name: layer for name, layer in layers.items() if name not in self.spared}
         found: dict[str, starts.Start] = {}
         rows: list[tuple[str, error.Sums, error.Sums]] = []
         with self.phases("init", f"initialise by {settings.init}", len(layers)) as advance:
@@ -213,6 +216,7 @@ class Experiment:
                 advance()
         self.metrics["init"] = {
             "method": settings.init,
+            "base": f"{ADAPTER}/{BASE}",
             "quantized": sum((before for _, before, _ in rows), error.Sums()).weights(),
             "initial": sum((after for *_, after in rows), error.Sums()).weights(),
             "layers": [{"name": name, "quantized": q.weights(), "initial": i.weights()} for name, q, i in rows],
@@ -222,12 +226,27 @@ class Experiment:
     def add_adapters(self, settings: TuneSettings) -> None:
         """The adapters, and where they do not start at nothing, what the model is before the first step."""
         assert isinstance(self.model, PreTrainedModel)
-        self.model = adapters.add(self.model, self.targets, settings, self.settings.seed, self.starts)
+        shutil.rmtree(self.folder / ADAPTER, ignore_errors=True)  # of a run before
+        if not self.result["run"]["model"]["commit"]:  # a folder, by whatever way it was named
+            self.model.name_or_path = str(places.locate(self.settings.model.path).resolve())
+        if self.starts:
+            self._save_base({name: start.packed for name, start in self.starts.items()})
+        targets = [name for name in self.targets if name not in self.spared]
+        self.model = adapters.add(self.model, targets, settings, self.settings.seed, self.starts)
         if self.starts:
             del self.starts
             with self.phases("eval_initial", "score the initial model", len(self.held_out)) as advance:
                 scores = quality.evaluate(self.model, self.held_out, self.baseline.logits, advance=advance)
             self.metrics["quality"]["initial"] = scores.metrics(self.baseline.scores)
+
+    def _save_base(self, packed: dict[str, QuantizedTensor]) -> None:
+        """Adapters that start from Q = q(W − B·A) belong to that Q, which nothing but this run has: it is kept."""
+        assert isinstance(self.model, PreTrainedModel)
+        replace(self.model, packed)
+        base = self.folder / ADAPTER / BASE
+        with self.phases("save_base", "save the base of the adapters"):
+            checkpoint.save(self.model, base, self.tokenizer, self.settings.format.arguments)
+        self.model.name_or_path = str(base.resolve())  # by which PEFT has adapters name their base
 
     def tune(self, settings: TuneSettings) -> None:
         with self.phases("tune", f"fine-tune {settings.method}", settings.steps) as advance:
@@ -239,9 +258,9 @@ class Experiment:
             log = train(self.model, self.training, settings, self.settings.seed, told)
         if settings.method == FULL:
             self.model.to(self.dtype).requires_grad_(False)  # type: ignore[arg-type]  # typed as no method
-        self.metrics["tune"] = asdict(log)
+        self.metrics["tune"] = {**asdict(log), "left": self.spared}
         self.metrics["throughput"]["tune_tokens_s"] = throughput.summary(log.tokens_s)
-        self.model.save_pretrained(str(self.folder / "adapter"))
+        self.model.save_pretrained(str(self.folder / ADAPTER))
 
     def merge(self, settings: TuneSettings) -> None:
         """What the trained adapters cost when they are quantized, or merged."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from formats import Format, QuantizedTensor
+from formats.contract import first_line
 
 from ..layers import weight_of
 
 ROWS = (1, 4, 16, 64)
+CACHES = ("cache", "past_key_values", "cache_params", "state")  #: from transformers 5.24 on, before, of Mambas, of RWKV
 
 
 def summary(samples: list[float]) -> dict:
@@ -65,8 +67,8 @@ def weights_rates(
 def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decodes: int = 16) -> dict:
     """Tokens a second of one sequence, window [seq]: reading it whole, and decoding greedily after its first half.
 
-    by_rows: reading its first M tokens at once, so that each weight meets M rows, for M in ROWS and the whole. decodes: 0
-    leaves the decoding out.
+    by_rows: reading its first M tokens at once, so that each weight meets M rows, for M in ROWS and the whole. untimed:
+    why a rate is None, by its name, if any is: a model may have no KV cache, by which to decode.
     """
     device = next(model.parameters()).device
     prompt = window[None].to(device)
@@ -77,16 +79,30 @@ def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decode
     prefill = read(prompt.shape[1])
     by_rows = [{"rows": rows, **read(rows)} for rows in ROWS if rows < prompt.shape[1]]
     rates = {"prefill_tokens_s": prefill, "by_rows": [*by_rows, {"rows": prompt.shape[1], **prefill}]}
-    if not decodes:
-        return rates
-    out = model(input_ids=prompt[:, : max(1, prompt.shape[1] // 2)], use_cache=True)
-    cache = "cache" if "cache" in out else "past_key_values"  # as transformers called it before 5.24
+    try:
+        return {**rates, "decode_tokens_s": _decode_rate(model, prompt, decodes)}
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a model answers to a cache that it does not know
+        return {**rates, "decode_tokens_s": None, "untimed": {"decode_tokens_s": first_line(error)}}
+
+
+def _decode_rate(model: nn.Module, prompt: Tensor, decodes: int) -> dict:
+    """Raises ValueError where the model cannot go on from what it has read."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:  # only `generate` could decode after them
+        raise ValueError("PEFT puts virtual tokens before each call")
+    half = max(1, prompt.shape[1] // 2)
+    out = model(input_ids=prompt[:, :half], use_cache=True)
+    cache = next((name for name in CACHES if out.get(name) is not None), None)
+    if cache is None:
+        raise ValueError(f"a {type(model).__name__} gives no cache to go on from")
     samples = []
-    for _ in range(min(decodes + 1, max(2, prompt.shape[1] // 2))):
-        _wait(device)
+    for _ in range(min(decodes + 1, max(2, half))):
+        _wait(prompt.device)
         started = time.perf_counter()
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
-        _wait(device)
+        _wait(prompt.device)
         samples.append(1 / (time.perf_counter() - started))
-    return {**rates, "decode_tokens_s": summary(samples[1:])}
+    return summary(samples[1:])

@@ -196,7 +196,7 @@ def test_a_model_starts_where_its_layers_do(tiny_llama):
     layers = linear_layers(model)
     fmt = formats.get("int4")
     found = {n: starts.find(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
-    replace(model, models.quantize(layers, fmt))
+    replace(model, {n: start.packed for n, start in found.items()})
     settings = TuneSettings(rank=8, alpha=24, init="loftq", dropout=0.5)
     adapted = adapters.add(model, list(found), settings, 0, found).eval()
     name = "model.layers.1.mlp.up_proj"
