@@ -10,6 +10,7 @@ from rich.text import Text
 from .. import schema
 from ..messages import all_visible, visible
 from . import tasks, words
+from .keys import completed
 
 
 def show(result: dict, folder: Path, console: Console | None = None) -> None:
@@ -19,6 +20,7 @@ def show(result: dict, folder: Path, console: Console | None = None) -> None:
     if found := schema.lacking(result):
         _say(f"{place}/result.json says that the run is done but lacks what a page needs: {found}", console)
         return
+    result["config"] = completed(result["config"])
     for sentence in (*words.answer(result), *tasks.answer_of_run(result)):
         _say(sentence, console)
     table, scores = words.table(result), tasks.of_run(result)

@@ -10,7 +10,7 @@ from ..messages import left_in_words
 SIGNIFICANT = 0.05
 MOST = 6  #: names in a list before it is cut
 _MARKS = re.compile(
-    r"[\\`*\[\]<|$~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)"  # anywhere
+    r"[\\`*\[\]<|$~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)"  # anywhere
     r"|^(?:>|#+(?=\s|$)|[-+=]+(?=\s|$))|(?<=^\d)[.)](?=\s|$)"  # as a line begins
 )
 
@@ -104,7 +104,7 @@ def answer(result: dict) -> list[str]:
     share = bits["quantized_parameters"] / bits.get("eligible_parameters", bits["quantized_parameters"])
     if sentence := left_in_words(bits.get("left", {}), share):
         sentences.append(f"{sentence} The whole model takes {bits['model']:.2f} bits a weight.")
-    if "tuned" in quality:
+    if "tuned" in quality and config["tune"]["method"] != UNTUNED:
         tune = config["tune"]
         sentences.append(
             f"After {tune['steps']} steps of {_sized(tune)}, the perplexity is"
@@ -116,7 +116,7 @@ def answer(result: dict) -> list[str]:
 def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
     """Where LoRA began, if not at nothing, and what became of its matrices."""
     sentences, tune = [], config["tune"]
-    if "init" in metrics:
+    if "init" in metrics and "initial" in metrics["quality"]:
         alone, start = (_noise(metrics["init"][key]) for key in ("quantized", "initial"))
         sentences.append(
             f"{INITS.get(tune['init'], tune['init'])} starts from {start}, the quantized weights alone have {alone};"
