@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench import messages
+from qbench.imports import interruptible
 
 if TYPE_CHECKING:
     from qbench.arguments import Check, Job
@@ -37,7 +38,8 @@ def main() -> int:
             from qbench import catalog
 
             return catalog.show()
-        from qbench import arguments  # Hydra, which takes a while too: Ctrl-C is a line from here on
+        with interruptible():
+            from qbench import arguments  # Hydra, which takes a while to import
 
         sweep = sweep_folder(sys.argv[1:])
         told = [f"hydra.sweep.dir={arguments.quoted(str(sweep))}"] if sweep else []

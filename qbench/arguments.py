@@ -28,6 +28,7 @@ from rich.console import Console
 
 from . import __version__, keys, manual
 from .errors import InputError
+from .imports import interruptible
 from .keys import shown
 
 HERE = Path(__file__).parent
@@ -98,7 +99,8 @@ def start(command: Command, load: Callable[[], tuple[Job, Check]], told: Sequenc
         line = read(command, sys.argv[1:])
         if line is None:
             return 0
-        job, check = load()
+        with interruptible():
+            job, check = load()
         if line.runs and not line.sweeps:
             check(plain(_composed(command, line.asked, line.overrides)))
         _check_choices(command, line, [GROUP])
@@ -111,8 +113,8 @@ def start(command: Command, load: Callable[[], tuple[Job, Check]], told: Sequenc
     except (HydraException, OmegaConfBaseException) as error:
         stderr.print(f"qbench: {one_line(error)}")
         return 2
-    except OSError as error:
-        stderr.print(f"qbench: {error}")
+    except OSError as error:  # of the folder that Hydra makes for a run
+        stderr.print(f"qbench: {error.filename}: {error.strerror}" if error.filename else f"qbench: {error}")
         return 1
     return 0
 

@@ -1,7 +1,10 @@
 """What follows the import of another library's module, so that a library which takes seconds to import need not be."""
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -44,3 +47,31 @@ def after(name: str, follower: str) -> None:
         import_module(follower)
     else:
         _follow.followers[name] = follower
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C inside is a KeyboardInterrupt, even where a library that is being imported takes it for an error, or for
+    nothing."""
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt

@@ -23,6 +23,7 @@ from qbench.arguments import INTERRUPTED, plain, stderr
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
 from qbench.groups import format_of
+from qbench.imports import interruptible
 
 if TYPE_CHECKING:
     from qbench.settings import Settings
@@ -69,7 +70,7 @@ def _job(config: DictConfig, folder: Path) -> None:
     sweep, started = None, record.now()
     if hydra.mode == RunMode.MULTIRUN:
         sweep = Path(hydra.sweep.dir)
-    with stderr.status("starting"):  # transformers and PEFT take seconds to import
+    with interruptible(), stderr.status("starting"):  # transformers and PEFT take seconds to import
         from qbench import fresh, models
         from qbench.experiment import run  # noqa: F401  so that a child has it
     attempt = partial(_attempt, settled, folder, sweep, started)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qbench import messages
 from qbench.errors import InputError
+from qbench.imports import interruptible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,7 +22,8 @@ def main() -> int:
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     codes.clear()
     try:
-        from qbench import arguments  # Hydra, which takes a while to import: Ctrl-C is a line from here on
+        with interruptible():
+            from qbench import arguments  # Hydra, which takes a while to import
 
         return arguments.start(arguments.PLAN, load) or max(codes, default=0)
     except KeyboardInterrupt:
@@ -58,7 +60,7 @@ def answer(asked: dict) -> None:
 
     from qbench.arguments import stderr
 
-    with stderr.status("counting"):  # transformers and PEFT take seconds to import
+    with interruptible(), stderr.status("counting"):  # transformers and PEFT take seconds to import
         from qbench.plan import advice, check, paper, words
         from qbench.plan.count import count
         from qbench.plan.shapes import find

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qbench import messages
 from qbench.errors import InputError
-from qbench.files import Busy
+from qbench.imports import interruptible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,7 +32,8 @@ def main() -> int:
         return job, check
 
     try:
-        from qbench import arguments  # Hydra, which takes a while to import: Ctrl-C is a line from here on
+        with interruptible():
+            from qbench import arguments  # Hydra, which takes a while to import
 
         return arguments.start(arguments.QUANTIZE, load) or max(codes, default=0)
     except KeyboardInterrupt:
@@ -53,6 +54,7 @@ def check(config: dict) -> "Format":
 def attempt(config: dict) -> int:
     """Quantize what a configuration names. Returns the exit code."""
     from qbench.arguments import INTERRUPTED, stderr
+    from qbench.files import Busy
 
     try:
         quantize(config)
@@ -80,7 +82,7 @@ def quantize(config: dict) -> None:
 
     fmt = check(config)
     out = Path(config["out"]).expanduser()
-    with stderr.status("starting"):  # transformers takes seconds to import
+    with interruptible(), stderr.status("starting"):  # transformers takes seconds to import
         from qbench import checkpoint, shards
         from qbench.quantize import source, stream
 
