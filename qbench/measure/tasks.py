@@ -28,6 +28,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 from torch.utils import collect_env
@@ -135,7 +136,8 @@ def evaluate(
 
     limit: the first documents of each task, None all. batch: requests at once; another number moves scores in their last
     digits. advance: is told of documents done. The log-likelihoods are taken in fp32 from logits in the model's dtype, as
-    lm-eval does with softmax_dtype=float32.
+    lm-eval does with softmax_dtype=float32. Unlike there, no text begins with two beginning-of-text tokens. Raises
+    InputError for a tokenizer that does not fit the model.
     """
     tasks = tasks if isinstance(tasks, Tasks) else load(tasks)
     device = next(model.parameters()).device
@@ -154,13 +156,24 @@ def evaluate(
     return TaskScores(results, results.pop("samples"))
 
 
+def check(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a tokenizer with which lm-eval scores nothing."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(
+            "eval.tasks: the model's tokenizer has no token that begins or ends a text, which lm-eval puts before one;"
+            " accepted: none, or a tokenizer with a bos_token or an eos_token"
+        )
+
+
 class _Live(HFLM):
-    """lm-eval's view of a model, which tells of the documents it is done with."""
+    """lm-eval's view of a model, which tells of the documents it is done with. No text begins twice."""
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: int, advance: Callable[[float], None]
     ):
+        check(tokenizer)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
+        self._vocabulary = self.config.get_text_config().vocab_size
         adapter = getattr(model, "active_peft_config", None)
         if adapter and adapter.is_prompt_learning:  # virtual tokens take positions
             self._max_length = self.max_length - adapter.num_virtual_tokens
@@ -174,23 +187,49 @@ class _Live(HFLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        windows = [math.ceil(len(self.tok_encode(request.args[0])) / self.max_length) for request in requests]
-        self._expect(requests, sum(windows))
-        return super().loglikelihood_rolling(requests, disable_tqdm)
+        # lm-eval puts the beginning of text before what `tok_encode` makes, though that begins with one already
+        with patch.object(self, "tok_encode", self._encode_rest):
+            windows = [math.ceil(len(self.tok_encode(request.args[0])) / self.max_length) for request in requests]
+            self._expect(requests, sum(windows))
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def _encode_rest(self, text: str) -> list[int]:
+        """The tokens of a text but the one that begins it."""
+        tokens = super().tok_encode(text)
+        return tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        # lm-eval asks the first alone whether all bring their beginning along
+        if len({has_bos_prefix(text, self.tokenizer.bos_token) for text in strings}) == 1:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **options)
+        rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         self._expect(requests, len(requests))
         return super().generate_until(requests, disable_tqdm)
 
     def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
+        self._check(inps)
         logits = super()._model_call(inps, *args, **options)
         self._advance(self._share * len(inps))
         return logits
 
     def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Tensor:
+        self._check(context)
         tokens = super()._model_generate(context, *args, **options)
         self._advance(self._share * len(context))
         return tokens
+
+    def _check(self, tokens: Tensor) -> None:
+        if (largest := int(tokens.max())) >= self._vocabulary:
+            raise InputError(
+                f"model.path: its tokenizer makes token {largest} of a task's text, but the model knows"
+                f" {self._vocabulary} tokens"
+            )
 
 
 @contextmanager

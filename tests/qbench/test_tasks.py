@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.metrics import mean, weighted_perplexity
 from scipy.stats import ttest_rel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import formats
@@ -211,6 +213,84 @@ def test_virtual_tokens_take_positions(method, tiny_llama):
     scores = tasks.evaluate(tuned, AutoTokenizer.from_pretrained(tiny_llama), ["qbench_docs"], limit=2)
     assert math.isfinite(scores.results["results"]["qbench_docs"]["bits_per_byte,none"])
     assert scores.results["max_length"] == 56
+
+
+BEGIN = "<s>"
+
+
+def beginning(add: bool) -> tuple:
+    """A model whose tokenizer has a beginning of text of its own, which it adds to texts itself or not."""
+    tokenizer = AutoTokenizer.from_pretrained(models.BUNDLED)
+    tokenizer.add_special_tokens({"bos_token": BEGIN, "pad_token": "<pad>"})
+    begin = tokenizer.bos_token_id
+    single = f"{BEGIN} $A" if add else "$A"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[(BEGIN, begin)])
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=4100, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=begin)
+    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+
+
+def of_lm_eval(model, tokenizer, folders: list, **options) -> dict:
+    lm = tasks.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32", **options)
+    found = tasks.load(list(map(str, folders)))
+    return tasks.evaluator.simple_evaluate(
+        lm, tasks=found.top, task_manager=tasks.TaskManager(include_defaults=False), limit=4, bootstrap_iters=1000
+    )["results"]
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_scores_with_a_tokenizer_that_begins_texts(add, local):
+    """They are lm-eval's; of rolling likelihoods, before which it puts a beginning of its own, if it is told of that."""
+    model, tokenizer = beginning(add)
+    choices, rolling = [local / "one.yaml"], ["qbench_docs"]
+    ours = [tasks.evaluate(model, tokenizer, list(map(str, t)), limit=4).results["results"] for t in (choices, rolling)]
+    assert ours == [
+        of_lm_eval(model, tokenizer, choices),
+        of_lm_eval(model, tokenizer, rolling, **{"add_bos_token": False} if add else {}),
+    ]
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_no_text_of_a_task_begins_twice(add, local, monkeypatch):
+    """Whether it brings its own beginning, and the text beside it in the batch another, or none."""
+    for name in ("cases", "one"):
+        texts = [f"{BEGIN * (i % 2)}The {name} {i}" for i in range(4)]
+        rows = [{"a": text, "b": "table"} for text in [f"The longest of the {name}, the first of its batch", *texts]]
+        (local / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (local / "two.jsonl").write_text(
+        "".join(json.dumps({"a": f"{BEGIN * (i % 2)}A text {i}"}) + "\n" for i in range(4))
+    )
+    rolling = CHOICES.format(folder=local, name="two").replace("multiple_choice", "loglikelihood_rolling")
+    rolling = re.sub(r"doc_to_choice: .*", 'doc_to_target: "{{a}}"', rolling).replace("doc_to_target: 0\n", "")
+    (local / "two.yaml").write_text(
+        rolling.replace('doc_to_text: "{{a}}"', 'doc_to_text: ""').replace("acc", "bits_per_byte")
+    )
+    model, tokenizer = beginning(add)
+    seen = []
+    forward = model.forward
+
+    def told(input_ids, *args, **options):
+        seen.extend(input_ids.tolist())
+        return forward(input_ids, *args, **options)
+
+    monkeypatch.setattr(model, "forward", told)
+    found = tasks.evaluate(model, tokenizer, [str(local / f"{name}.yaml") for name in ("cases", "one", "two")])
+    assert set(found.results["results"]) == {"cases", "one", "two"}
+    begin = tokenizer.bos_token_id
+    rows = [[token for token in row if token != tokenizer.pad_token_id] for row in seen]
+    begun = [row[0] == begin for row in rows if len(row) > 1]
+    assert all(begun) if add else any(begun)
+    assert not [row for row in seen if (begin, begin) in pairwise(row)]
+
+
+def test_a_tokenizer_that_does_not_fit_the_model(local):
+    model, tokenizer = beginning(add=True)
+    model.resize_token_embeddings(4096)
+    with pytest.raises(InputError, match="makes token 4096 of a task's text, but the model knows 4096 tokens"):
+        tasks.evaluate(model, tokenizer, [str(local / "one.yaml")])
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"eval\.tasks: the model's tokenizer has no token that begins or ends a text"):
+        tasks.evaluate(model, tokenizer, [str(local / "one.yaml")])
 
 
 @given(st.lists(st.tuples(st.floats(-200, -1), st.integers(1, 60)), min_size=3, max_size=40))
