@@ -114,7 +114,8 @@ class Experiment:
 
     def load(self) -> None:
         settings = self.settings
-        self.tasks = TaskStages(settings.eval, self.folder, self.phases) if settings.eval.tasks else None
+        given = settings.eval, self.folder, self.phases, self.tokenizer
+        self.tasks = TaskStages(*given) if settings.eval.tasks else None
         set_seed(settings.seed)
         with self.phases("load", "load the model"):
             self.model = models.loaded(self.source, self.dtype, self.device).model

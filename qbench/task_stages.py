@@ -18,13 +18,14 @@ class TaskStages:
     To make one takes seconds: it imports lm-eval. Raises InputError.
     """
 
-    def __init__(self, settings: EvalSettings, folder: Path, phases: Phases):
+    def __init__(self, settings: EvalSettings, folder: Path, phases: Phases, tokenizer: PreTrainedTokenizerBase):
         self.settings, self.folder, self.phases = settings, folder, phases
         shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of a run before
         with phases("tasks", "load the tasks"):
             from .measure import tasks  # not above: most runs do without lm-eval
 
             self.lm_eval = tasks
+            tasks.check(tokenizer)
             self.tasks = tasks.load(settings.tasks, folder)
 
     def score(
