@@ -77,7 +77,8 @@ def _job(config: DictConfig, folder: Path) -> None:
     if not fresh.possible():
         codes.append(attempt())
     else:
-        models.remember_digests(settled["model"]["path"])
+        with suppress(OSError):  # weights that cannot be read are for the run to tell
+            models.remember_digests(settled["model"]["path"])
         gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
         try:
             codes.append(fresh.call(attempt))
