@@ -1,6 +1,9 @@
 """The figures of a run, drawn from its result."""
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +47,19 @@ STYLE: "dict[RcKeyType, Any]" = {
 }
 
 
+@contextmanager
+def styled(style: "dict[RcKeyType, Any]" = STYLE) -> Iterator[None]:
+    """To draw and save figures in. Matplotlib's warnings of names that a figure cannot show say nothing: tables can."""
+    with plt.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
 def draw(result: dict, folder: Path) -> list[tuple[str, str]]:
     """Write every figure that the result has data for; returns (file name, caption) of each."""
     metrics = result["metrics"]
     drawn = []
-    with plt.rc_context(STYLE):
+    with styled():
         for make in (weights, errors, quality, loss):
             figure, caption = make(result) if make is not loss or "tune" in metrics else (None, "")
             if figure is not None:
@@ -86,7 +97,7 @@ def _kinds(layers: list[dict]) -> dict[str, list[int]]:
     """Layers that play the same part (`q_proj`, `down_proj` …), in order of depth."""
     kinds: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        kinds.setdefault(layer["name"].rpartition(".")[2], []).append(i)
+        kinds.setdefault(words.short(layer["name"].rpartition(".")[2]), []).append(i)
     return kinds
 
 

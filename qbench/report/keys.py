@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import LOW_RANK, TuneSettings
-from .words import INITS, UNTUNED, method
+from .words import UNTUNED, method, short, start
 
 WHERE = ("model", "data", "eval", "device")  #: the parts that runs to be compared have in common
 AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: what is measured of adapters once they are trained
@@ -54,14 +54,16 @@ def told(config: dict, keys: Iterable[str]) -> list[str]:
     names = {
         "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}",
         "tune.method": method(config["tune"]),
-        "tune.init": INITS.get(init, init) if config["tune"]["method"] in LOW_RANK else "",
+        "tune.init": start(init) if config["tune"]["method"] in LOW_RANK else "",
         "tune.merge": "merged" if flat.get("tune.merge") else "",
         "tune.adapter_format": f"adapters in {packed}" if packed else "",
     }
-    return list(filter(None, (names.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items())))
+    told = (names.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items())
+    return [short(text) for text in told if text]
 
 
 def name(config: dict, varied: Iterable[str]) -> str:
     """A setting's: the model and the text, and what else tells it from the others."""
-    names = f"{Path(config['model'].get('path') or 'the bundled model').name} on {Path(config['data']['path']).name}"
+    paths = config["model"].get("path") or "the bundled model", config["data"]["path"]
+    names = " on ".join(short(Path(path).name) for path in paths)
     return ", ".join([names, *told(config, [key for key in varied if not key.endswith(".path")])])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from .compare import Configuration, Setting
 from .differences import Difference, corrected, paired
 from .methods import series
-from .words import INITS, MERGED, merged, title
+from .words import INITS, MERGED, merged, short, title
 
 PLAIN = "default"  #: B at zero
 
@@ -52,7 +52,7 @@ class Afterwards:
     @property
     def name(self) -> str:
         if self.kind == "adapters":
-            return f"A, B in {self.configuration.config['tune'].get('adapter_format')}"
+            return f"A, B in {short(str(self.configuration.config['tune'].get('adapter_format')))}"
         return MERGED[self.kind]
 
     @property

@@ -5,7 +5,7 @@ from .compare import Setting
 from .low_rank import Afterwards, Start
 from .methods import Claim, Series
 from .table import Cell, Column, Row, Table, difference, filled, numeral, tuned
-from .words import INITS, title
+from .words import start, title
 
 FORMAT = Column("format", "the whole recipe: levels, block, double quantization")
 TUNED = Column("tuned perplexity", "after the fine-tune; ± is half the 95% interval over seeds", "less")
@@ -86,12 +86,12 @@ def _method(s: Series, same: Claim | None, full: Claim | None) -> list[Cell]:
 
 
 def _start(s: Start) -> list[Cell]:
-    alone, start = s.sqnr_db
+    alone, begun = s.sqnr_db
     return [
         Cell(s.configuration.title),
-        Cell(INITS.get(s.init, s.init)),
+        Cell(start(s.init)),
         numeral(alone, ".2f"),
-        numeral(start, ".2f"),
+        numeral(begun, ".2f"),
         numeral(s.perplexity, ".2f"),
         difference(s.before),
         tuned(s.configuration),

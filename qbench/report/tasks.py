@@ -7,7 +7,7 @@ from . import words
 from .compare import STAGES, Configuration, Setting, references
 from .differences import Difference, corrected, paired
 from .table import Cell, Column, Row, Table
-from .words import SIGNIFICANT, grown, listed, number, plus_minus
+from .words import SIGNIFICANT, grown, listed, number, plus_minus, short
 
 MOST = 8  #: tasks in the table of a comparison
 
@@ -19,12 +19,16 @@ def of_run(result: dict) -> words.Table | None:
         return None
     rows = []
     for task, metric in _scores(next(iter(stages.values()))):
-        row = [f"{task} {metric}"]
+        row = [_named(task, metric)]
         for name in stages:
             found = stages[name].get(task, {}).get(metric)
             row.append(_told(found) if found else "")
         rows.append(row)
     return words.Table(["task", *stages], rows, _note("the baseline", ""))
+
+
+def _named(task: str, metric: str) -> str:
+    return f"{short(task)} {short(metric)}"
 
 
 def _told(score: dict) -> str:
@@ -77,7 +81,7 @@ class Compared:
         return paired(first, second, seeded=self.stage == "tuned")
 
     def column(self) -> Column:
-        head = f"{'tuned ' * (self.stage == 'tuned')}{self.task} {self.metric}"
+        head = "tuned " * (self.stage == "tuned") + _named(self.task, self.metric)
         return Column(head, "mean over seeds, and the difference from 16 bit", "more" if self.better > 0 else "less")
 
     def cell(self, c: Configuration) -> Cell:
@@ -119,7 +123,7 @@ def answer(setting: Setting) -> list[str]:
         reference = f"{setting.method} on 16 bit" if stage == "tuned" else "16 bit"
         parts = [f"{len(tested) - len(sure)} of {len(tested)} task scores are not distinguishable from {reference}"]
         for word, sign in (("worse", -1), ("better", 1)):
-            some = [f"{c.title} on {one.task}" for one, c, d in sure if d.delta * one.better * sign > 0]
+            some = [f"{c.title} on {short(one.task)}" for one, c, d in sure if d.delta * one.better * sign > 0]
             parts += [f"{len(some)} are {word}: {listed(some)}"] if some else []
         said = f"{setting.when(stage)} {'; '.join(parts)}."
         sentences.append(said[0].upper() + said[1:])

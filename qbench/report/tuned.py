@@ -9,7 +9,7 @@ from .compare import Configuration, Setting
 from .differences import Difference, tally
 from .low_rank import Afterwards, Start
 from .methods import Claim, Series
-from .words import INITS, listed, number, plus_minus, title
+from .words import listed, number, plus_minus, start, title
 
 T = TypeVar("T")
 VERDICTS = ("not confirmed", "confirmed, as far as can be told apart,", "confirmed, and better,")
@@ -113,7 +113,7 @@ def _starts(setting: Setting) -> list[str]:
             if found
         ]
         against = "; ".join(told) or "no run that began at B = 0 is like it"
-        sentences.append(f"{INITS.get(init, init)} against B = 0{rates}: {noise}{against}. {_pays(some)}".strip())
+        sentences.append(f"{start(init)} against B = 0{rates}: {noise}{against}. {_pays(some)}".strip())
     return sentences
 
 

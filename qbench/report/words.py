@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..messages import left_in_words
+from ..messages import left_in_words, visible
 
 SIGNIFICANT = 0.05
 MOST = 6  #: names in a list before it is cut
@@ -29,11 +29,16 @@ def number(value: float | None, form: str) -> str:
     return f"{value:{form}}".replace("-", "−")
 
 
+def short(name: str) -> str:
+    """A name of others' as a table or a figure has room for it."""
+    return visible(name, 60)
+
+
 def title(config: dict) -> str:
     """What a run is called: `nf4 + dq, block 64`."""
     if config["format"]["name"] == "none":
         return "16 bit"
-    return f"{config['format']['name']}{' + dq' if config['dq'] else ''}, block {config['block']}"
+    return f"{short(config['format']['name'])}{' + dq' if config['dq'] else ''}, block {config['block']}"
 
 
 UNTUNED = "none"  #: the method where there is no fine-tune
@@ -52,7 +57,12 @@ MERGED = {"adapters": "A, B packed", "16bit": "merged", "requantized": "requanti
 
 def method(tune: dict) -> str:
     """What a fine-tune is called: `LoRA`."""
-    return METHODS.get(tune["method"], tune["method"])
+    return METHODS.get(tune["method"], short(tune["method"]))
+
+
+def start(init: str) -> str:
+    """Where LoRA begins: `B = 0`."""
+    return INITS.get(init, short(init))
 
 
 def _sized(tune: dict) -> str:
@@ -117,15 +127,15 @@ def _around_the_fine_tune(metrics: dict, config: dict) -> list[str]:
     """Where LoRA began, if not at nothing, and what became of its matrices."""
     sentences, tune = [], config["tune"]
     if "init" in metrics and "initial" in metrics["quality"]:
-        alone, start = (_noise(metrics["init"][key]) for key in ("quantized", "initial"))
+        alone, initial = (_noise(metrics["init"][key]) for key in ("quantized", "initial"))
         sentences.append(
-            f"{INITS.get(tune['init'], tune['init'])} starts from {start}, the quantized weights alone have {alone};"
+            f"{start(tune['init'])} starts from {initial}, the quantized weights alone have {alone};"
             f" before the first step the perplexity is {number(metrics['quality']['initial']['perplexity'], '.2f')}."
         )
     told = {
-        "adapters": f"With A and B in {tune.get('adapter_format')}",
+        "adapters": f"With A and B in {short(str(tune.get('adapter_format')))}",
         "16bit": "Merged into 16 bits",
-        "requantized": f"Merged and in {config['format']['name']} again",
+        "requantized": f"Merged and in {short(config['format']['name'])} again",
     }
     for name, found in merged(metrics).items():
         change = _change(found["against_unmerged"], "that of the adapters kept apart")

@@ -9,9 +9,11 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from urllib.parse import unquote_to_bytes
@@ -22,12 +24,13 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 import qbench
-from qbench import record
+from qbench import record, schema
+from qbench.errors import InputError
 from qbench.messages import visible
-from qbench.report import page, terminal
+from qbench.report import findings, page, run_page, terminal
 from qbench.report.__main__ import main
 
-from .results import whole
+from .results import browsed, only, whole
 
 GOOD = [("none", 0, 0.0), ("nf4", 0, 0.02), ("nf4", 1, 0.03), ("int8", 0, 0.001)]
 TEXTS = [
@@ -193,22 +196,23 @@ def whole_page(file: Path) -> None:
     assert not [c for c in text if c != "\n" and not c.isprintable()]
 
 
-def whole_twin(file: Path) -> None:
+def whole_twin(file: Path, fences: int = 0) -> None:
+    """fences: blocks of code that it has itself."""
     text = file.read_text("utf-8")
     assert not [c for c in text if c != "\n" and not c.isprintable()]
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     inline = [child for token in tokens for child in token.children or ()]
-    kinds = {token.type for token in (*tokens, *inline)}
-    assert not kinds & {
+    kinds = Counter(token.type for token in (*tokens, *inline))
+    assert not kinds.keys() & {
         "html_block",
         "html_inline",
         "code_block",
-        "fence",
         "blockquote_open",
         "hr",
         "em_open",
         "strong_open",
     }
+    assert kinds["fence"] == fences
     assert sum(token.type == "heading_open" and token.tag == "h1" for token in tokens) == 1
     for token in inline:
         link = token.attrs.get("href") or token.attrs.get("src")
@@ -284,3 +288,135 @@ def test_bad_results_are_named_and_change_nothing(good, monkeypatch, capsys):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_three_hundred_of_them(good, monkeypatch, capsys, seed):
     hold(good, 100, monkeypatch, capsys, seed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such permissions")
+def test_what_may_not_be_read_is_named():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for run in ("open", "closed/run", "secret"):
+            record.write(folder / run, whole())
+        assert len(qbench.load(folder)) == 3  # with all that it imports
+        (folder / "closed").chmod(0)
+        (folder / "secret" / record.FILE).chmod(0)
+        folder.chmod(0o755)
+        with nobody():
+            results, unreadable = record.collect(folder)
+            with pytest.warns(UserWarning, match="Permission denied"):
+                assert len(qbench.load(folder)) == 1
+        (folder / "closed").chmod(0o700)
+    assert list(results) == [folder / "open" / record.FILE]
+    assert unreadable == {
+        place: f"{place} cannot be read: Permission denied"
+        for place in (folder / "closed", folder / "secret" / record.FILE)
+    }
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """A user without rights, where root would have them all."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record.write(tmp_path / "one", whole())
+    for _ in range(1200):  # deeper than Python recurses
+        os.mkdir("d")
+        os.chdir("d")
+    results, unreadable = record.collect(tmp_path)
+    for _ in range(1200):
+        os.chdir("..")
+        os.rmdir("d")
+    assert len(results) == 1 and all("File name too long" in reason for reason in unreadable.values())
+    for path in ("nowhere", "no\x1bwhere"):
+        with pytest.raises(
+            InputError, match=r"does not exist; accepted: result\.json files or folders above them"
+        ) as told:
+            qbench.load(path)
+        assert str(told.value).isprintable()
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot be read" in record.collect(tmp_path / "loop")[1][tmp_path / "loop"]
+
+
+def spoilt_leaves(value: object, place: tuple = ()) -> Iterator[tuple]:
+    """The places of all that is no object, a list by its first item."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from spoilt_leaves(item, (*place, key))
+    elif isinstance(value, list) and value:
+        yield place
+        yield from spoilt_leaves(value[0], (*place, 0))
+    else:
+        yield place
+
+
+def test_every_key_has_a_type():
+    result = json.loads(json.dumps(record._plain(whole())))
+    assert schema.problem(result) is schema.lacking(result) is None
+    for place in spoilt_leaves(result):
+        spoilt = json.loads(json.dumps(result))
+        *above, last = place
+        holder = spoilt
+        for key in above:
+            holder = holder[key]
+        holder[last] = {"no": [True]}
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
+        assert name.removesuffix("[0]") in (schema.problem(spoilt) or schema.lacking(spoilt) or ""), name
+
+
+@pytest.mark.thorough
+def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
+    """Each in every place that takes any text; in a browser, where there is one, nothing of it runs or loads."""
+    for i, text in enumerate(TEXTS):
+        result = json.loads(json.dumps(record._plain(whole("nf4", 100 + i, 0.02))).replace("layers.0.q_proj", f"l.{i}"))
+        text = text or "x"
+        result["config"] |= {"format": {"name": text}, "device": text}
+        if i % 8 == 0:
+            result["config"]["model"]["path"] = result["config"]["data"]["path"] = text
+        result["config"]["tune"] |= {"method": text, "init": text, "adapter_format": text}
+        result["environment"] |= {"device": text, "versions": {text: text}, "commit": text}
+        result["metrics"]["tasks"] = {
+            stage: {text: found["docs"]} for stage, found in result["metrics"]["tasks"].items()
+        }
+        result["metrics"]["error"]["layers"][0]["name"] = text
+        result["metrics"]["bits"]["left"] = {text: text}
+        record.write(good / f"text{i}", result)
+        failed = {"status": "failed", "error": {"type": text, "message": text, "traceback": text}}
+        record.write(good / f"failed{i}", result | failed)
+        if i % 5 == 0:
+            run_page.write(good / f"text{i}", result)
+            whole_twin(good / f"text{i}" / "report.md", fences=1)
+    report(good, monkeypatch, capsys)
+    found = page.find(good)
+    assert not found.unreadable and len(found.failed) == len(TEXTS)
+    assert browsed(tmp_path / "report" / page.PAGE) == {"wrong": "", "asked": "0", "wide": "0"}
+
+
+def test_windows_that_do_not_fit_are_not_compared():
+    """By run: 12 windows, but of the third the scores of 11; and one that is not finite."""
+    runs = [whole("none"), whole("nf4", 0, 0.02), whole("nf4", 1, 0.02), whole("int8", 0, 0.01), whole("int4", 0, 0.1)]
+    for scores in runs[2]["metrics"]["quality"].values():
+        del scores["windows"][-1]
+    runs[3]["metrics"]["quality"]["quantized"]["windows"][0] = None
+    setting = only(runs)
+    compared = {c.title for c in setting.configurations if "quantized" in c.differences}
+    assert compared == {"nf4, block 64", "int4, block 64"} and findings.answer(setting)
+
+
+def test_a_seed_that_diverged_is_told(tmp_path, monkeypatch, capsys):
+    runs = [whole("none"), whole("nf4", 0, 0.02), whole("nf4", 1, 0.02), whole("int8", 0, 0.01)]
+    for run in runs[2:]:
+        run["metrics"]["quality"]["tuned"] |= {"nll": None, "perplexity": None, "stderr": None}
+    for i, run in enumerate(runs):
+        record.write(tmp_path / "runs" / str(i), run)
+    said, _ = report(tmp_path / "runs", monkeypatch, capsys)
+    assert re.search(r"\| nf4, block 64 \(2 seeds\) \|.* \| [\d.]+ \(1 diverged\) \|", said)
+    assert re.search(r"\| int8, block 64 \|.* \| diverged \|", said)

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 from ..chosen import featured
 from ..compare import Setting
-from ..figures import STYLE
+from ..figures import STYLE, styled
 from ..methods import at_best
 from .fine_tune import initialisation, learning_rates, methods, slopes
 from .formats import layers, pairs, pareto, throughput
@@ -22,7 +22,7 @@ def drawn(setting: Setting) -> Iterator[list[Chart]]:
     best = at_best(setting)
     few = featured(best, MOST)
     cut = "" if few is best else f" {MOST} of {len(best.configurations):,}: the frontiers, and the best of the rest."
-    with plt.rc_context(STYLE | {"figure.dpi": 110, "axes.titlesize": 10, "svg.hashsalt": "qbench"}):
+    with styled(STYLE | {"figure.dpi": 110, "axes.titlesize": 10, "svg.hashsalt": "qbench"}):
         whole = [pareto(best)] if len(best.configurations) > 2 else []
         whole += [make(setting) for make in (learning_rates, methods, initialisation)]
         made = [chart for chart in whole if chart]

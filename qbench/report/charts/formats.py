@@ -10,7 +10,7 @@ from ..chosen import frontier, usual_block
 from ..compare import Configuration, Setting, difference
 from ..differences import corrected
 from ..figures import GREY
-from ..words import count
+from ..words import count, short
 from .look import SIXTEEN, Chart, Look
 
 SIZES = {
@@ -105,7 +105,7 @@ def layers(setting: Setting) -> Chart | None:
     some = sorted([(c, f) for c, f in some if f["name"] == names], key=lambda s: -np.mean(s[1]["output_relative"]))
     if len(some) < 2:
         return None
-    kinds = [name.rpartition(".")[2] for name in names]
+    kinds = [short(name.rpartition(".")[2]) for name in names]
     order = sorted(range(len(names)), key=lambda i: (kinds.index(kinds[i]), i))
     table = np.array([np.asarray(found["output_relative"], float)[order] for _, found in some])
     figure, axes = plt.subplots(figsize=(9.4, 1.5 + 0.19 * len(some)))

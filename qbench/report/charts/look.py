@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from ..compare import Configuration, Setting
 from ..differences import Difference
 from ..figures import CYCLE, GREY, MARKERS
+from ..words import short
 
 SIXTEEN: dict[str, Any] = {"color": "black", "ls": "--", "lw": 1}  #: a line at 16 bit
 MOST = 40  #: configurations in the figures that give each a row or a line
@@ -43,7 +44,7 @@ class Look:
         return {**line, "ls": "none", "mfc": "white" if hollow else line["color"], "mew": 1.1}
 
     def legend(self, figure: Figure, dq: bool = True, /, **more: dict[str, Any]) -> None:
-        handles = [plt.Line2D([], [], **self.line(name) | {"lw": 0}, label=name) for name in self.names]
+        handles = [plt.Line2D([], [], **self.line(name) | {"lw": 0}, label=short(name)) for name in self.names]
         if dq:
             handles.append(plt.Line2D([], [], color=GREY, marker="o", mfc="white", lw=0, ms=5, label="with dq"))
         handles += [plt.Line2D([], [], **style, label=label) for label, style in more.items()]
