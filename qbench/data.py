@@ -327,7 +327,7 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _check_known(tokens: list[int], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     if texts and all(token == tokenizer.unk_token_id for token in tokens):
         raise InputError(
-            f"model.path: its tokenizer knows no token of the text, such as {texts[0].strip()!r:.40}; accepted: the"
+            f"model.path: its tokenizer knows no token of the text, such as {texts[0].strip()[:40]!r}; accepted: the"
             " tokenizer that the model was trained with"
         )
 
