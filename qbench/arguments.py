@@ -63,10 +63,10 @@ class Command:
     no_sweep: str | None = None
     check: Check = lambda config: None
 
-    @property
-    def first(self) -> list[str]:
-        """What Hydra is told beside the command line."""
-        return [f"hydra.searchpath=[{quoted(f'file://{EXPERIMENTS.parent}')}]"] if "experiments" in self.added else []
+    def searched(self, *folders: str) -> list[str]:
+        """What tells Hydra where else, beside `folders`, there are configurations."""
+        places = [*folders, *([str(EXPERIMENTS.parent)] if "experiments" in self.added else [])]
+        return [f"hydra.searchpath=[{','.join(quoted(f'file://{place}') for place in places)}]"] if places else []
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def start(command: Command, load: Callable[[], tuple[Job, Check]], told: Sequenc
             check(plain(_composed(command, line.asked, line.overrides)))
         _check_choices(command, line, [GROUP])
         # flags last: --info would take an override for what it is to tell
-        sys.argv[1:] = [*command.first, *told, *(str(o.input_line) for o in line.overrides), *line.flags]
+        sys.argv[1:] = [*command.searched(), *told, *(str(o.input_line) for o in line.overrides), *line.flags]
         hydra.main(version_base="1.3", config_path=str(command.folder), config_name=command.config)(job)()
     except InputError as error:
         stderr.print(f"qbench: {error}")
@@ -139,6 +139,7 @@ def read(command: Command, arguments: Sequence[str]) -> Line | None:
     if asked.shell_completion:
         return Line(asked, [*flags, *asked.overrides], [], [], False)
     overrides = [_checked(command, argument) for argument in asked.overrides]
+    _check_no_tune(overrides)
     config = _composed(command, asked, [o for o in overrides if not o.is_sweep_override() and not _of_format(o)])
     sweeps = asked.multirun or config.hydra.mode == RunMode.MULTIRUN
     if sweeps and command.no_sweep:
@@ -187,6 +188,9 @@ def _flags(arguments: list[str]) -> Namespace:
 def _checked(command: Command, argument: str) -> Override:
     """An argument `key=value` as Hydra is to have it. Raises InputError for a key that is unknown, however it is spelled,
     and for a value that is not accepted, unless it is one of several, which is for the run to tell."""
+    before, equals, value = argument.partition("=")
+    if (accepted := command.keys.get(before.lstrip("+"))) and accepted.text:
+        argument = f"{before}{equals}{_as_text(value)}"
     found = _parsed(command, argument)
     key = found.key_or_group
     name = f"{key}@{found.package}" if found.package is not None else key
@@ -202,10 +206,9 @@ def _checked(command: Command, argument: str) -> Override:
         raise InputError(keys.unknown(name, command.keys))
     if found.is_delete():
         raise InputError(f"~{key}: a key cannot be left out; accepted: {key}=VALUE")
-    value = argument.partition("=")[2]
+    found = _parsed(command, argument.lstrip("+"))  # what is there is changed, whoever would add it
     if key in command.groups:
-        return _parsed(command, f"{key}={value}")
-    found = _parsed(command, f"{key}={_as_text(value) if command.keys[key].text else value}")
+        return found
     told = found.value()
     if not found.is_sweep_override() and not (isinstance(told, str) and "${" in told):
         command.keys[key].check(key, told)
@@ -223,10 +226,9 @@ def _parsed(command: Command, argument: str) -> Override:
         if accepted and not accepted.text:
             accepted.check(name, value)
         if accepted or re.fullmatch(rf"(hydra|{GROUP})\.[\w.]+", name):
-            typed = shlex.quote(f"{key}={quoted(value)}")
-            raise InputError(
-                f"{name}: {shown(value)} is not text to Hydra as it stands; typed so it is: {typed}"
-            ) from error
+            short = len(value) < 1000 and value.isprintable()
+            typed = shlex.quote(f"{key}={quoted(value)}") if short else "the same in quotes"
+            raise InputError(f"{name}: {shown(value)} is no text to Hydra without quotes; accepted: {typed}") from error
         if equals and re.fullmatch(r"[\w./@:-]+", name):
             raise InputError(keys.unknown(name, command.keys)) from error
         raise InputError(f"{shown(argument)} is no key=value; accepted: such as +{GROUP}=nf4, block=64") from error
@@ -308,10 +310,10 @@ def _of_format(override: Override) -> bool:
 
 def _composed(command: Command, asked: Namespace, overrides: Iterable[Override]) -> DictConfig:
     """The configuration, Hydra's own part included. Raises Hydra's exceptions."""
-    also = [f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(asked.config_dir)}')}]"] if asked.config_dir else []
+    also = [os.path.abspath(asked.config_dir)] if asked.config_dir else []
     folder = os.path.abspath(asked.config_path) if asked.config_path else str(command.folder)
     with initialize_config_dir(folder, version_base="1.3", job_name=command.module):
-        told = [*command.first, *also, *(str(override.input_line) for override in overrides)]
+        told = [*command.searched(*also), *(str(override.input_line) for override in overrides)]
         return compose(asked.config_name or command.config, told, return_hydra_config=True)
 
 
