@@ -96,24 +96,25 @@ def answer(result: dict) -> list[str]:
     """The findings of a finished run, a sentence each."""
     metrics, config = result["metrics"], result["config"]
     bits, quality, error = metrics["bits"], metrics["quality"], metrics["error"]
-    quantized, baseline = quality["quantized"], quality["baseline"]["perplexity"]
+    scores, baseline = quality["quantized"], quality["baseline"]["perplexity"]
     if config["format"]["name"] == "none":
         sentences = [
             f"16 bit: the baseline that formats are compared with. Its perplexity is {number(baseline, '.2f')}."
         ]
     else:
-        against = quantized["against_baseline"]
+        against = scores["against_baseline"]
         noise = f"{number(error['sqnr_db'], '.2f')} dB signal to quantization noise" if error["sqnr_db"] else "no error"
         sentences = [
             f"{title(config)}: {number(bits['per_parameter'], '.3f')} bits a weight, {number(bits['compression'], '.2f')}×"
             f" smaller than 16 bit; {noise}.",
-            f"Its perplexity on held-out text, {number(quantized['perplexity'], '.2f')}, is {_change(against)}"
+            f"Its perplexity on held-out text, {number(scores['perplexity'], '.2f')}, is {_change(against)}"
             f" ({number(baseline, '.2f')}); {number(against['top1_agreement'], '.1%')} of the most probable tokens stay"
             " the same.",
         ]
-    share = bits["quantized_parameters"] / bits.get("eligible_parameters", bits["quantized_parameters"])
+    quantized, eligible = (bits.get(f"{which}_parameters") for which in ("quantized", "eligible"))
+    share = quantized / eligible if quantized is not None and eligible else 1.0
     if sentence := left_in_words(bits.get("left", {}), share):
-        sentences.append(f"{sentence} The whole model takes {bits['model']:.2f} bits a weight.")
+        sentences.append(f"{sentence} The whole model takes {number(bits['model'], '.2f')} bits a weight.")
     if "tuned" in quality and config["tune"]["method"] != UNTUNED:
         tune = config["tune"]
         sentences.append(

@@ -144,7 +144,7 @@ def browsed(page: Path) -> dict[str, str]:
       document.body.dataset.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
     </script></body>"""
     test = page.with_name("test.html")
-    test.write_text(page.read_text().replace("</body>", script))
+    test.write_text(page.read_text("utf-8").replace("</body>", script), "utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
     dom = subprocess.run([browser, *flags, test.as_uri()], capture_output=True, text=True, timeout=120).stdout
     return dict(re.findall(r'data-(wrong|asked|wide)="([^"]*)"', dom.partition("<body")[2].partition(">")[0]))
