@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench import messages
+from qbench import files, messages
 from qbench.imports import interruptible
 
 if TYPE_CHECKING:
     from qbench.arguments import Check, Job
+    from qbench.jobs import Outcome
 
 
 def main() -> int:
@@ -19,7 +20,8 @@ def main() -> int:
     modules: dict[str, Any] = sys.modules
     modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
-    codes: list[int] = []
+    outcomes: list[Outcome] = []
+    sweep = None
 
     def load() -> tuple["Job", "Check"]:
         from qbench import groups, jobs, places
@@ -30,7 +32,7 @@ def main() -> int:
                 places.locate(path)
 
         groups.store()
-        jobs.codes = codes
+        jobs.outcomes = outcomes
         return jobs.job, check
 
     try:
@@ -46,11 +48,18 @@ def main() -> int:
         with messages.aside():
             if code := arguments.start(arguments.RUN, load, told):
                 return code
-        return summary(sweep) if sweep and sweep.is_dir() else max(codes, default=0)
+        if sweep and outcomes:
+            return summary(sweep, outcomes)
+        return max((outcome.code for outcome in outcomes), default=0)
     except KeyboardInterrupt:
-        begun = "what was measured is in result.json; the same command goes on from there"
-        sys.stderr.write(f"qbench: interrupted; {begun if codes else 'no run had begun'}\n")
+        left = outcomes[-1].why if outcomes else "no run had begun"
+        if sweep and sweep.is_dir():
+            left = "what is done is kept; the same command goes on with the other runs"
+        sys.stderr.write(f"qbench: interrupted; {left}\n")
         return 130
+    finally:
+        if sweep:
+            files.discard(sweep, {"multirun.yaml"})
 
 
 def sweep_folder(arguments: list[str]) -> Path | None:
@@ -72,25 +81,20 @@ def sweep_folder(arguments: list[str]) -> Path | None:
     return Path("sweeps") / f"{'-'.join(named) or 'sweep'}-{hashlib.sha256(repr(decisive).encode()).hexdigest()[:8]}"
 
 
-def summary(folder: Path) -> int:
-    """Say how many runs of a sweep are done, and which are not and why. 0 if all are, else 1."""
-    from qbench import baseline, jobs, record
+def summary(folder: Path, outcomes: list["Outcome"]) -> int:
+    """Say how many of the runs that were asked for are done, and which are not and why. 0 if all are, else 1."""
+    from qbench import baseline, jobs
     from qbench.arguments import stderr
 
     baseline.clear(folder / jobs.BASELINES)
-    results, unreadable = record.collect(folder)
-    missing = [f"{path}: {reason}" for path, reason in unreadable.items()]
-    for path, result in results.items():
-        if result["status"] != "done":
-            why = result["error"] or {"type": "unfinished", "message": "the process ended before the run did"}
-            missing.append(f"{path.parent}: {result['status']}, {why['type']}: {why['message']}")
-    done = sum(result["status"] == "done" for result in results.values())
-    stderr.print(f"\n{done} of {done + len(missing)} runs are done in {folder}")
-    for line in missing:
-        stderr.print(f"  {line}")
-    if done:
+    asked = {outcome.folder: outcome for outcome in outcomes}  # 16 bit is one run for every block
+    missing = [outcome for outcome in asked.values() if outcome.code]
+    stderr.print(f"\n{len(asked) - len(missing)} of {len(asked)} runs are done in {folder}")
+    for outcome in missing:
+        stderr.print(f"  {os.path.relpath(outcome.folder)}: {outcome.why}")
+    if len(missing) < len(asked):
         stderr.print(f"python -m qbench.report {folder} sets them side by side")
-    return 1 if missing or not done else 0
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

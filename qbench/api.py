@@ -1,7 +1,6 @@
 """qbench in a notebook: the command `python -m qbench` as a function."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,11 @@ def run(
     format: a name, or a `Format` itself, whose own block and dq then hold. model: a folder or a hub id, None for the
     bundled model; or `model.*` keys. data: a text file or the name of a bundled text; or `data.*` keys. tune: one of
     conf/tune, None for no fine-tune; or `tune.*` keys, over those of the `method` among them. eval: `eval.*` keys.
-    track: of `qbench.track.NAMES`. out: the folder to write into, by default one under runs/ that tells what is run;
-    where it holds the finished result of the same run, that is returned.
+    track: of `qbench.track.NAMES`. out: the folder to write into, by default the one under runs/ that the command line has
+    for the same run; where it holds the finished result of that, it is returned.
 
-    Returns the result. Raises InputError, in one line, for what is not accepted; what goes wrong later is raised as it is,
-    and result.json in the folder tells it too.
+    Returns the result. Raises InputError, in one line, for what is not accepted, and leaves no folder; what goes wrong
+    later is raised as it is, and result.json in the folder tells it too.
 
         result = qbench.run(format="nf4", block=64, dq=True, tune={"steps": 100, "lr": 3e-4})
         result.metrics["quality"]["tuned"]["perplexity"]
@@ -91,8 +90,8 @@ def run(
     settings = jobs.settings_of(config, chosen)
     told = trackers.checked(track)
     if out is None:
-        recipe = f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}"
-        out = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{recipe}"
+        told_apart = jobs.short_hash(config if isinstance(format, str) else {**config, "format": repr(format)})
+        out = jobs.RUNS / f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}_{told_apart}"
     return Result(experiment.run(settings, Path(out), trackers=told), Path(out))
 
 

@@ -41,7 +41,7 @@ LAUNCHERS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "s
 NO_FORMAT = (
     f"{GROUP}: none is given; accepted: +{GROUP}=NAME, such as +{GROUP}=nf4; python -m qbench --formats lists the names"
 )
-Job = Callable[[DictConfig], None]
+Job = Callable[[DictConfig], object]
 Check = Callable[[dict], object]  #: of a resolved config; raises InputError
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 _parser = OverridesParser.create()

@@ -33,34 +33,46 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
     `track.NAMES`, which are told of the run as well.
 
     Returns the result; where the folder holds it finished already, from the same configuration, code, weights and text,
-    that one. Whatever happens, result.json tells: an exception leaves its status, its traceback and what had been measured
-    there, and is raised again. Raises Busy where another process runs in the folder.
+    that one. Whatever goes wrong, result.json tells: an exception leaves its status, its traceback and what had been
+    measured there, and is raised again. But a finished result stays until something new has been measured; and outside a
+    sweep, where there are no `baselines`, what is refused or interrupted before that leaves nothing. Raises Busy where
+    another process runs in the folder.
     """
-    result = record.blank(settings.plain())
+    result, row = record.blank(settings.plain()), baselines is not None
     folder.mkdir(parents=True, exist_ok=True)
-    with messages.aside(folder), files.locked(folder):
-        with record.kept(folder, result):
+    try:
+        with messages.aside(folder), files.locked(folder), record.kept(folder, result, row):
+            files.clear_partial(folder)
             experiment = Experiment(settings, result, folder)
-        finished = record.finished(folder, result["run"]["id"])
-        if finished:
-            return finished
-        with record.kept(folder, result), track.tracks(trackers, folder, result["config"]) as experiment.tracks:
-            experiment.load()
-            experiment.measure_baseline(baselines)
-            experiment.quantize()
-            experiment.measure("quantized")
-            if settings.tune:
-                experiment.add_adapters(settings.tune)
-                experiment.tune(settings.tune)
-                experiment.measure("tuned")
-                experiment.merge(settings.tune)
-            record.write(folder, result)
-            with experiment.phases("report", "write the report"):
-                run_page.write(folder, record.read(folder))
-            experiment.tracks.result(result["metrics"], settings.tune.steps if settings.tune else 0)
+            if finished := record.finished(folder, result["run"]["id"]):
+                return finished
+            with track.tracks(trackers, folder, result["config"]) as experiment.tracks:
+                _carry_out(experiment, baselines)
             result["status"] = "done"
-        record.write(folder, result)
+            record.write(folder, result)
+    except BaseException:
+        if not row:
+            record.discard(folder)
+        raise
     return result
+
+
+def _carry_out(experiment: "Experiment", baselines: Path | None) -> None:
+    """All of a run, from its model to its report."""
+    tune, result, folder = experiment.settings.tune, experiment.result, experiment.folder
+    experiment.load()
+    experiment.measure_baseline(baselines)
+    experiment.quantize()
+    experiment.measure("quantized")
+    if tune:
+        experiment.add_adapters(tune)
+        experiment.tune(tune)
+        experiment.measure("tuned")
+        experiment.merge(tune)
+    record.write(folder, result)
+    with experiment.phases("report", "write the report"):
+        run_page.write(folder, record.read(folder))
+    experiment.tracks.result(result["metrics"], tune.steps if tune else 0)
 
 
 class Experiment:
@@ -120,6 +132,10 @@ class Experiment:
         with self.phases("load", "load the model"):
             self.model = models.loaded(self.source, self.dtype, self.device).model
             del self.source
+            if getattr(
+                self.model.config, "rescale_every", 0
+            ):  # RWKV, between training and not, halves weights in place
+                self.model.config.rescale_every = 0
             self.layers = linear_layers(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

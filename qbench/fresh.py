@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -21,42 +22,64 @@ def possible() -> bool:
     return sys.platform == "linux" and hasattr(os, "fork") and not used
 
 
-def call(function: Callable[[], int]) -> int:
+def call(function: Callable[[], int], limit: float | None = None) -> int:
     """What `function` returns, 0 to 255, in a child; where a signal ended that, minus its number.
 
-    An interrupt is handed on to the child, and raised here once that has ended. Raises OSError where no process can start.
+    limit: seconds after which the child is killed, whatever it is at. An interrupt is handed on to the child, and raised
+    here once that has ended. Raises TimeoutError where the limit ended it, OSError where no process can start.
     """
     children: list[int] = []
     statuses: list[int] = []
-    ended = threading.Event()
+    begun, ended = threading.Lock(), threading.Event()
+    parent = os.getpid()
 
     def start_and_wait() -> None:
+        if not begun.acquire(blocking=False):
+            return
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the child, until it can handle one
             children.append(os.fork())
             if not children[0]:
-                _child(function)
+                _child(function, parent)
             statuses.append(os.waitpid(children[0], 0)[1])
         finally:
             ended.set()
 
-    # GNU OpenMP keeps its threads by the thread that called it: a child of a new one starts its own
-    threading.Thread(target=start_and_wait).start()
-    interrupt = None
+    deadline = None if limit is None else time.monotonic() + limit
+    interrupt, handed_on, late = None, False, False
     while not ended.is_set():
         try:
-            ended.wait()
+            if not begun.locked():  # a thread whose start is interrupted may have begun or not
+                # GNU OpenMP keeps its threads by the thread that called it: a child of a new one starts its own
+                threading.Thread(target=start_and_wait).start()
+            if interrupt and children and not handed_on:
+                handed_on = True
+                _signal(children, statuses, signal.SIGINT)
+            if interrupt and not handed_on:
+                ended.wait(0.05)
+            elif late or deadline is None:
+                ended.wait()
+            elif not ended.wait(max(0, deadline - time.monotonic())) and children:
+                late = True
+                _signal(children, statuses, signal.SIGKILL)
         except KeyboardInterrupt as raised:
             interrupt = raised
-            if children and not statuses:
-                os.kill(children[0], signal.SIGINT)
     if interrupt:
         raise interrupt
     if not statuses:
         raise OSError("the system starts no further process")
-    return os.waitstatus_to_exitcode(statuses[0])
+    code = os.waitstatus_to_exitcode(statuses[0])
+    if late and code == -signal.SIGKILL:
+        raise TimeoutError(f"the process took longer than {limit} s")
+    return code
 
 
-def _child(function: Callable[[], int]) -> None:
+def _signal(children: list[int], statuses: list[int], number: int) -> None:
+    if not statuses:
+        os.kill(children[0], number)
+
+
+def _child(function: Callable[[], int], parent: int) -> None:
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of the same Ctrl-C, has nothing to add
         raise KeyboardInterrupt
@@ -64,8 +87,11 @@ def _child(function: Callable[[], int]) -> None:
     code = 1
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
+        if os.getppid() != parent:  # which had gone before
+            os._exit(code)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for what a shell runs in the background
             signal.signal(signal.SIGINT, interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         code = function()
     except KeyboardInterrupt:
         code = 130

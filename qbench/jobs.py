@@ -4,12 +4,13 @@ import _thread
 import gc
 import hashlib
 import json
+import mmap
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import formats
-from qbench import messages, record
+from qbench import files, keys, messages, record
 from qbench.arguments import INTERRUPTED, plain, stderr
 from qbench.errors import InputError, RunTimeout
 from qbench.files import Busy
@@ -29,14 +30,21 @@ if TYPE_CHECKING:
     from qbench.settings import Settings
 
 BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
+RUNS = Path("runs")  #: folder of single runs, where none is named
+GRACE = 5.0  #: seconds that a run has, beyond its timeout, to tell of it itself
 
 
 def config_hash(*, _root_: DictConfig) -> str:
-    """`${config_hash:}` tells a configuration from others, in the name of its folder.
+    """`${config_hash:}` tells a configuration from others, in the name of its folder."""
+    return short_hash(plain(_root_))
+
+
+def short_hash(config: dict) -> str:
+    """Eight digits that tell a resolved configuration from others.
 
     Block and dq count as the format takes them: 16 bit knows neither.
     """
-    decisive = {key: value for key, value in plain(_root_).items() if key not in ("timeout", "track", "block", "dq")}
+    decisive = {key: value for key, value in config.items() if key not in ("timeout", "track", "block", "dq")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -55,96 +63,172 @@ def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
     )
 
 
-codes: list[int] = []  #: what came of the jobs of this process: 0 done, 1 failed, 2 bad input
+outcomes: list["Outcome"] = []  #: what came of the runs that were asked for
 
 
-def job(config: DictConfig) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run. code: 0 done, 1 failed, 2 bad input, 130 interrupted. why: it is not done, in words.
+
+    Each process that makes or unpickles one lists it in `outcomes`. Thus what a job returns in a process of a launcher is
+    known to the process that asked for it.
+    """
+
+    folder: Path
+    code: int
+    why: str
+
+    def __post_init__(self) -> None:
+        outcomes.append(self)
+
+    def __reduce__(self) -> tuple:
+        return Outcome, (self.folder, self.code, self.why)
+
+
+def job(config: DictConfig) -> Outcome:
     """One run, into the folder that Hydra names, in a process of its own where that can be."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    with messages.aside(folder):
-        _job(config, folder)
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    try:
+        with messages.aside(folder):
+            outcome = _Attempt(plain(config), folder, sweep).outcome()
+    finally:
+        if not sweep:
+            _discard(folder)
+    if outcome.code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return outcome
 
 
-def _job(config: DictConfig, folder: Path) -> None:
-    hydra, settled = HydraConfig.get(), plain(config)
-    sweep, started = None, record.now()
-    if hydra.mode == RunMode.MULTIRUN:
-        sweep = Path(hydra.sweep.dir)
-    with interruptible(), stderr.status("starting"):  # transformers and PEFT take seconds to import
-        from qbench import fresh, models
-        from qbench.experiment import run  # noqa: F401  so that a child has it
-    attempt = partial(_attempt, settled, folder, sweep, started)
-    if not fresh.possible():
-        codes.append(attempt())
-    else:
+def _discard(folder: Path) -> None:
+    """Leave nothing of a single run that never began."""
+    record.discard(folder)
+    if folder.parent == RUNS.absolute():
+        with suppress(OSError):  # it holds other runs, or has gone
+            RUNS.rmdir()
+
+
+class _Attempt:
+    """One attempt at a run of a resolved configuration. sweep: the folder of the sweep that it is of, or None."""
+
+    def __init__(self, config: dict, folder: Path, sweep: Path | None):
+        self.config, self.folder, self.sweep, self.started = config, folder, sweep, record.now()
+        self._why = mmap.mmap(-1, mmap.PAGESIZE)  # memory that a forked child shares
+
+    def outcome(self) -> Outcome:
+        try:
+            code = self._start()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        if code == INTERRUPTED:
+            again = f"what was measured is in {self._file}; the same command does this run again, in the same folder"
+            self._tell(again if self._recorded() else "nothing had been measured")
+        return Outcome(self.folder, code, self._why[:].rstrip(b"\0").decode(errors="ignore"))
+
+    def _start(self) -> int:
+        """Run in a child, or where there can be none, here. Returns the exit code."""
+        with interruptible(), stderr.status("starting"):  # transformers and PEFT take seconds to import
+            from qbench import fresh, models
+            from qbench.experiment import run  # noqa: F401  so that a child has it
+        if not fresh.possible():
+            return self._run()
         with suppress(OSError):  # weights that cannot be read are for the run to tell
-            models.remember_digests(settled["model"]["path"])
+            models.remember_digests(self.config["model"]["path"])
+        timeout = self.config["timeout"]
+        limit = timeout + GRACE if timeout and keys.RUN["timeout"].allows(timeout) else None
         gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
         try:
-            codes.append(fresh.call(attempt))
+            code = fresh.call(self._run, limit)
+        except TimeoutError:
+            return self._ended(RunTimeout(_too_long(timeout)))
         finally:
             gc.unfreeze()
-        if codes[-1] < 0:
-            codes[-1] = 0 if _done(folder, started) else _killed(-codes[-1], settled, folder)
-        elif codes[-1] == 0 and sweep and (done := _done(folder, started)):
+        if code < 0:
+            return self._ended(_by_signal(-code))
+        if code == 0 and self.sweep and (result := record.since(self.folder, self.started)):
             with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
-                models.keep(**done["config"]["model"])
-    if codes[-1] == INTERRUPTED:
-        raise KeyboardInterrupt
+                models.keep(**result["config"]["model"])
+        return code
+
+    def _run(self) -> int:
+        """The run itself. Returns the exit code. In a sweep, whatever goes wrong is a result as well."""
+        from qbench.experiment import run
+        from qbench.report import terminal
+
+        try:
+            settings, trackers = self._checked()
+            with time_limit(self.config["timeout"]):
+                result = run(settings, self.folder, self.sweep and self.sweep / BASELINES, trackers)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except (Exception, RunTimeout) as error:
+            return self._failed(error)
+        finally:
+            gc.collect()  # a failed run's model goes before the next comes
+        before = result["run"]["started"] < self.started
+        if self.sweep:
+            terminal.show_line(result, before)
+            return 0
+        terminal.show(result, self.folder)
+        if before:
+            stderr.print(f"qbench: done before, and not again; for that, remove {os.path.relpath(self.folder)} first")
+        return 0
+
+    def _checked(self) -> tuple["Settings", tuple[str, ...]]:
+        """What the configuration asks for. Raises InputError and Busy."""
+        from qbench import track
+
+        with files.locked(self.folder), record.kept(self.folder, record.blank(self.config), row=bool(self.sweep)):
+            keys.RUN["timeout"].check("timeout", self.config["timeout"])
+            return settings_of(self.config), track.checked(self.config["track"])
+
+    def _ended(self, error: BaseException) -> int:
+        """Record what ended the process of a run, unless that had recorded its end itself. Returns the exit code."""
+        result = record.since(self.folder, self.started)
+        if result and result["status"] == "done":
+            return 0
+        if not self._recorded():
+            with (
+                suppress(type(error), Busy, OSError),
+                files.locked(self.folder),
+                record.kept(self.folder, result or record.blank(self.config)),
+            ):
+                raise error
+        return self._failed(error)
+
+    def _recorded(self) -> bool:
+        """Whether result.json tells what went wrong in this attempt. A full disk, or a finished result, may prevent it."""
+        result = record.since(self.folder, self.started)
+        return bool(result and result["error"])
+
+    def _failed(self, error: BaseException) -> int:
+        """Tell a person what went wrong, and `outcome`. Returns the exit code."""
+        told = isinstance(error, InputError | Busy)
+        line = str(error) if told else f"{type(error).__name__}: {error}"
+        stays = "; the result that had finished there stays" if record.done(self.folder) else ""
+        self._tell("running elsewhere" if isinstance(error, Busy) else line + stays)
+        if not told and self._recorded():
+            line += f" (traceback in {self._file})"
+        elif not isinstance(error, InputError | Busy | OSError | RunTimeout):
+            line += f"\n{record.error(error)['traceback'].rstrip()}"
+        stderr.print(f"qbench: {line}")
+        return 2 if isinstance(error, InputError) else 1
+
+    def _tell(self, why: str) -> None:
+        self._why[:] = why.encode(errors="replace")[: len(self._why)].ljust(len(self._why), b"\0")
+
+    @property
+    def _file(self) -> str:
+        return f"{os.path.relpath(self.folder)}/{record.FILE}"
 
 
-def _done(folder: Path, started: str) -> dict | None:
-    """The result in a folder if it was finished since."""
-    with suppress(InputError, OSError):
-        result = record.read(folder)
-        return result if result["status"] == "done" and result["run"]["started"] >= started else None
-    return None
-
-
-def _attempt(config: dict, folder: Path, sweep: Path | None, started: str) -> int:
-    """In a sweep, whatever goes wrong is a result as well. Returns the exit code of the run."""
-    from qbench import track
-    from qbench.experiment import run
-    from qbench.report import terminal
-
-    try:
-        with record.kept(folder, record.blank(config)) if sweep else nullcontext():
-            settings, trackers = settings_of(config), track.checked(config["track"])
-        with time_limit(config["timeout"]):
-            result = run(settings, folder, sweep and sweep / BASELINES, trackers)
-    except InputError as error:
-        stderr.print(f"qbench: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (Exception, RunTimeout) as error:
-        if isinstance(error, Busy):
-            stderr.print(f"qbench: {error}")
-        else:
-            stderr.print(f"qbench: {type(error).__name__}: {error} (traceback in {_named(folder)})")
-        return 1
-    finally:
-        gc.collect()  # a failed run's model goes before the next comes
-    if sweep:
-        terminal.show_line(result, before=result["run"]["started"] < started)
-    else:
-        terminal.show(result, folder)
-    return 0
-
-
-def _killed(number: int, config: dict, folder: Path) -> int:
-    """Record that a signal ended the process of a run; returns its exit code."""
+def _by_signal(number: int) -> Exception:
+    """What a signal that ended a process means."""
     name = signal.Signals(number).name
-    hint = ", as the system does to one for which memory does not suffice" if number == signal.SIGKILL else ""
-    ended = (MemoryError if hint else RuntimeError)(f"{name} ended the process{hint}")
-    with suppress(type(ended)), record.kept(folder, record.blank(config)):
-        raise ended
-    stderr.print(f"qbench: {ended} (in {_named(folder)})")
-    return 1
-
-
-def _named(folder: Path) -> str:
-    return f"{os.path.relpath(folder)}/{record.FILE}"
+    if number == signal.SIGKILL:
+        return MemoryError(f"{name} ended the process, as the system does to one for which memory does not suffice")
+    return RuntimeError(f"{name} ended the process")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,7 @@ import torch
 from formats import Format
 from formats.registry import ours
 
-from . import files, schema
+from . import files, messages, schema
 from .errors import InputError
 from .messages import visible
 
@@ -55,43 +55,65 @@ def blank(config: dict) -> dict:
 
 
 @contextmanager
-def kept(folder: Path, result: dict) -> Iterator[None]:
-    """Whatever is raised inside is told by result.json, and raised again."""
+def kept(folder: Path, result: dict, row: bool = True) -> Iterator[None]:
+    """Whatever is raised inside is told by result.json, and raised again.
+
+    What had finished in the folder stays until one that has measured something takes its place. Without `row`, neither is
+    told what is refused or interrupted before that: no run has begun. Where result.json cannot be written, what was raised
+    inside is raised all the same.
+    """
     try:
         yield
     except BaseException as exception:
         result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
         result["error"] = error(exception)
-        _set_aside(folder)
-        write(folder, result)
+        unbegun = not row and isinstance(exception, InputError | KeyboardInterrupt)
+        if measured(result) or not (unbegun or done(folder)):
+            with suppress(OSError):
+                write(folder, result)
         raise
 
 
-def finished(folder: Path, run_id: str) -> dict | None:
-    """The result in a folder, if it is that of the run and done. Another run's is set aside, as result-ID.json."""
-    try:
+def measured(result: dict) -> bool:
+    """Whether a result holds what its run measured itself, not only the baseline of another."""
+    reused = result["run"].get("baseline", {}).get("reused")
+    return bool(set(result["metrics"].get("quality", ())) - ({"baseline"} if reused else set()))
+
+
+def done(folder: Path) -> dict | None:
+    """The finished result in a folder, of whatever run."""
+    with suppress(OSError, InputError):
         result = read(folder)
-    except (OSError, InputError):
-        return None
-    if result["run"]["id"] == run_id and result["status"] == "done":
-        return result
-    _set_aside(folder)
+        return result if result["status"] == "done" else None
     return None
 
 
-def _set_aside(folder: Path) -> None:
-    """What had finished in a folder is not written over."""
-    try:
+def finished(folder: Path, run_id: str) -> dict | None:
+    """The result in a folder, if it is that of the run and done."""
+    result = done(folder)
+    return result if result and result["run"]["id"] == run_id else None
+
+
+def since(folder: Path, started: str) -> dict | None:
+    """The result in a folder, finished or not, of a run that began at a time or after."""
+    with suppress(OSError, InputError):
         result = read(folder)
-    except (OSError, InputError):
-        return
-    if result["status"] == "done":
-        os.replace(folder / FILE, folder / f"result-{result['run']['id']}.json")
+        return result if result["run"]["started"] >= started else None
+    return None
 
 
 def write(folder: Path, result: dict) -> Path:
-    """Write a result to `folder`/result.json."""
+    """Write a result to `folder`/result.json. What another run had finished there is kept beside, as result-ID.json."""
+    before = done(folder)
+    if before and before["run"]["id"] != result["run"]["id"]:
+        with files.replaced(folder / f"result-{before['run']['id']}.json") as file:
+            file.write((folder / FILE).read_bytes())
     return write_json(folder / FILE, result)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder in which no run began, and what Hydra and libraries left in it."""
+    files.discard(folder, {".hydra", messages.FILE})
 
 
 def write_json(path: Path, content: dict | list) -> Path:
@@ -326,13 +348,17 @@ def _commit() -> str | None:
     """The commit of the checkout that runs, with a plus if files differ from it; None outside a checkout."""
     if not (_ROOT / ".git").exists():
         return None
-    git = ["git", "-C", str(_ROOT)]
+    # GIT_DIR and others, as a hook of git's has them, would name another repository
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changed else "")
 
 
 def _cpu(key: str) -> str:

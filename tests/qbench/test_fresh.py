@@ -54,6 +54,31 @@ def test_an_interrupt_reaches_the_child_once_and_then_the_parent():
     assert said.split("\n")[:3] == ["at work", "tidied up", "raised"]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_interrupt_as_the_child_starts_reaches_it(first):
+    said = script(f"""
+        import threading
+        def work():
+            try:
+                time.sleep(60)
+            finally:
+                print("tidied up")
+        start, first = threading.Thread.start, [{first}]
+        def interrupted(thread):
+            if first:
+                first.pop() and start(thread)
+                raise KeyboardInterrupt
+            start(thread)
+        threading.Thread.start = interrupted
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            fresh.call(work)
+        except KeyboardInterrupt:
+            print("raised")
+    """)
+    assert said in ("tidied up\nraised\n", "raised\n")  # it may not have begun to work
+
+
 def test_the_child_does_not_outlive_its_parent():
     said = script(
         """
@@ -71,6 +96,47 @@ def test_the_child_does_not_outlive_its_parent():
             return
         time.sleep(0.05)
     pytest.fail("the child lives on")
+
+
+def test_a_child_whose_parent_has_gone_before_it_could_ask_to_go_too_does_nothing():
+    """Between the fork and the request to be killed with the parent."""
+    said = script(
+        """
+        import ctypes
+        library, parent = ctypes.CDLL, os.getpid()
+        def late(name):
+            os.kill(parent, signal.SIGKILL)
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            return library(name)
+        def work():
+            print("at work", flush=True)
+        ctypes.CDLL = late
+        fresh.call(work)
+        """,
+        code=-signal.SIGKILL,
+    )
+    assert said == ""
+
+
+def test_a_limit_reaches_native_code():
+    """To which no signal of Python's gets through."""
+    said = script("""
+        import ctypes
+        def native():
+            signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))  # which waits until the library returns
+            signal.alarm(1)
+            mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            for _ in range(2):  # the second time it waits for the first
+                library.pthread_mutex_lock(mutex)
+        started = time.monotonic()
+        try:
+            fresh.call(native, 2)
+        except TimeoutError as error:
+            print(error, time.monotonic() - started < 20)
+        print(fresh.call(lambda: 4, 60))
+    """)
+    assert said.split("\n")[:2] == ["the process took longer than 2 s True", "4"]
 
 
 def test_a_child_computes_with_all_threads_after_its_parent_did():

@@ -4,10 +4,12 @@ import errno
 import json
 import math
 import os
+import stat
+import subprocess
 
 import pytest
 
-from qbench import jobs, record
+from qbench import files, record
 from qbench.errors import InputError
 
 
@@ -62,18 +64,57 @@ def test_a_finished_run_is_told_from_another(tmp_path):
     done = record.blank({}) | {"status": "done", "run": {"id": "one", "started": record.now()}}
     record.write(tmp_path, done)
     assert record.finished(tmp_path, "one") == done
-    assert record.finished(tmp_path, "two") is None and (tmp_path / "result-one.json").exists()
+    assert record.finished(tmp_path, "two") is None and record.read(tmp_path) == done
     record.write(tmp_path, done | {"status": "failed"})
     assert record.finished(tmp_path, "one") is None and record.finished(tmp_path / "nothing", "one") is None
 
 
-def test_a_failure_is_not_written_over_what_had_finished(tmp_path):
+AGAINST = dict.fromkeys(["delta_nll", "stderr", "p", "kl_mean", "kl_p99", "top1_agreement"], 0.5)
+SCORES = {"nll": 1.0, "perplexity": 2.7, "stderr": 0.1, "tokens": 9, "windows": [1.0], "against_baseline": AGAINST}
+
+
+@pytest.mark.parametrize(
+    ("reused", "scored", "counts"),
+    [(False, [], False), (True, ["baseline"], False), (False, ["baseline"], True), (True, ["baseline", "tuned"], True)],
+)
+def test_what_had_finished_stays_until_something_new_is_measured(tmp_path, reused, scored, counts):
     done = record.blank({}) | {"status": "done", "run": {"id": "one", "started": record.now()}}
     record.write(tmp_path, done)
+    result = record.blank({})
+    result["run"] |= {"id": "two", "baseline": {"id": "b", "reused": reused}}
+    result["metrics"] = {"quality": dict.fromkeys(scored, SCORES)}
+    with pytest.raises(KeyError), record.kept(tmp_path, result):
+        raise KeyError("gone")
+    if counts:
+        assert record.read(tmp_path)["error"]["type"] == "KeyError"
+        assert record.read(tmp_path / "result-one.json") == done
+    else:
+        assert record.read(tmp_path) == done and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt()], ids=repr)
+def test_outside_a_sweep_what_never_began_is_not_told(tmp_path, error):
+    for row in (False, True):
+        with pytest.raises(type(error)), record.kept(tmp_path, record.blank({}), row):
+            raise error
+        assert (tmp_path / record.FILE).exists() == row
+
+
+def test_a_result_that_cannot_be_written_hides_no_error(tmp_path):
+    (tmp_path / record.FILE).mkdir()
     with pytest.raises(KeyError), record.kept(tmp_path, record.blank({})):
         raise KeyError("gone")
-    assert record.read(tmp_path)["error"]["type"] == "KeyError"
-    assert record.read(tmp_path / "result-one.json") == done
+
+
+def test_the_commit_is_this_checkouts_whatever_git_is_told(tmp_path, monkeypatch):
+    """As it is in a hook of git's."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "other"], check=True)
+    before = record._commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert record._commit() == before
 
 
 def test_many_results_are_one_frame(tmp_path):
@@ -91,12 +132,30 @@ def test_many_results_are_one_frame(tmp_path):
     assert len(record.load(tmp_path / "nf4", tmp_path / "nf4" / "result.json")) == 1
 
 
-@pytest.mark.parametrize("status", ["done", "failed"])
-def test_a_run_that_was_finished_before_its_process_ended_counts(tmp_path, status):
-    started = record.now()
-    assert jobs._done(tmp_path, started) is None
-    result = record.blank({}) | {"status": status}
-    result["run"]["started"] = record.now()
-    record.write(tmp_path, result)
-    assert bool(jobs._done(tmp_path, started)) == (status == "done")
-    assert jobs._done(tmp_path, "9999-01-01T00:00:00+00:00") is None, "that was another time"
+def test_partial_files_have_names_of_their_own_and_are_cleared(tmp_path):
+    """Processes in containers that share a folder have the same id."""
+    with files.replaced(tmp_path / "a") as one, files.replaced(tmp_path / "a") as two:
+        assert one.name != two.name
+        one.write(b"1")
+        two.write(b"2")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(KeyError), files.replaced(tmp_path / "a") as three:
+        (tmp_path / "copy").write_bytes(b"")
+        left = three.name
+        raise KeyError
+    os.rename(tmp_path / "copy", left)  # as where the process is killed
+    files.clear_partial(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_name_of_a_file_is_on_the_disk_too(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def seen(descriptor):
+        flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    with files.replaced(tmp_path / "a") as file:
+        file.write(b"1")
+    assert flushed == [False, True]
