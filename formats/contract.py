@@ -1,7 +1,7 @@
 """What every format promises: properties, each a function of a format and of a tensor.
 
     naming, sourced, width, table                         of the format alone
-    round_trip, counted, declared, zeros                  of any tensor that it quantizes
+    round_trip, counted, declared, zeros, finite          of any tensor that it quantizes
 
 A property raises `BrokenContract` with what it found and what it expected. Those here take a moment; a format of another
 package is held to them whenever it is asked for (`glance`). `qbench.testing.check_format` has many more.
@@ -19,6 +19,7 @@ from torch import Tensor
 from .blockwise import SMALLEST
 from .format import Codebook, Format, QuantizedTensor
 from .modes import aside
+from .scales import largest
 
 
 class BrokenContract(AssertionError, ValueError):
@@ -132,12 +133,36 @@ def zeros(fmt: Format, w: Tensor) -> None:
     for which in sorted({0, last // 2, last}) if flat.numel() and not fmt.dq else ():
         block, among = slice(which * fmt.block, (which + 1) * fmt.block), flat.clone()
         among[block] = 0
-        found = _largest(fmt.quantize(among.view(w.shape)).dequantize().reshape(-1)[block])
+        found = largest(fmt.quantize(among.view(w.shape)).dequantize().reshape(-1)[block])
         expect(found <= TINY, f"block {which} of zeros decodes to {found:.3g}", "zeros")
-    found = _largest(fmt.quantize(torch.zeros_like(flat).view(w.shape)).dequantize())
+    found = largest(fmt.quantize(torch.zeros_like(flat).view(w.shape)).dequantize())
     expect(found <= TINY, f"zeros decode to {found:.3g}", "zeros")
 
 
+def finite(fmt: Format, w: Tensor) -> None:
+    """Weights up to the largest of their dtype, or of fp32, decode to finite ones, in fp32 and in their own dtype; or they
+    raise a ValueError, a line that names the tensor."""
+    flat = w.detach().double()
+    flat = flat / (float(flat.abs().amax()) or 1.0) if w.numel() else flat
+    for most in {torch.finfo(w.dtype).max, min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max)}:
+        for share in (1, 0.97, 0.5, 0.3, 0.01):
+            for values in (flat, torch.ones_like(flat)):
+                _finite(fmt, (values * (most * share)).clamp(-most, most).to(w.dtype), most * share)
+
+
+def _finite(fmt: Format, huge: Tensor, most: float) -> None:
+    try:
+        q = fmt.quantize(huge, name="layers.3.q_proj")
+    except ValueError as error:
+        told = "layers.3.q_proj" in str(error) and "\n" not in str(error)
+        expect(told, f"the error says {str(error)!r}", "a line with the name of the tensor in it")
+        return
+    for dtype in (torch.float32, huge.dtype):
+        bad = int((~q.dequantize(dtype).isfinite()).sum())
+        expect(not bad, f"of weights up to {most:.6g} {bad} decode to NaN or Inf in {dtype}", "none")
+
+
+#: what all other properties rely on
 BRIEF = (naming, sourced, width, table, round_trip, counted, declared, zeros)
 
 
@@ -161,7 +186,7 @@ def glance(fmt: Format, name: str) -> None:
 
 def _first_failure(fmt: Format) -> BrokenContract | None:
     w = torch.linspace(-1, 1, min(2 * fmt.block + 3, 515), dtype=torch.float32, device="cpu").view(1, -1)
-    asked = (failure(prop, fmt, w, f"{w.numel()} weights from −1 to 1") for prop in BRIEF)
+    asked = (failure(prop, fmt, w, f"{w.numel()} weights from −1 to 1") for prop in (*BRIEF, finite))
     return next(filter(None, asked), None)
 
 
@@ -181,7 +206,3 @@ def _told(tensor: object) -> str:
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.float().abs().amax()) if values.numel() else 0.0

@@ -10,7 +10,7 @@ are arguments of the constructor, with defaults, and told by the name: see `fp4.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any, ClassVar, Concatenate, ParamSpec
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from .blockwise import block_count, load_kernels
 from .modes import aside, faking, is_fake, kept, normal
 from .packing import packed_bytes
-from .scales import Stored, empty_scales, encode_scales
+from .scales import Stored, empty_scales, encode_scales, largest, largest_stored
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Codebook:
     @cached_property
     def top(self) -> float:
         """The largest magnitude among the levels."""
-        return _largest(self.levels)
+        return largest(self.levels)
 
 
 @kept
@@ -91,6 +91,18 @@ class QuantizedTensor:
         return torch.ops.qbench.dequantize(
             self.codes, self.levels, list(self.scale), list(self.shift), self.bits, self.block, self.shape, dtype
         )
+
+    def is_finite(self, dtype: torch.dtype | None = None) -> bool:
+        """Whether all weights decode to finite ones in `dtype` (the original's by default).
+
+        A weight is at most |s|·|L| + |z|, so the levels, scales and shifts usually tell; else the weights are decoded.
+        """
+        dtype = dtype or self.dtype
+        if self.levels is not None:
+            most = largest(self.levels) * largest_stored(self.scale) + largest_stored(self.shift)
+            if most <= _held(dtype):  # a NaN is not
+                return True
+        return bool(self.dequantize(dtype).float().isfinite().all())
 
     @property
     def numel(self) -> int:
@@ -201,7 +213,7 @@ class Format:
         scale, shift = self.scale_and_shift(flat)
         book = self.codebook(flat)
         codes, scale = torch.ops.qbench.quantize(flat, book.boundaries, book.order, self.bits, self.block, scale, shift)
-        tops = [_largest(values) for values in (scale, shift) if values is not None]
+        tops = [largest(values) for values in (scale, shift) if values is not None]
         if not all(top <= torch.finfo(self.scale_dtype).max for top in tops):  # a NaN is not
             raise refusal(w, name, torch.float32, f"whose scale or shift overflows {self.scale_dtype}")
         q = QuantizedTensor(
@@ -216,14 +228,12 @@ class Format:
             shift=() if shift is None else encode_scales(shift, self.dq, self.scale_dtype),
             own_levels=self.own_levels,
         )
-        # A weight is at most |s|·|L| + |z|. A stored scale is s but for a rounding; with double quantization it is a level
-        # of at most 1, times an absmax of at most 2 |s|, plus a mean of at most |s|: 3 of the largest |s|. So the largest
-        # scale and shift tell that all weights are finite. Only where they do not, the weights themselves are looked at.
-        rounded = (3 if self.dq else 1) * (1 + torch.finfo(self.scale_dtype).eps)
-        most = rounded * (book.top * tops[0] + sum(tops[1:]))
-        for dtype in (torch.float32, w.dtype):
-            if not (most <= torch.finfo(dtype).max or q.dequantize(dtype).float().isfinite().all()):
-                raise refusal(w, name, dtype, f"which as {self.name} decode beyond {dtype}")
+        # Double quantization makes of a scale a level of at most 1, times an absmax of at most 2 |s|, plus a mean of at
+        # most |s|. So the largest scale and shift tell that all weights are finite, unless they are near what dtypes hold.
+        if not 3 * (book.top * tops[0] + sum(tops[1:])) <= _held(w.dtype):
+            for dtype in (torch.float32, w.dtype):
+                if not q.is_finite(dtype):
+                    raise refusal(w, name, dtype, f"which as {self.name} decode beyond {dtype}")
         return q
 
     @normal
@@ -265,7 +275,7 @@ def refusal(w: Tensor, name: str, dtype: torch.dtype, why: str = "") -> ValueErr
     return ValueError(f"{name}: holds {found}; a quantized tensor cannot")
 
 
-def _largest(values: Tensor) -> float:
-    """The largest magnitude; NaN where there is one. numpy looks without waking other threads."""
-    found = values.cpu().numpy()
-    return float(max(-found.min(initial=0), found.max(initial=0)))
+@lru_cache
+def _held(dtype: torch.dtype) -> float:
+    """What fp32 and `dtype` surely hold, however it was rounded on the way."""
+    return min(torch.finfo(kind).max for kind in (torch.float32, dtype)) * (1 - 2**-20)

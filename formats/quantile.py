@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import register
 from .format import Codebook, Format
+from .scales import largest
 
 SAMPLE = 2**20  # beyond it the sampling error of a quantile's rank, below 0.0005, is not worth the time of the sort
 
@@ -30,15 +31,15 @@ class Quantile(Format):
     def codebook(self, w: Tensor) -> Codebook:
         stride = -(w.numel() // -SAMPLE) or 1
         ordered = w[::stride].float().sort().values
-        n = 2**self.bits
+        n, count = 2**self.bits, ordered.numel()
         levels = torch.zeros(n, dtype=torch.float32, device=w.device)
-        if len(ordered):
-            ranks = torch.arange(1, n + 1, dtype=torch.float64, device=w.device) / (n + 1) * (len(ordered) - 1)
+        if count:
+            ranks = torch.arange(1, n + 1, dtype=torch.float64, device=w.device) / (n + 1) * (count - 1)
             below = ranks.floor().long()
-            ends = ordered[below], ordered[(below + 1).clamp(max=len(ordered) - 1)]
-            eighth = torch.maximum(-ordered[0], ordered[-1]) > 2.0**125  # their differences could overflow
-            left, right = (torch.where(eighth, end / 8, end) for end in ends)
-            quantiles = left.lerp(right, (ranks - below).float())
+            ends = ordered[below], ordered[(below + 1).clamp(max=count - 1)]
+            if largest(ordered[:: count - 1 or 1]) > 2.0**125:  # their differences could overflow
+                ends = ends[0] / 8, ends[1] / 8
+            quantiles = torch.lerp(*ends, (ranks - below).float())
             levels[1:] = quantiles[:-1] / 2 + quantiles[1:] / 2
         top = levels.abs().max()
         if top > 0:

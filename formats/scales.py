@@ -10,6 +10,9 @@ Double quantization (QLoRA, arXiv 2305.14314, section 3): the scales lose their 
 bits in blocks of 256. At block 64 the overhead falls from 32/64 = 0.5 to 8/64 + 32/(64·256) = 0.127 bit a parameter.
 The paper speaks of an 8-bit float; the code released with it uses the *dynamic map* (Dettmers, arXiv 1511.04561), and so
 does this one, to the same bits as bitsandbytes.
+
+The mean is a sum of floats, so it depends on their order. bitsandbytes takes PyTorch's, which depends on the number of
+threads beyond 32,768 scales; here it is one order everywhere: that of two threads (`mean`).
 """
 
 from collections.abc import Sequence
@@ -21,23 +24,59 @@ from torch import Tensor
 from .modes import kept
 
 NESTED_BLOCK = 256
+GRAIN = 32768  # numbers that PyTorch adds by one thread
 CPU = torch.device("cpu")
 Stored = tuple[Tensor, ...]
+
+library = torch.library.Library("qbench", "FRAGMENT")
+library.define("mean(Tensor values) -> Tensor")
 
 
 def encode_scales(values: Tensor, dq: bool, dtype: torch.dtype = torch.float32) -> Stored:
     """Store fp32 `values` [n] in `dtype` or, if `dq`, double quantized."""
     if not dq or not values.numel():
         return (values.to(dtype),)
-    offset = values.mean()
+    offset = torch.ops.qbench.mean(values)
     if not isfinite(offset):  # the sum of all of them overflows
-        offset = values.double().mean().float()
+        offset = torch.ops.qbench.mean(values.double()).float()
     blocks, absmax = _blocks(values - offset)
     # a block of zeros gives 0·∞ = NaN, which bitsandbytes stores as code 0
-    normalized = (blocks * absmax.reciprocal()[:, None]).nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
+    normalized = (blocks * absmax.reciprocal()[:, None]).nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0)
     boundaries = _dynamic_boundaries(values.device)
     codes = torch.bucketize(normalized.reshape(-1)[: values.numel()], boundaries, out_int32=True).to(torch.uint8)
     return codes, absmax, offset
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of `values` [n], n > 0, in their dtype: the same bits with any number of threads, and on any device.
+
+    PyTorch's CPU adds up to `GRAIN` numbers in one order; more are parted evenly among threads, and their sums are added.
+    Here it is always two parts. So this is `values.mean()` with any number of threads up to 32,768 numbers, with two or
+    more up to 65,536, and with two beyond. It is an op because torch.compile would add in an order of its own.
+    """
+    device, n, values = values.device, values.numel(), values.cpu()
+    if n <= GRAIN:
+        return values.mean().to(device)
+    # of two sums at once, each is one thread's
+    halves = [half.expand(2, -1).sum(1)[0] for half in values.split(-(n // -2))]
+    return ((halves[0] + halves[1]) / n).to(device)
+
+
+library.impl("mean", mean, "CompositeExplicitAutograd")
+torch.library.register_fake("qbench::mean", lambda values: values.new_empty(()), lib=library)
+
+
+def largest(values: Tensor) -> float:
+    """The largest magnitude among floats; NaN where there is one, 0 of none."""
+    return float(torch.linalg.vector_norm(values.float(), torch.inf)) if values.numel() else 0.0
+
+
+def largest_stored(stored: Sequence[Tensor]) -> float:
+    """What no magnitude among the scales of `stored` exceeds; NaN where one may be.
+
+    With double quantization a scale is a level of at most 1, times the absmax of its block, plus the offset.
+    """
+    return float(sum(map(largest, stored[-2:])))
 
 
 def decode_scales(stored: Sequence[Tensor]) -> Tensor:

@@ -74,15 +74,16 @@ class _Memory:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor  # which stays as long as the array does
-        kind = _KINDS[tensor.dtype], tuple(tensor.shape), (tensor.data_ptr(), False)
-        self.__array_interface__ = dict(zip(("typestr", "shape", "data"), kind, strict=True), version=3)
+        data = tensor.data_ptr(), False
+        self.__array_interface__ = {"typestr": _KINDS[tensor.dtype], "shape": tensor.shape, "data": data, "version": 3}
 
 
 _KINDS = {torch.float32: "<f4", torch.uint8: "|u1"}
 
 
 def _array(tensor: Tensor) -> ndarray:
-    """The memory of a tensor. `Tensor.numpy()` would forbid to resize it, which FSDP does to free what it gathered."""
+    """The memory of a weight, whole or packed. `Tensor.numpy()` would forbid to resize it, which FSDP does to free what it
+    gathered."""
     return np.asarray(_Memory(tensor.contiguous()))
 
 
@@ -286,13 +287,14 @@ def quantize(
     w = w.detach().reshape(-1).contiguous()
     n = w.numel()
     given = scale is not None
-    scales = np.empty(block_count(n, block), np.float32) if scale is None else _array(scale).copy()
-    shifts = _array(shift) if shift is not None else np.empty(0, np.float32)
-    few = len(boundaries) <= 15
-    edges = np.full(32 if few else len(boundaries) + 1, np.inf, np.float32)
-    edges[: len(boundaries)] = _array(boundaries) + np.float32(0)  # −0 becomes +0: `_below` reads signs
-    ranked = np.zeros(max(16, len(order)), np.int32)
-    ranked[: len(order)] = _array(order)
+    scales = np.empty(block_count(n, block), np.float32) if scale is None else scale.numpy().copy()
+    shifts = shift.numpy() if shift is not None else np.empty(0, np.float32)
+    parting, ranks = boundaries.numpy(), order.numpy()
+    few = len(parting) <= 15
+    edges = np.full(32 if few else len(parting) + 1, np.inf, np.float32)
+    edges[: len(parting)] = parting + np.float32(0)  # −0 becomes +0: `_below` reads signs
+    ranked = np.zeros(max(16, len(ranks)), np.int32)
+    ranked[: len(ranks)] = ranks
     first = np.zeros(0 if few else CELLS, np.uint32)
     if not few:
         _first_in_cells(edges, first)

@@ -19,6 +19,7 @@ ANY: tuple[Property, ...] = (
     contract.counted,
     contract.declared,
     contract.zeros,
+    contract.finite,
     encoding.deterministic,
     encoding.layout_free,
     encoding.coded,
@@ -26,7 +27,6 @@ ANY: tuple[Property, ...] = (
     encoding.nearest,
     encoding.idempotent,
     encoding.as_the_reference,
-    encoding.finite,
 )
 #: what is asked of which tensors
 ASKED: dict[Property, Callable[[], Iterable[Case]]] = {

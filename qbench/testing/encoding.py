@@ -37,25 +37,6 @@ def refuses_non_finite(fmt: Format, w: Tensor) -> None:
         expect(False, f"it gave {_extent(q.dequantize(torch.float32))}", "a ValueError that names the tensor")
 
 
-def finite(fmt: Format, w: Tensor) -> None:
-    """Weights up to the largest of their dtype, or of fp32, decode to finite ones, in fp32 and in their own dtype; or they
-    raise a ValueError, a line that names the tensor."""
-    flat = w.detach().double()
-    flat = flat / (float(flat.abs().amax()) or 1.0) if w.numel() else flat
-    for most in {torch.finfo(w.dtype).max, min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max)}:
-        for share in (1, 0.97, 0.5, 0.3, 0.01):
-            huge = (flat * (most * share)).clamp(-most, most).to(w.dtype)
-            try:
-                q = fmt.quantize(huge, name="layers.3.q_proj")
-            except ValueError as error:
-                told = "layers.3.q_proj" in str(error) and "\n" not in str(error)
-                expect(told, f"the error says {str(error)!r}", "a line with the name of the tensor in it")
-                continue
-            for dtype in (torch.float32, w.dtype):
-                bad = int((~q.dequantize(dtype).isfinite()).sum())
-                expect(not bad, f"of weights up to {most * share:.6g} {bad} decode to NaN or Inf in {dtype}", "none")
-
-
 def refuses_integers(fmt: Format, w: Tensor) -> None:
     """Integers raise a TypeError."""
     try:

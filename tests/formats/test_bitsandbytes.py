@@ -1,6 +1,7 @@
 """nf4 and fp4 store what bitsandbytes stores, to the last bit: codes, absmax, nested codes, nested absmax and offset.
 
-Only its quantization is the oracle: its CPU decode is wrong where a row is not a whole number of blocks (0.50.2).
+Only its quantization is the oracle: its CPU decode is wrong where a row is not a whole number of blocks (0.50.2). It has
+two threads, as what it stores depends on their number beyond 32,768 blocks.
 """
 
 import pytest
@@ -15,6 +16,14 @@ from tests.formats.tensors import weights
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is in the test extra")
 
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -58,3 +67,20 @@ def test_stores_the_same_bits_at_every_bf16_value(name):
     finite = every[every.isfinite()]
     check(finite, name, 64, False)
     check(finite[finite.abs() < 1e34], name, 64, True)  # beyond, the sum of its scales is Inf to bitsandbytes
+
+
+@pytest.mark.parametrize("blocks", [50_001, 65_536, 65_537])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_stores_the_same_bits_of_many_blocks_with_any_number_of_threads(blocks, seed):
+    """Up to 65,536 blocks bitsandbytes stores the same with more than two threads."""
+    fmt, w = (
+        formats.get("nf4", block=32, dq=True),
+        torch.randn(blocks * 32, generator=torch.Generator().manual_seed(seed)),
+    )
+    check(w, "nf4", 32, True)
+    expected = fmt.quantize(w).stored
+    for threads in (1, 8):
+        torch.set_num_threads(threads)
+        assert all(map(same, fmt.quantize(w).stored, expected)), threads
+    if blocks <= 65_536:
+        check(w, "nf4", 32, True)

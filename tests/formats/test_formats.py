@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,32 @@ def test_numbers_as_large_as_fp32_has_them(name, dq):
     q = formats.get(name, block=4096, dq=dq).quantize(w)
     back = formats.get(name, block=4096, dq=dq).quantize(w / 2**20).dequantize() * 2**20
     assert torch.allclose(q.dequantize(), back, rtol=1e-4, atol=1e33)
+
+
+@pytest.mark.parametrize("dq", [False, True])
+@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("factor", [1.0, 1e5, 1e38, math.nan])
+def test_what_decodes_to_inf_or_nan_is_told(name, dq, factor):
+    """As of a checkpoint, whose levels and scales are finite whatever they make of a weight."""
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).clamp(-4, 4)
+    q = formats.get(name, dq=dq).quantize(w)
+    part = "codes" if q.levels is None else "levels"
+    q = replace(q, **{part: getattr(q, part) * factor})
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert (
+            q.is_finite(dtype)
+            == bool(q.dequantize(dtype).isfinite().all())
+            == (factor == 1 or (factor == 1e5 and dtype != torch.float16))
+        ), dtype
+    assert q.is_finite() == q.is_finite(w.dtype)
+
+
+@pytest.mark.parametrize("dq", [False, True])
+@pytest.mark.parametrize("part", ["scale", "shift"])
+def test_a_scale_or_a_shift_that_is_nan_is_told(part, dq):
+    q = formats.get("int4_asym", dq=dq).quantize(torch.randn(8, 64))
+    getattr(q, part)[-1].fill_(torch.nan)
+    assert not q.is_finite()
 
 
 def test_unknown_names_are_answered_with_the_list():
@@ -159,6 +186,21 @@ def test_the_dynamic_map():
     levels = scales.dynamic_map()
     assert len(levels) == 256 and levels.unique().numel() == 256
     assert float(levels[0]) == pytest.approx(-0.99296875) and float(levels[-1]) == 1.0 and 0.0 in levels
+
+
+@pytest.mark.parametrize("n", [1, 1000, 32_768, 32_769, 65_535, 65_537, 200_001, 1_000_003])
+def test_the_mean_is_that_of_two_threads_with_any_number_of_threads(n):
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(n)
+    try:
+        for _ in range(10):
+            values = torch.rand(n, generator=generator)
+            torch.set_num_threads(2)
+            expected = values.mean()
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                assert torch.equal(scales.mean(values), expected), threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @settings(max_examples=100, deadline=None)

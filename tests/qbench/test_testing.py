@@ -168,6 +168,14 @@ class Louder(QuantizedTensor):
         return super().dequantize(dtype) * 2
 
 
+class Boundless(Ternary):
+    """What is stored is made larger after it was seen to be finite."""
+
+    def quantize(self, w, name="tensor"):
+        q = super().quantize(w, name)
+        return replace(q, scale=(q.scale[0] * 1.5, *q.scale[1:]) if not self.dq else q.scale)
+
+
 class ItsOwnDecoder(Ternary):
     def quantize(self, w, name="tensor"):
         return Louder(**vars(super().quantize(w, name)))
@@ -208,6 +216,7 @@ BROKEN = {
     AnyBlock: ("refuses_blocks", r"block=0 is taken; expected a ValueError"),
     Refusing: ("is_made", r"on block=64: it raised ValueError: never"),
     Demanding: ("is_made", r"it raised TypeError: .* missing 1 required positional argument: 'strength'"),
+    Boundless: ("finite", r"of weights up to .* decode to NaN or Inf in torch\.float32; expected none"),
     ItsOwnDecoder: ("layered", r"a layer decodes to other weights; expected the same"),
     Nonlinear: ("round_trip", r"it raised RuntimeError: no"),
 }
@@ -251,6 +260,8 @@ def test_a_glance_is_a_line_and_our_own_pass_it():
         glance(Short(), "it")
     with pytest.raises(BrokenContract, match=r"^it .*: round_trip: on .*: it raised RuntimeError: no$"):
         glance(Nonlinear(), "it")
+    with pytest.raises(BrokenContract, match=r"^it .*: finite: on .* decode to NaN or Inf in torch\.float32; "):
+        glance(Boundless(), "it")
     for name in formats.names():
         for block in (1, 64, 1000):
             for dq in (False, True):
