@@ -38,7 +38,7 @@ from .interop.packed import Foreign, Held, Packed
 from .layers import QuantLinear, coverage, packed_layers
 from .opened import GENERATION, reading
 from .pretrained import tell
-from .recipe import CONFIG, KEY, Recipe
+from .recipe import CARD, CONFIG, KEY, Recipe
 from .recipe import find as find_recipe
 from .shards import Contents
 
@@ -156,6 +156,7 @@ def save(
         raise InputError(f"{folder} holds {', '.join(held[:3])}; accepted: a new or empty folder")
     with _told(model, recipe):
         model.save_pretrained(folder)
+    _write_card(folder, recipe)
     if tokenizer:
         tokenizer.save_pretrained(folder)
 
@@ -198,6 +199,12 @@ def _recipe(
 
 def finish(folder: Path, config: dict, recipe: Recipe, contents: Contents) -> None:
     """Write what makes the files of tensors a checkpoint; the index last: where it is, the checkpoint is whole."""
+    _write_card(folder, recipe)
     for name, content in ((CONFIG, config | {KEY: recipe.plain()}), (shards.INDEX, shards.index(contents))):
         with files.replaced(folder / name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _write_card(folder: Path, recipe: Recipe) -> None:
+    with files.replaced(folder / CARD) as file:
+        file.write(recipe.card().encode())

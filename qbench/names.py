@@ -1,7 +1,7 @@
 """What a model calls the tensors of a checkpoint."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -22,29 +22,42 @@ def named(
     is told. undone: patterns in the names of the files, and what is put in their places. Raises InputError for a tensor
     that is there twice, and where those to be merged hold fewer weights, or more, than the model's.
     """
-    rename = _renaming(model, undone)
     expected = model.state_dict()
     called: dict[str, str] = {}
     found: dict[str, Spec] = {}
     merged: Counter[str] = Counter()
-    for file, specs in contents.items():
-        for tensor, spec in specs.items():
-            name, is_part = rename(tensor)
-            called[tensor] = tensor if is_part else name
-            if is_part:
-                _check_part(model, name, expected, f"{file}: {tensor}")
-                merged[name] += spec.shape.numel()
-            elif name in found:
-                raise InputError(f"{file}: {tensor} is there a second time, under another name; accepted: one of them")
-            else:
-                found[name] = spec
+    for file, tensor, name, is_part in each(model, contents, undone):
+        spec = contents[file][tensor]
+        called[tensor] = tensor if is_part else name
+        if is_part:
+            _check_part(model, name, expected, f"{file}: {tensor}")
+            merged[name] += spec.shape.numel()
+        else:
+            found[name] = spec
     for name, weights in merged.items():
         if name in found or weights != expected[name].numel():
-            raise InputError(
-                f"{file.parent}: what makes {name} holds {weights} weights; accepted: {expected[name].numel()}"
-            )
+            where = next(iter(contents)).parent
+            raise InputError(f"{where}: what makes {name} holds {weights} weights; accepted: {expected[name].numel()}")
         found[name] = Spec.of(expected[name])
     return called, found
+
+
+def each(
+    model: PreTrainedModel, contents: Contents, undone: dict[str, str] | None = None
+) -> Iterator[tuple[Path, str, str, bool]]:
+    """Of each tensor its file, its name there and in the model, and whether it is but a part of what the model has there.
+
+    Raises InputError for one that is there twice.
+    """
+    rename = _renaming(model, undone)
+    seen: set[str] = set()
+    for file, specs in contents.items():
+        for tensor in specs:
+            name, is_part = rename(tensor)
+            if name in seen and not is_part:
+                raise InputError(f"{file}: {tensor} is there a second time, under another name; accepted: one of them")
+            seen.add(name)
+            yield file, tensor, name, is_part
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str, Path], str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import auto, places, shards, skeleton
+from . import auto, names, places, shards, skeleton
 from .errors import InputError
 from .messages import OURS
 from .recipe import KEY, plain_config
@@ -112,6 +112,8 @@ def open(path: str | None, revision: str | None = None, trust: bool = False) -> 
         config = auto.config(folder, len(specs), sum(spec.shape.numel() for spec in specs.values()), trust)
         empty = skeleton.bare(config, torch.bfloat16, buffers=False, trust=trust)
         undone = _wrapped(specs, empty)
+        for _ in names.each(empty, contents, undone):
+            pass  # it raises
         _check_buffers(empty, specs, what)
         tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         model = _loaded(type(empty), config, tensors, undone, what, dtype=torch.bfloat16, device_map={"": "meta"})

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,7 +27,22 @@ if TYPE_CHECKING:
 
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"
+CARD = "README.md"
 _LARGEST = 2**24  # bytes of a config.json
+_CARD = """---
+library_name: transformers
+tags: [qbench]
+---
+
+Linear layers of this model are packed: {format}, {source}.{share} What is left, and why, is in config.json, under
+quantization_config. Its licence is that of the model from which it was made.
+
+```python
+{imports}from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,10 @@ class Recipe:
     """arguments: what `formats.get` takes: name, block, dq, and options of the format. dtype: of the weights as they
     were, None before they have been seen; others: of the layers where it was another. coverage: a `layers.Coverage`, for
     who reads the file. Raises InputError for arguments of which there is no format."""
+
+    _imports: ClassVar[str] = (
+        "import qbench  # first: without it transformers warns, and gives packed layers random weights\n"
+    )
 
     arguments: dict
     dtype: torch.dtype | None
@@ -95,8 +114,14 @@ class Recipe:
             "options": options,
             "dtype": None if self.dtype is None else word(self.dtype),
             "dtypes": {layer: word(dtype) for layer, dtype in self.others.items()},
-            "coverage": self.coverage,
+            **({"coverage": self.coverage} if self.coverage else {}),
         }
+
+    def card(self) -> str:
+        """The README.md of a folder: how it is packed, and how it is loaded."""
+        quantized = 100 * self.coverage["quantized"] / self.coverage["eligible"] if self.coverage else None
+        share = f" {quantized:.1f}% of the weights that could be quantized are." if quantized else ""
+        return _CARD.format(format=repr(self.format), source=self.format.source, share=share, imports=self._imports)
 
     @classmethod
     def read(cls, plain: dict) -> "Recipe":

@@ -17,7 +17,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {word(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 _PART = re.compile(r"(.+)\.weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)")
 _SAME = 1e-6  # within which bitsandbytes takes two tables for the same
+_LONGEST = 4096  # bytes of the JSON of a layer, which takes some 200
 _WIDEST = -1.1754943508222875e-38  # no fp32 number is longer in JSON
 
 
@@ -111,6 +112,8 @@ def places(layer: str, fmt: Format) -> dict[str, str]:
 @dataclass(frozen=True)
 class Recipe(recipe.Recipe):
     """config: the quantization_config."""
+
+    _imports: ClassVar[str] = "# bitsandbytes has to be installed\n"
 
     config: dict = field(default_factory=dict)
 
@@ -204,6 +207,7 @@ class Folder(Foreign):
         files = {key: file for file, specs in found.items() for key in specs}
         rename, modules = names.renaming(model), dict(model.named_modules())
         states: dict[str, State] = {}
+        specs = shards.merged(found)
         called: dict[str, str] = {}
         contents: Contents = {file: {} for file in found}
         rest = dict(files)
@@ -211,14 +215,14 @@ class Folder(Foreign):
             name = rename(f"{layer}.weight", self.path).removesuffix(".weight")
             if name not in modules or not replaceable(modules[name]):
                 raise InputError(f"{self.path}: {layer} is no linear layer of a {type(model).__name__}")
-            state = states[name] = self._state(layer, files, weight_of(modules[name]).shape)
+            state = states[name] = self._state(layer, files, specs, weight_of(modules[name]).shape)
             empty = state.format.empty(state.shape, state.dtype, "cpu")
             self._check(state, parts(layer, empty), found, files)
             for key in (*parts(layer, empty), state_key(layer, state.format.name)):
                 del rest[key]
-            specs = QuantLinear(empty).stored()
+            stored = QuantLinear(empty).stored()
             for part, key in places(layer, state.format).items():
-                contents[files[key]][f"{name}.{part}"] = Spec.of(specs[part])
+                contents[files[key]][f"{name}.{part}"] = Spec.of(stored[part])
                 called[f"{name}.{part}"] = key
         if not states:
             raise InputError(
@@ -237,7 +241,7 @@ class Folder(Foreign):
 
         return Held({name: (state.format, state.dtype) for name, state in states.items()}, contents, read, called)
 
-    def _state(self, layer: str, files: dict[str, Path], shape: torch.Size) -> State:
+    def _state(self, layer: str, files: dict[str, Path], specs: dict[str, Spec], shape: torch.Size) -> State:
         found = [key for key in files if key.startswith(f"{layer}.weight.quant_state.")]
         accepted = [state_key(layer, kind) for kind in TYPES]
         if not found:
@@ -245,6 +249,8 @@ class Folder(Foreign):
         if len(found) > 1 or found[0] not in accepted:
             raise InputError(f"{self.path}: {' and '.join(found)}: not accepted; one of {', '.join(accepted)} is")
         where = f"{files[found[0]]}: {found[0]}"
+        if (size := specs[found[0]].nbytes) > _LONGEST:
+            raise InputError(f"{where}: {size} bytes are not accepted; up to {_LONGEST} are")
         try:
             state = State.read(bytes(shards.read(files[found[0]], found[0]).tolist()))
         except InputError as error:

@@ -88,7 +88,7 @@ def quantize(config: dict) -> None:
 
         layout = checkpoint.layout_of(config["layout"])
         found = source.read(config["model"]["path"])
-    recipe = layout.of(config["format"], found.dtypes, coverage=found.coverage)
+    recipe = layout.of(config["format"], found.dtypes)
     columns = [BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(TextColumn("quantize"), *columns, console=stderr, disable=not stderr.is_terminal) as progress:
         before = sum(spec.nbytes for spec in shards.merged(found.contents).values())

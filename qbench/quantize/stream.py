@@ -4,6 +4,7 @@ What has been done is told by quantize.json beside it, which is written after ea
 the digest of what came of it. A file of which both still hold is kept; any other is made again, to the same bytes.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -40,6 +41,7 @@ def run(
     holds something else, or a tensor of the source holds NaN or Inf; files.Busy where another process is at it; OSError
     naming the file that could not be written. Whatever is raised, the same call goes on from there.
     """
+    recipe = dataclasses.replace(recipe, coverage=source.coverage.plain())
     _look(out, source.folder)
     out.mkdir(parents=True, exist_ok=True)
     with files.locked(out):

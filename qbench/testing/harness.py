@@ -5,13 +5,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from formats import Format, QuantizedTensor
 from formats.contract import expect
 from formats.registry import lent
 
-from .. import checkpoint, models
+from .. import auto, checkpoint, models, places
 from ..layers import QuantLinear, linear_layers, replace
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: of norms, relative
@@ -45,7 +45,7 @@ def saved(fmt: Format, w: Tensor) -> None:
     replace(model, models.quantize(linear_layers(model), fmt))
     with TemporaryDirectory() as folder, lent(fmt):
         arguments = {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
-        checkpoint.save(model, Path(folder) / "model", AutoTokenizer.from_pretrained(models.BUNDLED), arguments)
+        checkpoint.save(model, Path(folder) / "model", auto.tokenizer(places.BUNDLED), arguments)
         loaded = checkpoint.load(Path(folder) / "model", CPU, torch.float32).model
     after = _packed(loaded)
     for name, q in _packed(model).items():

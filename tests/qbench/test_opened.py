@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import qbench
 from qbench import checkpoint, models, places
 from qbench.errors import InputError
+from qbench.layers import packed_layers
 from qbench.quantize import source
 from tests.conftest import make_model
 
@@ -119,10 +120,10 @@ def test_the_prefixes_of_wrappers_are_taken_off_and_told(wrapper, folder, tiny_l
         assert source.read(str(folder)).dtypes == source.read(str(tiny_llama)).dtypes
 
 
-def test_what_was_taken_off_is_in_the_result(folder):
+def test_what_was_taken_off_is_in_the_result(folder, capsys):
     rewrite(folder, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
-    with pytest.warns(UserWarning, match="taken off"):
-        result = qbench.run("nf4", model=folder, tune=None, eval={"tokens": 256}, out=folder / "run")
+    result = qbench.run("nf4", model=folder, tune=None, eval={"tokens": 256}, out=folder / "run")
+    assert "torch.compile put there, which is taken off" in capsys.readouterr().err
     assert result["run"]["model"] == {"commit": None, "wrappers": ["torch.compile"]}
 
 
@@ -329,3 +330,22 @@ def test_only_one_module_asks_transformers_to_read_a_checkpoint():
         text = re.sub(r'""".*?"""', "", file.read_text(), flags=re.S)
         for call in re.findall(r"Auto\w+\.from_(?:pretrained|config)\((?:[^()]|\([^()]*\))*\)", text):
             assert "trust_remote_code=" in call, f"{file}: {call}"
+
+
+def test_the_readme_of_a_packed_folder_says_how_it_is_loaded(folder, tmp_path):
+    model = qbench.pack(models.load(str(folder), torch.bfloat16, CPU).model, "nf4", dq=True)
+    checkpoint.save(model, tmp_path / "packed")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "nf4(block=64, dq=True)" in card and "100.0% of the weights" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    code = code.replace("this folder", str(tmp_path / "packed"))
+    code += """
+from qbench.layers import packed_layers
+print(float(model.lm_head.weight.sum()))
+print(float(sum(layer.packed.dequantize().float().sum() for layer in packed_layers(model).values())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, packed = map(float, done.stdout.split())
+    assert head == float(model.lm_head.weight.sum())
+    assert packed == float(sum(layer.packed.dequantize().float().sum() for layer in packed_layers(model).values()))

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import formats
 import qbench
-from qbench.layers import left, linear_layers, packed_layers, replaceable
+from qbench.layers import coverage, left, linear_layers, packed_layers, replaceable
 from tests.conftest import VOCABULARY
 
 from .checkpoints import sharded
@@ -49,9 +49,14 @@ def test_models_with_linear_layers_of_their_own(name):
     before = model(tokens).logits
     routers = ROUTERS.get(name, {})
     assert left(model) == {n: f"a {kind} computes something else than x·Wᵀ + b" for n, kind in routers.items()}
+    told = coverage(model)
+    assert told.left.items() >= left(model).items() and (told.share == 1) == (not told.left)
     if routers:
-        with pytest.warns(UserWarning, match=f"qbench: Left in 16 bit: {next(iter(routers))}, as a "):
+        with pytest.warns(
+            UserWarning, match=rf"qbench: Only {100 * told.share:.1f}% .* 16 bit: \S+experts.gate_up_proj"
+        ):
             qbench.pack(model, "int8", block=32)
+        assert coverage(model) == told, "packed or not"
     else:
         qbench.pack(model, "int8", block=32)
     assert not routers.keys() & packed_layers(model).keys()
@@ -125,10 +130,13 @@ def test_a_run_names_what_it_leaves(with_a_router, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    wanted = left(AutoModelForCausalLM.from_pretrained(with_a_router))
-    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["bits"]["left"] == wanted and len(wanted) == 2
-    sentence = "Left in 16 bit: model.layers.0.feed_forward.router, as a Llama4Router computes something else"
-    assert sentence in " ".join((tmp_path / "report.md").read_text().split())
+    wanted = coverage(AutoModelForCausalLM.from_pretrained(with_a_router))
+    bits = json.loads((tmp_path / "result.json").read_text())["metrics"]["bits"]
+    assert bits["left"] == wanted.left and len(wanted.left) == 6
+    assert bits["quantized_parameters"] == wanted.quantized and bits["eligible_parameters"] == wanted.eligible
+    sentence = f"Only {100 * wanted.share:.1f}% of the weights are quantized. Left in 16 bit: model.layers.0.feed"
+    for text in (done.stderr + done.stdout, (tmp_path / "report.md").read_text().replace("\\", "")):
+        assert sentence in " ".join(text.split())
 
 
 def test_every_linear_layer_of_the_usual_models_is_quantized(any_model):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import formats
-from qbench import QBenchConfig, adapters, checkpoint, data, models
+from qbench import QBenchConfig, adapters, checkpoint, data, models, opened
 from qbench.errors import InputError
 from qbench.layers import QuantLinear, linear_layers, replace
 from qbench.measure import quality
@@ -337,15 +337,11 @@ def test_what_bitsandbytes_does_not_keep_is_named(plain, tmp_path):
 
 def test_a_run_names_what_can_be_done_with_it(whole):
     with pytest.raises(InputError, match=r"packed already, as nf4 by bitsandbytes with double.*qbench.checkpoint.load"):
-        models.refuse_packed(str(whole))
+        models.open(str(whole))
     with pytest.raises(InputError, match=r"packed already, as nf4 by bitsandbytes"):
         quantize(whole, whole / "out")
 
 
-def test_what_transformers_loads_packed_is_refused(whole, monkeypatch):
-    """As of a hub id, whose files are looked at by transformers alone."""
-    monkeypatch.setattr(checkpoint, "find", lambda path: None)
-    with pytest.raises(
-        InputError, match=r"is quantized already; accepted: a 16-bit checkpoint, or a packed one on disk"
-    ):
-        models.load(str(whole), torch.bfloat16, CPU)
+def test_nothing_packed_is_taken_for_a_16_bit_checkpoint(whole):
+    with pytest.raises(InputError, match=r"is quantized already, by bitsandbytes; accepted: a 16-bit checkpoint"):
+        opened.open(str(whole))

@@ -285,10 +285,10 @@ def test_a_run_names_what_can_be_done_with_it(whole):
     with pytest.raises(
         InputError, match=r"is packed already, as Q4_0 in a GGUF file; accepted: a 16-bit checkpoint\. qb"
     ):
-        models.refuse_packed(str(whole))
+        models.open(str(whole))
     assert len(models.digest(str(whole))) == 64
     with pytest.raises(InputError, match=r"gone.gguf' does not exist"):
-        models.refuse_packed(str(whole.parent / "gone.gguf"))
+        models.open(str(whole.parent / "gone.gguf"))
 
 
 def test_without_the_package_a_line_says_so(whole, monkeypatch):
