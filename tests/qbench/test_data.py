@@ -4,7 +4,8 @@ import gzip
 import hashlib
 import json
 import os
-import resource
+import re
+import sys
 import tempfile
 import time
 import warnings
@@ -20,9 +21,12 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import formats
 from qbench import data
 from qbench.errors import InputError
+from qbench.experiment import run
 from qbench.models import BUNDLED
+from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings, TuneSettings
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +248,11 @@ def test_what_is_neither_text_nor_documents_is_one_line(name):
 
 
 def test_places_that_hold_no_text_are_one_line(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
     packed = gzip.compress(os.urandom(10_000))
     (tmp_path / "broken.gz").write_bytes(packed[:100] + b"\0" * 1000 + packed[1100:])
     for path, expected in {
         str(tmp_path): "is no regular file; accepted",
-        str(tmp_path / "fifo"): "is no regular file; accepted",
+        os.devnull: "is no regular file; accepted",
         str(tmp_path / "broken.gz"): "cannot be read",
         "~a user that nobody is/a.txt": "does not exist; accepted",
         "x" * 5000: "does not exist; accepted",
@@ -261,8 +264,19 @@ def test_places_that_hold_no_text_are_one_line(tmp_path):
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 700
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="is no regular file; accepted"):
+        data.read(str(tmp_path / "fifo"))
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not limit a process's memory")
 def test_an_archive_that_unpacks_to_more_than_the_memory_is_one_line(tmp_path):
     """Gigabytes from some hundred thousand bytes, with room for one of them."""
+    import resource  # which Windows lacks
+
     (tmp_path / "bomb.txt").write_bytes(gzip.compress(b"a line of it\n" * 2**22) * 80)
     allowed = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**30, allowed[1]))
@@ -334,6 +348,27 @@ def test_no_beginning_of_text_follows_another(words, seq, marks):
         return
     for part in found:
         assert part[0] == 3 and not ((part[:-1] == 3) & (part[1:] == 3)).any()
+
+
+def test_the_split_is_in_the_result(tiny_llama, tmp_path, capsys):
+    """Of 12 documents, four of them empty and one there twice; what was trained on is told, and what was scored."""
+    rows = [f"Document {i} is about the number {i}. " * 20 * (i % 3 > 0) for i in (*range(11), 10)]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": row} for row in rows]))
+    settings = Settings(
+        formats.get("int8", block=64),
+        ModelSettings(str(tiny_llama), "float32"),
+        DataSettings(str(tmp_path / "a.json"), seq=32),
+        TuneSettings(steps=2, batch=2, rank=2),
+        EvalSettings(tokens=10**6),
+        device="cpu",
+    )
+    found = run(settings, tmp_path / "run")["metrics"]
+    said = capsys.readouterr().err.splitlines()[0]
+    assert re.fullmatch(r"qbench: eval\.tokens: 1000000 are more than the \d+ held out; all of these are scored", said)
+    assert found["data"] == {
+        "unit": "documents", "held_out": 1, "train": 6, "empty": 4, "repeated": 1, "examples": 4
+    }  # fmt: skip
+    assert found["quality"]["baseline"]["tokens"] < 1000
 
 
 def test_more_tokens_than_there_are_is_told_at_once(tokenizer):
