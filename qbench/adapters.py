@@ -131,9 +131,9 @@ def refused(model: PreTrainedModel, names: Iterable[str], settings: TuneSettings
 
 def _unreached(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> dict[str, str]:
     """The targets whose adapters have no part in what the model computes, as some models take a weight but do not call its
-    layer. Puts adapters on `model`, on the meta device. Raises InputError where that fails, or all are such."""
+    layer. Puts adapters on `model`, and it on the meta device. Raises InputError where that fails, or all are such."""
     tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    model.requires_grad_(False)
+    model.to("meta").requires_grad_(False).train()  # type: ignore[arg-type]  # a wrapper hides its arguments
     try:
         model(input_ids=tokens)
         runs = True

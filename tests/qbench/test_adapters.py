@@ -44,7 +44,7 @@ TUNES = {
     "dora, pissa": {"method": "dora", "init": "pissa"},
     "rslora": {"method": "rslora"},
     "rslora, loftq": {"method": "rslora", "init": "loftq"},
-    "ia3": {"method": "ia3"},
+    "ia3": {"method": "ia3", "lr": 0.5},
     "prefix": {"method": "prefix"},
     "p_tuning": {"method": "p_tuning"},
 }
@@ -98,3 +98,99 @@ def test_what_is_saved_gives_what_was_reported(architecture, tune, name, tmp_pat
         exec(block, loaded)
         assert bool(packed_layers(loaded["model"])) == packed
         assert perplexity(loaded["model"], path) == pytest.approx(scores["tuned"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "embed_tokens", "q_proj"], ["embed_tokens"]])
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_merged_into_a_tied_head_is_not_in_the_embeddings(targets, together, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, intermediate_size=96, num_attention_heads=4, tie_word_embeddings=True)
+    model = qbench.pack(AutoModelForCausalLM.from_config(config).eval(), "nf4")
+    tune = LoraConfig(r=4, target_modules=targets, ensure_weight_tying=together, task_type="CAUSAL_LM")
+    model = get_peft_model(model, tune).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    tokens = torch.arange(40)[None]
+    apart = model(tokens).logits
+    merged = merge.merged(model)
+    assert torch.allclose(merged(tokens).logits, apart, atol=1e-3)
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(again(tokens).logits, apart, atol=1e-3)
+
+
+def unread(config: transformers.PreTrainedConfig):
+    """A model before its weights are read."""
+    return skeleton.bare(config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tune", "line"),
+    [
+        ("gpt2", {"method": "prefix"}, r"virtual_tokens: 16 and data.seq=120 .* 128 positions; accepted: data.seq=112$"),
+        ("gpt2", {"method": "p_tuning", "virtual_tokens": 500}, r"accepted: up to 126$"),
+        ("llama", {"method": "prefix", "checkpointing": True}, r"^tune.checkpointing: true .* prefix.* accepted: false$"),
+        ("llama", {"rank": 65}, r"^tune.rank: 65 is more than .* accepted: up to 64$"),
+        ("mamba2", {"method": "prefix"}, r"^tune.method: prefix does not work on a Mamba2ForCausalLM: .*one of lora, "),
+        ("falcon_h1", {"method": "prefix"}, r"^tune.method: prefix does not work on a FalconH1ForCausalLM: Cannot get"),
+        ("rwkv", {"method": "p_tuning"}, r"^tune.method: p_tuning does not work on a RwkvForCausalLM: .* full$"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_told_before_a_weight_is_read(architecture, tune, line):
+    with pytest.raises(InputError, match=line) as raised:
+        adapters.check(unread((ARCHITECTURES | RECURRENT)[architecture]), TuneSettings(**tune), 120)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("tune", sorted(TUNES))
+def test_what_works_is_let_by(architecture, tune):
+    model = unread(ARCHITECTURES[architecture])
+    before = {name: type(module) for name, module in model.named_modules()}
+    random = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "qbench: ")
+        assert adapters.check(model, TuneSettings(**TUNES[tune], checkpointing=tune != "prefix"), 64) == {}
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left"),
+    [("mamba", {"out_proj": "PEFT puts no LoRA", "dt_proj": "takes its weight alone"}),
+     ("mamba2", {"out_proj": "PEFT puts no LoRA"}), ("falcon_h1", {"out_proj": "PEFT puts no LoRA"}),
+     ("rwkv", {}), ("recurrent_gemma", {})],
+)  # fmt: skip
+def test_models_without_a_kv_cache_are_tuned_and_what_is_not_is_told(architecture, left, tmp_path, capsys):
+    torch.manual_seed(0)
+    path = tmp_path / "model"
+    AutoModelForCausalLM.from_config(RECURRENT[architecture], dtype=torch.bfloat16).save_pretrained(path)
+    AutoTokenizer.from_pretrained(qbench.models.BUNDLED).save_pretrained(path)
+    result = run(settings(path, "nf4"), tmp_path / "run")
+    told = re.findall("qbench: No adapter on .*", capsys.readouterr().err)
+    found = result["metrics"]["tune"]["left"]
+    assert result["status"] == "done" and len(told) == bool(left)
+    assert {name.rpartition(".")[2] for name in found} == left.keys()
+    assert all(left[name.rpartition(".")[2]] in why for name, why in found.items())
+    rates = result["metrics"]["throughput"]
+    for stage in (rates, rates["baseline"], rates["tuned"]):
+        assert stage["prefill_tokens_s"] and (stage["decode_tokens_s"] is None) == ("untimed" in stage)
+    reason = rates.get("untimed", {}).get("decode_tokens_s", "")
+    assert reason == ("a RecurrentGemmaForCausalLM gives no cache to go on from" if "gemma" in architecture else "")
+
+
+def test_what_fails_to_decode_is_told_and_the_rest_kept():
+    """Whatever a model raises when it is handed its cache."""
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]).eval()
+    forward = model.forward
+
+    def forgetful(**given):
+        if given.get("use_cache") and given["input_ids"].shape[1] == 1:
+            raise TypeError("no such cache\nand more")
+        return forward(**given)
+
+    model.forward = forgetful
+    rates = throughput.generation_rates(model, torch.arange(40), prefills=1)
+    assert rates["untimed"] == {"decode_tokens_s": "no such cache"} and rates["decode_tokens_s"] is None
+    assert rates["prefill_tokens_s"]["median"] > 0 and [row["rows"] for row in rates["by_rows"]] == [1, 4, 16, 40]
