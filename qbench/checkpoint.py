@@ -109,7 +109,7 @@ def _filled(found: Foreign, device: torch.device, dtype: torch.dtype) -> PreTrai
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     layers = packed_layers(model)
     for name, layer in layers.items():
-        skeleton.settle(layer, held.layers[name][0])
+        skeleton.settle(f"{found.path}: {name}", layer, held.layers[name][0])
     if layers:
         tell(model, _recipe(model, layers, found.recipe))
     return model

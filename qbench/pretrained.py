@@ -144,7 +144,7 @@ class QBenchQuantizer(HfQuantizer):
                 )
             if layer.codes.is_meta and on_disk:
                 skeleton.check_offloaded(model, name, layer)
-            skeleton.settle(layer, self.recipe.format)
+            skeleton.settle(f"{self.where}: {name}", layer, self.recipe.format)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}
             self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes, coverage=coverage(model))

@@ -98,15 +98,20 @@ def place(model: PreTrainedModel, layers: dict[str, tuple[Format, torch.dtype]])
                 layer.register_parameter(name, PackedParameter(tensor))
 
 
-def settle(layer: QuantLinear, fmt: Format) -> None:
-    """Complete a layer whose tensors have been read, by the levels of its format, which no checkpoint holds."""
+def settle(name: str, layer: QuantLinear, fmt: Format) -> None:
+    """Complete a layer whose tensors have been read, by the levels of its format, which no checkpoint holds.
+
+    Raises InputError where scales, each of them finite, make weights that are not.
+    """
     layer.identified = True
-    for name, tensor in layer.named_parameters():
+    for part, tensor in layer.named_parameters():
         if tensor.shape == torch.Size() and not tensor.is_meta:  # offloaded, it comes back in the shape of its file
-            layer.register_parameter(name, PackedParameter(tensor.detach().reshape(1)))
+            layer.register_parameter(part, PackedParameter(tensor.detach().reshape(1)))
     if not layer.own_levels and layer.levels is not None:
         levels = fmt.empty(torch.Size([0]), layer.dtype, layer.codes.device).levels
         layer.table, layer.levels = _table_of(fmt), levels
+    if not layer.codes.is_meta and not layer.packed.is_finite():
+        raise InputError(f"{name} decodes to NaN or Inf in {word(layer.dtype)}; finite weights are accepted")
 
 
 def check_offloaded(model: PreTrainedModel, name: str, layer: QuantLinear) -> None:

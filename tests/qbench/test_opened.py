@@ -349,3 +349,13 @@ print(float(sum(layer.packed.dequantize().float().sum() for layer in packed_laye
     head, packed = map(float, done.stdout.split())
     assert head == float(model.lm_head.weight.sum())
     assert packed == float(sum(layer.packed.dequantize().float().sum() for layer in packed_layers(model).values()))
+
+
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+def test_finite_scales_that_decode_to_infinity_are_refused(layout, folder, tmp_path):
+    model = qbench.pack(models.load(str(folder), torch.bfloat16, CPU).model, "nf4")
+    checkpoint.save(model, tmp_path / "packed", models.open(str(folder)).tokenizer, layout=layout)
+    key = "model.layers.0.mlp.up_proj." + {"qbench": "scale", "bitsandbytes": "weight.absmax"}[layout]
+    rewrite(tmp_path / "packed", lambda tensors: tensors | {key: torch.full_like(tensors[key], 3.4e38)})
+    with pytest.raises(InputError, match=r"model.layers.0.mlp.up_proj decodes to NaN or Inf in bfloat16"):
+        checkpoint.load(tmp_path / "packed", CPU, torch.bfloat16)
