@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import stat
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def write(folder: Path, result: dict) -> Path:
     """Write a result to `folder`/result.json. What another run had finished there is kept beside, as result-ID.json."""
     before = done(folder)
     if before and before["run"]["id"] != result["run"]["id"]:
-        with files.replaced(folder / f"result-{before['run']['id']}.json") as file:
+        name = re.sub(r"\W", "", str(before["run"]["id"]))
+        with files.replaced(folder / f"result-{name}.json") as file:
             file.write((folder / FILE).read_bytes())
     return write_json(folder / FILE, result)
 

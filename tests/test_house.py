@@ -56,6 +56,7 @@ ORDER = [
     "tune",
     "baseline",
     "report",
+    "runs",
     "phases",
     "track",
     "task_stages",
