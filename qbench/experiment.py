@@ -132,10 +132,8 @@ class Experiment:
         with self.phases("load", "load the model"):
             self.model = models.loaded(self.source, self.dtype, self.device).model
             del self.source
-            if getattr(
-                self.model.config, "rescale_every", 0
-            ):  # RWKV, between training and not, halves weights in place
-                self.model.config.rescale_every = 0
+            if hasattr(config := self.model.config, "rescale_every"):
+                config.rescale_every = 0  # RWKV would halve weights in place, once it is not trained
             self.layers = linear_layers(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

@@ -143,3 +143,31 @@ def test_every_linear_layer_of_the_usual_models_is_quantized(any_model):
     model = AutoModelForCausalLM.from_pretrained(any_model)
     assert not left(model) and len(linear_layers(model)) > 5
     assert formats.get("nf4").quantize(next(iter(linear_layers(model).values())).weight).bits == 4
+
+
+ENCODER = {"intermediate_size": 96, "num_hidden_layers": 1}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 1, "n_head": 4}
+T5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+HEADS = {
+    "score": (transformers.LlamaConfig(**SMALL, **ENCODER, pad_token_id=0), "SequenceClassification"),
+    "qa_outputs": (transformers.LlamaConfig(**SMALL, **ENCODER), "QuestionAnswering"),
+    "classifier": (transformers.RobertaConfig(**SMALL, **ENCODER), "SequenceClassification"),
+    "classifier of GPT-2": (transformers.GPT2Config(**GPT2), "TokenClassification"),
+    "qa_outputs of T5": (transformers.T5Config(**T5), "QuestionAnswering"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_of_any_task_is_left_and_the_model_is_saved_and_loaded(name, tmp_path):
+    config, task = HEADS[name]
+    auto, head = getattr(transformers, f"AutoModelFor{task}"), name.partition(" ")[0]
+    model = auto.from_config(config).eval()
+    model.save_pretrained(tmp_path / "16bit")
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and head not in n.split(".")]
+    qbench.pack(model, "nf4", block=32)
+    assert sorted(packed_layers(model)) == sorted(linear) and left(model) == {}
+    on_the_way = auto.from_pretrained(tmp_path / "16bit", quantization_config=qbench.QBenchConfig("nf4", block=32))
+    for i, packed in enumerate((model, on_the_way)):
+        packed.save_pretrained(tmp_path / str(i))
+        again = auto.from_pretrained(tmp_path / str(i)).state_dict()
+        assert all(torch.equal(t, again[n]) for n, t in model.state_dict().items() if torch.is_tensor(t))
