@@ -28,7 +28,7 @@ from rich.console import Console
 
 from . import __version__, keys, manual
 from .errors import InputError
-from .imports import interruptible
+from .imports import install, interruptible
 from .keys import shown
 
 HERE = Path(__file__).parent
@@ -338,8 +338,8 @@ def one_line(error: Exception) -> str:
 
             return unknown(name)
         extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
-        install = f"; pip install 'qbench[{extra}]' brings it" if extra else ""
-        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{install}"
+        brings = f"; {install(extra)} brings it" if extra else ""
+        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{brings}"
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith("full_key"))
 

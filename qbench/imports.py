@@ -7,8 +7,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, requires
 from types import ModuleType
 from typing import Any
+
+DISTRIBUTION = "qbench-formats"  #: as pip knows qbench
+
+
+def install(extra: str) -> str:
+    """What to type for the packages of an extra: their own names, which are right wherever qbench was installed from."""
+    from packaging.requirements import Requirement
+
+    try:
+        found = [Requirement(line) for line in requires(DISTRIBUTION) or ()]
+    except PackageNotFoundError:  # a checkout that nothing installed
+        found = []
+    needed = [f"'{r.name}{r.specifier}'" for r in found if f'extra == "{extra}"' in str(r.marker)]
+    return f"pip install {' '.join(needed or [extra])}"
 
 
 class _Follow:

@@ -25,7 +25,7 @@ import torch
 from formats import Format
 from formats.registry import ours
 
-from . import files, messages, schema
+from . import __version__, files, messages, schema
 from .errors import InputError
 from .messages import visible
 
@@ -36,7 +36,7 @@ SCHEMA = 1
 FILE = "result.json"
 LARGEST = 128 << 20  #: bytes of a file of JSON that is read
 _PACKAGES = (
-    "qbench", "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
+    "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
     "lm_eval",
 )  # fmt: skip
 _ROOT = Path(__file__).parent.parent
@@ -329,7 +329,11 @@ def environment(device: torch.device) -> dict:
     """Versions, commit, device, CPU flags and threads: what a number needs beside it."""
     cuda = device.type == "cuda"
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "qbench": __version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "commit": _commit(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else _cpu("model name") or platform.processor(),

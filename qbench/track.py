@@ -15,6 +15,7 @@ from typing import Any
 
 from . import keys
 from .errors import InputError
+from .imports import install
 
 NAMES = keys.TRACKERS
 PROJECT = "qbench"
@@ -26,7 +27,7 @@ def checked(names: object) -> tuple[str, ...]:
     found = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
     for name in found:
         if find_spec(name) is None:
-            raise InputError(f"track: {name} is not installed; pip install 'qbench[{name}]' brings it")
+            raise InputError(f"track: {name} is not installed; {install(name)} brings it")
     return found
 
 

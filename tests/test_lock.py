@@ -35,7 +35,7 @@ def asked() -> Iterator[tuple[str, Requirement]]:
     """What pyproject.toml names, and where: "dependencies", or the extra."""
     for part, lines in {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}.items():
         for line in lines:
-            if not line.startswith("qbench["):
+            if not line.startswith("qbench-formats["):
                 yield part, Requirement(line)
 
 

@@ -17,6 +17,7 @@ import formats
 
 from .. import messages
 from ..errors import InputError
+from ..imports import install
 from ..ops import choices
 from ..record import write_json
 from . import compiled, page, products, step, tune
@@ -50,7 +51,7 @@ def run_products(arguments: argparse.Namespace) -> None:
 
 def run_step(arguments: argparse.Namespace) -> None:
     """a QLoRA training step, beside PEFT with bitsandbytes"""
-    _needs("bitsandbytes", "'qbench[bnb]'")
+    _needs("bitsandbytes", install("bnb"))
     device = _device(arguments.device)
     with _progress(2 * (arguments.steps + 1)) as advance:
         result = step.measure(device, arguments.steps, advance)
@@ -61,7 +62,7 @@ def run_step(arguments: argparse.Namespace) -> None:
 
 def run_tune(arguments: argparse.Namespace) -> None:
     """measure the best path and tiles for this GPU, and keep them for every later run"""
-    _needs("triton", "triton")
+    _needs("triton", "pip install triton")
     device = _device("auto")
     if device.type != "cuda":
         raise InputError("tune: there is no GPU here that PyTorch can use")
@@ -80,7 +81,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 def run_compile(arguments: argparse.Namespace) -> None:
     """registers, spills, shared memory and instructions a weight of every kernel; needs no GPU"""
-    _needs("triton", "triton")
+    _needs("triton", "pip install triton")
     capabilities = arguments.capability or list(compiled.DEVICES)
     with _progress(sum(len(compiled.configurations(capability)) for capability in capabilities)) as advance:
         found = compiled.compile_all(capabilities, advance)
@@ -146,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _needs(module: str, install: str) -> None:
+def _needs(module: str, how: str) -> None:
     if find_spec(module) is None:
-        raise InputError(f"{module} is not installed; pip install {install} brings it")
+        raise InputError(f"{module} is not installed; {how} brings it")
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ import formats
 
 from .. import adapters, models, optim
 from ..errors import InputError
+from ..imports import install
 from ..layers import linear_layers, replace
 from ..measure.memory import PeakMemory
 from ..record import environment
@@ -53,7 +54,7 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
     process held before it had a model}. Raises InputError where bitsandbytes is missing.
     """
     if not find_spec("bitsandbytes"):
-        raise InputError("step: bitsandbytes is not installed; pip install 'qbench[bnb]' brings it")
+        raise InputError(f"step: bitsandbytes is not installed; {install('bnb')} brings it")
     shape, tokens = shape or SHAPES[device.type], BATCH * WINDOW[device.type]
     sides: dict[str, dict[str, Any]] = {side: {"loss": [], "seconds": []} for side in BUILD}
     with ExitStack() as stack:

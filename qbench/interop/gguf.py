@@ -29,6 +29,7 @@ from formats.packing import pack
 
 from .. import auto
 from ..errors import InputError
+from ..imports import install
 from ..layers import QuantLinear, linear_layers, weight_of
 from ..shards import Spec
 from .packed import Foreign, Held
@@ -50,7 +51,7 @@ def package() -> ModuleType:
         return import_module("gguf")
     except ImportError:
         raise InputError(
-            "gguf, which reads GGUF files, is not installed; pip install 'qbench[gguf]' brings it"
+            f"gguf, which reads GGUF files, is not installed; {install('gguf')} brings it"
         ) from None
 
 

@@ -118,7 +118,7 @@ BAD = {
     "dtype": (["+format=nf4", "model.dtype=int3"], r"model\.dtype: 'int3'.*bfloat16"),
     "device": (["+format=nf4", "device=tpu"], r"device: 'tpu'.*accepted: auto, cpu, cuda"),
     "steps": (["+format=nf4", "tune.steps=0"], r"tune\.steps: 0.*at least 1"),
-    "launcher": (["-m", "+format=nf4", "hydra/launcher=ray"], r"'ray' is unknown; .*pip install 'qbench\[ray\]'"),
+    "launcher": (["-m", "+format=nf4", "hydra/launcher=ray"], r"'ray' is unknown; .*pip install 'hydra-ray-launcher>="),
     "experiment": (["+experiments=none_such"], r"'none_such' is unknown; accepted: .*table2"),
     "optimizer": (["+format=nf4", "tune.optimizer=lion"], r"tune\.optimizer: 'lion'.*adamw"),
     "tasks": (

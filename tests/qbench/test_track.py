@@ -75,5 +75,5 @@ def test_bad_names(given):
 
 def test_one_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(track, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'qbench\[wandb\]'"):
+    with pytest.raises(InputError, match=r"pip install 'wandb>="):
         track.checked("wandb")

@@ -294,6 +294,6 @@ def test_a_run_names_what_can_be_done_with_it(whole):
 def test_without_the_package_a_line_says_so(whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
-        InputError, match=r"gguf, which reads GGUF files, is not installed; pip install 'qbench\[gguf\]'"
+        InputError, match=r"gguf, which reads GGUF files, is not installed; pip install 'gguf>="
     ):
         load(whole)
