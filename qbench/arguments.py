@@ -196,7 +196,7 @@ def _checked(command: Command, argument: str) -> Override:
     name = f"{key}@{found.package}" if found.package is not None else key
     if re.match(r"hydra\b", key):
         return found
-    if key in command.added and name == key:
+    if key.partition("/")[0] in command.added and name == key:  # a named sweep may have a group of its own
         if not found.is_add():
             raise InputError(f"{key}: it has no default to override; accepted: +{key}=NAME")
         return found
