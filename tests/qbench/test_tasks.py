@@ -350,7 +350,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(case, local, tmp_path, m
 
 def test_limits_and_batches_are_positive():
     for key in ("limit", "batch"):
-        with pytest.raises(InputError, match=rf"eval\.{key}: 0 is not accepted; an integer of at least 1"):
+        with pytest.raises(InputError, match=rf"eval\.{key}: 0 is not accepted; .*an integer of at least 1"):
             EvalSettings(**{key: 0})
 
 
@@ -361,8 +361,7 @@ def test_a_task_that_nobody_knows(tmp_path, tiny_llama):
         InputError, match=r"'no_such_task' is no task; accepted: qbench_continuation, .* any lm-eval task"
     ):
         run(asked, tmp_path)
-    result = record.read(tmp_path)
-    assert result["status"] == "failed" and result["error"]["type"] == "InputError" and not result["metrics"]["quality"]
+    assert not tmp_path.exists(), "a run that never began leaves nothing"
 
 
 NO_SOCKETS = """import socket
