@@ -23,6 +23,7 @@ from .errors import InputError
 from .recipe import plain_config
 
 TRUST = "model.trust_remote_code=true"
+ADAPTER = "adapter_config.json"
 MOST_LAYERS = 10_000  #: of a model of whose tensors nothing is known
 _MOST_NAMED = 10**6  # labels, codebooks and the like, each of which transformers makes an object of
 _FEW_LAYERS, _FEW_WEIGHTS = 256, 2**20  # which any config may ask for: defaults that a small model has no use for
@@ -72,7 +73,12 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def packed_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The packed model in a folder, as `pretrained` has transformers load it."""
+    """The packed model in a folder, as `pretrained` has transformers load it. Raises InputError where adapters lie beside
+    it, which transformers would put on it."""
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder} holds {ADAPTER} too; accepted: the model alone, and `qbench.adapters.load` for adapters"
+        )
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )

@@ -194,3 +194,26 @@ def test_what_fails_to_decode_is_told_and_the_rest_kept():
     rates = throughput.generation_rates(model, torch.arange(40), prefills=1)
     assert rates["untimed"] == {"decode_tokens_s": "no such cache"} and rates["decode_tokens_s"] is None
     assert rates["prefill_tokens_s"]["median"] > 0 and [row["rows"] for row in rates["by_rows"]] == [1, 4, 16, 40]
+
+
+def test_an_adapter_beside_a_model_is_used_only_when_asked_for(tiny_llama, tmp_path):
+    """A run measures the model alone, as if no adapter were there; a packed model with one is refused."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    tokens = torch.arange(40)[None]
+    alone = model(tokens).logits
+    for name, packed in (("16bit", False), ("packed", True)):
+        base = qbench.pack(model, "nf4") if packed else model
+        folder = tmp_path / name
+        base.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+        adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        nn.init.normal_(adapted.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"))
+        adapted.save_pretrained(folder)
+        model = adapted.unload()
+    loaded = qbench.models.load(str(tmp_path / "16bit"), torch.float32, torch.device("cpu")).model
+    assert torch.equal(loaded(tokens).logits, alone)
+    with pytest.raises(
+        InputError, match=r"packed holds adapter_config.json too; accepted: the model alone, and .*load"
+    ):
+        qbench.models.load(str(tmp_path / "packed"), torch.float32, torch.device("cpu"))
