@@ -73,7 +73,7 @@ def imported(file: Path, at_once: bool = False) -> set[str]:
     """Full names of the modules that a file imports, relative ones resolved; all, or those that it imports when it is."""
     package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
     found = set()
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

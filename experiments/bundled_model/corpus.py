@@ -155,7 +155,7 @@ def decontaminated(heldout: list[dict], train: Path) -> list[dict]:
     Manuals quote each other (FOLDOC has much of the Jargon File, reworded): a hash of the document does not see it.
     """
     held = {run for document in heldout for run in runs_of_words(document["text"])}
-    with open(train) as lines:
+    with open(train, encoding="utf-8") as lines:
         seen = {run for line in lines for run in runs_of_words(json.loads(line)["text"]) if run in held}
     result = []
     for document in heldout:
@@ -176,7 +176,7 @@ def main() -> None:
     seen: set[int] = set()
     table: dict[str, dict] = {}
     heldout: list[dict] = []
-    with open(work / "train.jsonl", "w") as train:
+    with open(work / "train.jsonl", "w", encoding="utf-8") as train:
         for source in SOURCES:
             root, version = unpack(source.package, work)
             found = sorted(documents(source, root, seen), key=lambda d: digest(d[1]))
@@ -199,7 +199,7 @@ def main() -> None:
             table[source.package] = row
             print(f"{source.package:24} {row['train_documents']:5} documents, {row['train_characters'] / MB:5.2f} MB")
 
-    with open(work / "heldout.jsonl", "w") as out:
+    with open(work / "heldout.jsonl", "w", encoding="utf-8") as out:
         for document in decontaminated(heldout, work / "train.jsonl"):
             out.write(json.dumps(document) + "\n")
             table[document["source"]]["heldout_documents"] += 1

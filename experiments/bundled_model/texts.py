@@ -45,7 +45,7 @@ def king_james(work: Path) -> str:
 
 def held_out_documentation(work: Path) -> str:
     """The held-out documents of the public-domain sources, none of them trained on, sources mixed."""
-    with open(work / "heldout.jsonl") as lines:
+    with open(work / "heldout.jsonl", encoding="utf-8") as lines:
         documents = [json.loads(line) for line in lines]
     texts = [d["text"] for d in documents if d["source"] in PUBLIC_DOMAIN]
     # In the order of a hash: a reader of the first thousand tokens then meets every source.

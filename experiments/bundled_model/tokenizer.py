@@ -20,7 +20,7 @@ POSITIONS = 1024
 
 
 def documents(path: Path) -> list[dict]:
-    with open(path) as lines:
+    with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

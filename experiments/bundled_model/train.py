@@ -124,7 +124,7 @@ def train(args: argparse.Namespace) -> None:
 
     started = saved_at = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress, open(args.work / "log.jsonl", "a") as log:
+    with Progress(*columns) as progress, open(args.work / "log.jsonl", "a", encoding="utf-8") as log:
         bar = progress.add_task("training", total=args.tokens, completed=seen)
         step = seen // args.batch_tokens
         while seen < args.tokens and not stop:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..messages import all_visible
 from . import words
 
 CONFIG = "adapter_config.json"
@@ -26,7 +27,7 @@ def write(folder: Path, result: dict, arguments: Mapping) -> None:
     the run that left `result`."""
     if (folder / CONFIG).is_file():
         base = json.loads((folder / CONFIG).read_text("utf-8"))["base_model_name_or_path"]
-        (folder / "README.md").write_text("\n".join(_lines(base, result, arguments)) + "\n", "utf-8")
+        (folder / "README.md").write_text("\n".join(_lines(base, all_visible(result), arguments)) + "\n", "utf-8")
 
 
 def _lines(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
@@ -39,7 +40,9 @@ def _lines(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
     yield f"{config['tune']['steps']} steps on {words.escaped(config['data']['path'])}. Perplexity of held-out text:"
     yield from ("", "| model | perplexity |", "|---|---|")
     scores = result["metrics"]["quality"]
-    yield from (f"| {stage} | {scores[stage]['perplexity']:.2f} |" for stage in words.STAGES if stage in scores)
+    yield from (
+        f"| {stage} | {words.number(scores[stage]['perplexity'], '.2f')} |" for stage in words.STAGES if stage in scores
+    )
     yield from ("", "## Loading", "", *_loading(base, result, arguments), "")
     yield from ("## Versions", "", ", ".join(f"{name} {versions.get(name)}" for name in LIBRARIES), "")
     yield from ("## Licence", "", "To be filled in by whoever publishes these adapters.")

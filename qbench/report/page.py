@@ -55,7 +55,8 @@ def write(found: Found, folder: Path) -> Path:
     """Write the page and all that goes with it into `folder`; returns the page. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = _numbers(found.results)
-    numbers.to_parquet(folder / "results.parquet", index=False)
+    with (folder / "results.parquet").open("wb") as file:  # by a name, pyarrow opens only those that are UTF-8
+        numbers.to_parquet(file, index=False)
     numbers.to_csv(folder / "results.csv", index=False)
     content = _content(found, folder)
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")

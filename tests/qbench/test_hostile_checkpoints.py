@@ -49,7 +49,7 @@ def nested(depth: int) -> str:
 
 def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
     if file.exists():
-        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+        file.write_text(json.dumps(change(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
 def some_place(draw: random.Random, tree: Any) -> tuple[Any, Any]:
@@ -272,7 +272,7 @@ def attempt(entry: str, folder: Path, scratch: Path) -> str:
             os.write(yes, b"y\n" * 1000)
             os.lseek(yes, 0, os.SEEK_SET)
             os.dup2(yes, 0)
-            sys.stdin = open(0, closefd=False)
+            sys.stdin = open(0, encoding="utf-8", closefd=False)
             quiet = os.open(scratch / "printed", os.O_RDWR | os.O_CREAT)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)

@@ -151,3 +151,28 @@ def test_a_character_that_a_pipe_lacks_is_no_error(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and done.stdout.split() == [b"4", b"?", b"1", b"?", b"3"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locale")
+def test_a_locale_that_is_not_utf8(tmp_path, tiny_llama):
+    """Names of files that it cannot read, our own signs, pipes: all works, and what is written is UTF-8."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "texté.txt").write_text(
+        "\n".join(f"Größe {i} − ein Satz über {i * i} Wörter." for i in range(2000)), "utf-8"
+    )
+    run = ["+format=nf4", f"model.path={tiny_llama}", "data.path='texté.txt'", *SHORT, "hydra.run.dir='dé/run'"]
+    for command in (["qbench", "--formats"], ["qbench", *run], ["qbench.report", "dé"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=tmp_path, env=os.environ | locale, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii() and done.stderr.isascii()
+    files = [
+        file
+        for file in (tmp_path / "dé").rglob("*")
+        if file.suffix in (".json", ".md", ".html", ".csv", ".svg", ".log")
+    ]
+    assert {file.name for file in files} >= {"result.json", "report.html", "report.md", "results.csv", "README.md"}
+    for file in files:
+        file.read_text("utf-8")
+    assert "−" in (tmp_path / "dé" / "report" / "report.md").read_text("utf-8")

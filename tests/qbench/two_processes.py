@@ -150,7 +150,7 @@ def main(rank: int, path: str, out: Path) -> None:
             model.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
         found[name] = mean(train(model, mine))
     if rank == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
