@@ -12,8 +12,11 @@ kernel's other version, which has no team; so does all work that is too small fo
 import ctypes
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from importlib import import_module
+from pathlib import Path
+from stat import S_ISDIR
+from tempfile import TemporaryFile, gettempdir
 from types import FunctionType
 from typing import Any
 
@@ -37,11 +40,31 @@ _options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck"
 _alone = not OPENMP  # whether this process has no team
 
 
+@lru_cache
+def _kept_elsewhere() -> bool:
+    """Let numba keep what it compiles in the temporary folder; False where that cannot be, or would not be safe.
+
+    What is kept is code that runs when it is loaded, so the folder is this user's alone.
+    """
+    try:
+        folder = Path(gettempdir()) / f"qbench-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not (S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077):
+            return False
+        TemporaryFile(dir=folder).close()
+    except (OSError, AttributeError):  # Windows has no getuid, and a home for everybody
+        return False
+    _config.CACHE_DIR = str(folder)
+    return True
+
+
 def _compiled(function: Callable, **more: Any) -> Callable:
     try:
         return njit(cache=True, **_options, **more)(function)
-    except RuntimeError:  # there is no folder to keep it in: each process compiles it again
-        return njit(**_options, **more)(function)
+    except RuntimeError:  # neither beside the code nor at home is a folder to keep it in
+        # without one, each process compiles again
+        return njit(cache=_kept_elsewhere(), **_options, **more)(function)
 
 
 def kernel(function: Callable) -> Callable:
