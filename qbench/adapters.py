@@ -126,12 +126,29 @@ def refused(model: PreTrainedModel, names: Iterable[str], settings: TuneSettings
             LoraModel._check_target_module_compatiblity(None, config, model, leaf)  # type: ignore[arg-type]
         except ValueError:
             found[name] = f"PEFT puts no LoRA on {leaf} of a {model.config.model_type}"
+        if _taken_for_experts(model, leaf):
+            found[name] = f"PEFT takes {leaf} of a {model.config.model_type} for one of its experts"
     return found
 
 
+def _taken_for_experts(model: PreTrainedModel, leaf: str) -> bool:
+    """Whether PEFT takes a layer for what experts were made of before transformers 5, and adapts the experts instead."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # PEFT before it did so
+        return False
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        conversion.convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it asks for the other parts as well
+        return True
+    return leaf not in (config.target_modules or ())
+
+
 def _unreached(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> dict[str, str]:
-    """The targets whose adapters have no part in what the model computes, as some models take a weight but do not call its
-    layer. Puts adapters on `model`, and it on the meta device. Raises InputError where that fails, or all are such."""
+    """The targets whose adapters have no part in what the model computes: some models take a weight but do not call its
+    layer, some have layers that a causal LM has no use for. Puts adapters on `model`, and it on the meta device. Raises
+    InputError where that fails, or all are such."""
     tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     model.to("meta").requires_grad_(False).train()  # type: ignore[arg-type]  # a wrapper hides its arguments
     try:
@@ -150,7 +167,7 @@ def _unreached(model: PreTrainedModel, targets: list[str], settings: TuneSetting
         return {}
     layers = {name: adapted.get_base_model().get_submodule(name) for name in targets}
     adapters = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in layers.items()}
-    why = f"a {type(model).__name__} takes its weight alone"
+    why = f"a {type(model).__name__} never calls it"
     return {name: why for name, some in adapters.items() if some and all(p.grad is None for p in some)}
 
 

@@ -158,7 +158,7 @@ def test_what_works_is_let_by(architecture, tune):
 
 @pytest.mark.parametrize(
     ("architecture", "left"),
-    [("mamba", {"out_proj": "PEFT puts no LoRA", "dt_proj": "takes its weight alone"}),
+    [("mamba", {"out_proj": "PEFT puts no LoRA", "dt_proj": "never calls it"}),
      ("mamba2", {"out_proj": "PEFT puts no LoRA"}), ("falcon_h1", {"out_proj": "PEFT puts no LoRA"}),
      ("rwkv", {}), ("recurrent_gemma", {})],
 )  # fmt: skip
