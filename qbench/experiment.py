@@ -39,6 +39,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
     another process runs in the folder.
     """
     result, row = record.blank(settings.plain()), baselines is not None
+    ours = not (row or folder.exists())
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with messages.aside(folder), files.locked(folder), record.kept(folder, result, row):
@@ -51,7 +52,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
             result["status"] = "done"
             record.write(folder, result)
     except BaseException:
-        if not row:
+        if ours:
             record.discard(folder)
         raise
     return result
