@@ -29,6 +29,7 @@ from qbench.recipe import Recipe
 
 CPU = torch.device("cpu")
 NF4 = {"name": "nf4", "block": 64, "dq": True}
+PROGRAMS = "git", "uname"  # the commit of the checkout, and the processor
 SECONDS, BYTES = 20, 2 * 2**30
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CODE = (
@@ -255,7 +256,7 @@ def watch(allowed: Path, told: list[str]) -> None:
             place = os.path.realpath(os.fsdecode(arguments[0]))
             if not place.startswith(str(allowed)) and "__pycache__" not in place:
                 told.append(f"{event} {place}")
-        elif event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect") and arguments[0] != "git":
+        elif event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect") and arguments[0] not in PROGRAMS:
             told.append(f"{event} {arguments}")
 
     sys.addaudithook(hook)

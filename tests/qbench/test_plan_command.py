@@ -79,7 +79,10 @@ BAD = {
     "dtype": (["model=bundled", "+format=nf4", "dtype.head=int3"], r"dtype\.head: 'int3'.*bfloat16"),
     "fragmentation": (["model=bundled", "+format=nf4", "fragmentation=-1"], r"fragmentation: -1.*at least 0"),
     "typo": (["model=bundled", "+format=nf4", "blok=32"], r"blok is unknown; did you mean block\?"),
-    "blocks": (["model=bundled", "sweep=true", "blocks=[0]"], r"blocks: \[0\] is not accepted; a list of integers of at least 1"),
+    "blocks": (
+        ["model=bundled", "sweep=true", "blocks=[0]"],
+        r"blocks: \[0\] is not accepted; a list of integers of at least 1",
+    ),
     "sweep": (["model=bundled", "sweep=maybe"], r"sweep: 'maybe' is not accepted; true or false"),
     "sweep of full": (["model=bundled", "sweep=true", "method=full"], r"sweep: method=full .*accepted: lora, none"),
     "multirun": (["-m", "model=bundled"], r"--multirun: .*sweep=true"),
