@@ -62,7 +62,9 @@ class Left:
             with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
                 what = words.title(self.result["config"])
             scores = self.result["metrics"].get("quality", {})
-            perplexity = next((f"{scores[s]['perplexity']:.2f}" for s in words.STAGES[::-1] if s in scores), "")
+            perplexity = next(
+                (words.number(scores[s]["perplexity"], ".2f") for s in words.STAGES[::-1] if s in scores), ""
+            )
         return [visible(str(self.folder)), began, what, self.status, perplexity, decimal(self.size)]
 
 
