@@ -133,8 +133,6 @@ class Experiment:
         with self.phases("load", "load the model"):
             self.model = models.loaded(self.source, self.dtype, self.device).model
             del self.source
-            if hasattr(config := self.model.config, "rescale_every"):
-                config.rescale_every = 0  # RWKV would halve weights in place, once it is not trained
             self.layers = linear_layers(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ def coverage(model: PreTrainedModel) -> Coverage:
     quantized = sum(layer.packed.numel for layer in packed_layers(model).values())
     others: dict[str, tuple[int, str]] = {}  # weights and reason
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, PackedParameter) or parameter.dim() < 2 or id(parameter) in aside:
+        is_matrix = sum(size > 1 for size in parameter.shape) > 1
+        if isinstance(parameter, PackedParameter) or not is_matrix or id(parameter) in aside:
             continue
         owner, _, own = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -157,6 +159,18 @@ def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
         layer = model.get_submodule(name)
         conv1d = layer.conv1d if isinstance(layer, QuantLinear) else isinstance(layer, Conv1D)
         model.set_submodule(name, QuantLinear(weight, layer._parameters["bias"], conv1d))
+
+
+def hold_still(model: nn.Module) -> None:
+    """Have a model leave its weights as they are: RWKV halves some in place once it is not trained, against overflow in
+    fp16, which those that are packed do not allow."""
+    rescaling: list[Any] = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
+    for module in rescaling:
+        trained = module.training
+        module.train()
+        module._rescale_layers()  # undoes it
+        module.config.rescale_every = 0
+        module.train(trained)
 
 
 def unpack(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:

@@ -18,7 +18,7 @@ from formats import Format, QuantizedTensor
 from . import checkpoint, opened, skeleton
 from .checkpoint import LoadedModel
 from .errors import InputError
-from .layers import coverage, replace, warn_of_left, weight_of
+from .layers import coverage, hold_still, replace, warn_of_left, weight_of
 from .opened import Opened
 from .places import BUNDLED as BUNDLED
 from .places import commit, locate
@@ -158,10 +158,10 @@ def load(
 
 def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
     """Tokens a window: `auto` is the usual, or as many as the model has positions. Raises InputError for more."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if isinstance(seq, str):  # auto
-        return min(usual, positions or usual)
-    if positions and seq > positions:
+        return min(usual, positions) if positions > 0 else usual
+    if 0 < positions < seq:  # XLNet's -1 is no limit
         raise InputError(
             f"data.seq: {seq} is more than the model's {positions} positions; accepted: auto, or up to those"
         )
@@ -183,8 +183,8 @@ def quantize(
 
 
 def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False, **options: Any) -> PreTrainedModel:
-    """Quantize a model that is in memory, in place: every linear layer but the output head, as `QBenchConfig` does on the
-    way from disk, to the same bits.
+    """Quantize a model that is in memory, in place: every linear layer but those of its head, as `QBenchConfig` does on
+    the way from disk, to the same bits.
 
     format, block, dq and options: what `formats.get` takes. Returns the model. Raises InputError, before anything is
     changed, for what is no format, for a model without such layers, and naming the weight that is tied, NaN or Inf. A
@@ -195,6 +195,7 @@ def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False,
     layers = skeleton.layers_of(model, held, type(model).__name__)
     warn_of_left(model)
     dtypes = {name: weight_of(layer).dtype for name, layer in layers.items()}
+    hold_still(model)
     replace(model, quantize(layers, recipe.format))
     model.config = copy.copy(model.config)  # other models may have been made from it, and are not packed
     tell(model, Recipe.of(recipe.arguments, dtypes, coverage=coverage(model)))

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import auto, names, places, shards, skeleton
 from .errors import InputError
+from .layers import hold_still
 from .messages import OURS
 from .recipe import KEY, plain_config
 from .shards import Contents, Spec
@@ -91,6 +92,7 @@ class Opened:
         for name, tensor in model.named_parameters():
             if not skeleton.finite(tensor):
                 raise InputError(f"model.path: {name} of {self.path!r} holds NaN or Inf; finite weights are accepted")
+        hold_still(model)
         model.to(device)  # type: ignore[arg-type]  # a wrapper hides its arguments
         return model.eval().requires_grad_(False)
 

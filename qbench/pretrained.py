@@ -2,7 +2,7 @@
 
     AutoModelForCausalLM.from_pretrained(path, quantization_config=QBenchConfig("nf4", block=64, dq=True))
 
-quantizes a 16-bit checkpoint, each weight as it is read: those of a run, of every linear layer but the output head.
+quantizes a 16-bit checkpoint, each weight as it is read: those of a run, of every linear layer but those of its head.
 `save_pretrained` then writes a packed checkpoint (`checkpoint`), and `from_pretrained` puts the packed weights of one
 straight in their places, so that none of them is ever in 16 bit.
 
@@ -77,7 +77,7 @@ class QBenchQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from . import names, skeleton
-        from .layers import warn_of_left
+        from .layers import hold_still, warn_of_left
 
         if not checkpoint_files:
             raise InputError("a state_dict is not accepted; a checkpoint in safetensors is")
@@ -93,6 +93,7 @@ class QBenchQuantizer(HfQuantizer):
         skeleton.match(model, found, self.where)
         self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, found, self.where))
         if not self.pre_quantized:
+            hold_still(model)
             warn_of_left(model)
         self.refused: InputError | None = None
 

@@ -13,7 +13,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from formats import Format
 
 from .errors import InputError
-from .layers import QuantLinear, linear_layers, packed_layers, replace, weight_of
+from .layers import QuantLinear, hold_still, linear_layers, packed_layers, replace, weight_of
 from .quant_linear import PackedParameter
 from .recipe import Recipe, word
 from .shards import Spec
@@ -89,6 +89,7 @@ def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path | str)
 
 def place(model: PreTrainedModel, layers: dict[str, tuple[Format, torch.dtype]]) -> None:
     """Put an empty QuantLinear in the place of each of these layers: `state_dict` then tells what a checkpoint holds."""
+    hold_still(model)
     shapes = {name: weight_of(model.get_submodule(name)).shape for name in layers}
     replace(model, {name: fmt.empty(shapes[name], dtype) for name, (fmt, dtype) in layers.items()})
     for layer in packed_layers(model).values():

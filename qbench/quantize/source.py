@@ -36,7 +36,7 @@ class Source:
 
 
 def read(path: str | None) -> Source:
-    """What is to be quantized, from config and headers alone: every linear layer but the output head, as in a run.
+    """What is to be quantized, from config and headers alone: every linear layer but those of its head, as in a run.
 
     Raises InputError, naming file or tensor, for a checkpoint that is not whole, not in 16 bit, or whose tensors are not
     the model's one by one.

@@ -171,3 +171,21 @@ def test_the_head_of_any_task_is_left_and_the_model_is_saved_and_loaded(name, tm
         packed.save_pretrained(tmp_path / str(i))
         again = auto.from_pretrained(tmp_path / str(i)).state_dict()
         assert all(torch.equal(t, again[n]) for n, t in model.state_dict().items() if torch.is_tensor(t))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_weights_that_a_model_changes_in_place_are_packed_as_they_were(used):
+    """Those of RWKV, which halves some of them in its first pass that is no training."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=4, rescale_every=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    name, tokens = "rwkv.blocks.3.attention.output", torch.arange(20)[None]
+    weight = model.get_submodule(name).weight.detach().clone()
+    logits = model(tokens).logits
+    assert not torch.equal(model.get_submodule(name).weight, weight), "or there is nothing to test"
+    if not used:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    qbench.pack(model, "int8")
+    assert torch.equal(packed_layers(model)[name].packed.dequantize(), formats.get("int8").quantize(weight).dequantize())
+    assert (model(tokens).logits - logits).norm() < 0.02 * logits.norm()
