@@ -361,7 +361,7 @@ def test_a_task_that_nobody_knows(tmp_path, tiny_llama):
         InputError, match=r"'no_such_task' is no task; accepted: qbench_continuation, .* any lm-eval task"
     ):
         run(asked, tmp_path)
-    assert not tmp_path.exists(), "a run that never began leaves nothing"
+    assert not (tmp_path / record.FILE).exists(), "no run had begun"
 
 
 NO_SOCKETS = """import socket
