@@ -105,4 +105,4 @@ COUNTS = [300, pytest.param(20_000, marks=pytest.mark.thorough)]
 def test_finite_or_refused_and_the_same_bytes_with_any_number_of_threads(count):
     became = Counter(map(check, range(count)))
     print(f"{count} tensors: {became['finite']} finite, {became['refused']} refused by name")
-    assert became["finite"] > 10 * became["refused"] > 0
+    assert became["finite"] > 3 * became["refused"] > 0
