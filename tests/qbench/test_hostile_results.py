@@ -21,13 +21,14 @@ from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.text import Text
 from rich.console import Console
 
 import qbench
 from qbench import record, schema
 from qbench.errors import InputError
-from qbench.messages import visible
-from qbench.report import findings, page, run_page, terminal
+from qbench.messages import all_visible, visible
+from qbench.report import charts, findings, page, run_page, terminal
 from qbench.report.__main__ import main
 
 from .results import browsed, only, whole
@@ -422,3 +423,19 @@ def test_a_seed_that_diverged_is_told(tmp_path, monkeypatch, capsys):
     said, _ = report(tmp_path / "runs", monkeypatch, capsys)
     assert re.search(r"\| nf4, block 64 \(2 seeds\) \|.* \| [\d.]+ \(1 diverged\) \|", said)
     assert re.search(r"\| int8, block 64 \|.* \| diverged \|", said)
+
+
+def test_no_text_of_a_figure_is_a_formula_or_left_out():
+    names = ["$x_{$ and $$y$$", "_x", "nf4"]
+    runs = [whole("none"), *(all_visible(whole(name, 0, 0.02 * i)) for i, name in enumerate(names))]
+    for rate in (0.003, 0.01):
+        runs.append(whole("nf4", 0, rate))
+        runs[-1]["config"]["tune"]["lr"] = rate
+    with charts.drawn(only(runs)) as made:
+        assert {"pairs", "layers", "throughput", "learning_rates"} <= {chart.name for chart in made}
+        for chart in made:
+            chart.figure.canvas.draw()
+            texts = [text.get_text() for text in chart.figure.findobj(Text)]
+            assert not [text for text in texts if "mathdefault" in text], chart.name
+            if chart.name == "throughput":
+                assert all(any(name in text for text in texts) for name in names)

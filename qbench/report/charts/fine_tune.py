@@ -8,7 +8,7 @@ from .. import methods as tuned
 from ..compare import Setting
 from ..figures import CYCLE
 from ..words import METHODS, title
-from .look import MOST, SIXTEEN, Chart, Look, forest, margin
+from .look import MOST, SIXTEEN, Chart, Look, forest, in_digits, margin
 
 TUNED = ("quality", "tuned", "perplexity")
 
@@ -64,7 +64,7 @@ def learning_rates(setting: Setting) -> Chart | None:
         axes.axhline(untuned, **SIXTEEN)
         axes.set(xscale="log", yscale="log", title=name)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.5 * untuned))
-        axes.xaxis.set_major_formatter("{x:g}")
+        in_digits(axes.xaxis)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     for axes in grid.flat[len(panels) :]:

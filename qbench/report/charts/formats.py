@@ -11,7 +11,7 @@ from ..compare import Configuration, Setting, difference
 from ..differences import corrected
 from ..figures import GREY
 from ..words import count, short
-from .look import SIXTEEN, Chart, Look
+from .look import SIXTEEN, Chart, Look, in_digits, labelled
 
 SIZES = {
     "bits a weight": (("bits", "per_parameter"), 1.0),
@@ -110,7 +110,8 @@ def layers(setting: Setting) -> Chart | None:
     table = np.array([np.asarray(found["output_relative"], float)[order] for _, found in some])
     figure, axes = plt.subplots(figsize=(9.4, 1.5 + 0.19 * len(some)))
     axes.grid(False)
-    image = axes.pcolormesh(table, cmap="viridis", norm="log" if table.min() > 0 else None)
+    log = bool(table.min() > 0)
+    image = axes.pcolormesh(table, cmap="viridis", norm="log" if log else None)
     axes.set_yticks(np.arange(len(some)) + 0.5, [c.title for c, _ in some], fontsize=7.5)
     axes.invert_yaxis()
     starts = [i for i in range(len(order)) if i == 0 or kinds[order[i]] != kinds[order[i - 1]]]
@@ -124,7 +125,9 @@ def layers(setting: Setting) -> Chart | None:
     for start in starts[1:]:
         axes.axvline(start, color="white", lw=1.5)
     axes.set_xlabel("layers by kind, each from the first block to the last")
-    figure.colorbar(image, ax=axes, label="error of the output, relative", shrink=0.9, format="{x:g}")
+    bar = figure.colorbar(image, ax=axes, label="error of the output, relative", shrink=0.9)
+    if log:
+        in_digits(bar.ax.yaxis)
     return Chart("layers", "Relative error of each layer's output on real text, the largest mean on top.", figure)
 
 
@@ -173,9 +176,9 @@ def throughput(setting: Setting) -> Chart | None:
     figure, axes = plt.subplots(figsize=(7.6, 3.4))
     for c, (rows, rates) in sorted(some, key=lambda one: one[0].title):
         style = SIXTEEN | {"lw": 1.2} if c.is_16_bit else look.line(c.format)
-        axes.plot(rows, rates, **style, label=c.title)
+        axes.plot(rows, rates, **style, label=labelled(c.title))
     axes.set(xscale="log", yscale="log", xlabel="M, tokens read at once", ylabel="tokens/s, quantized model")
-    axes.yaxis.set_major_formatter("{x:g}")
+    in_digits(axes.yaxis)
     axes.set_xticks(rows, [f"{m}" for m in rows])
     axes.xaxis.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)

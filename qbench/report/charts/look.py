@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from ..compare import Configuration, Setting
 from ..differences import Difference
@@ -44,11 +46,31 @@ class Look:
         return {**line, "ls": "none", "mfc": "white" if hollow else line["color"], "mew": 1.1}
 
     def legend(self, figure: Figure, dq: bool = True, /, **more: dict[str, Any]) -> None:
-        handles = [plt.Line2D([], [], **self.line(name) | {"lw": 0}, label=short(name)) for name in self.names]
+        handles = [
+            plt.Line2D([], [], **self.line(name) | {"lw": 0}, label=labelled(short(name))) for name in self.names
+        ]
         if dq:
             handles.append(plt.Line2D([], [], color=GREY, marker="o", mfc="white", lw=0, ms=5, label="with dq"))
         handles += [plt.Line2D([], [], **style, label=label) for label, style in more.items()]
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
+
+
+class _Digits(LogFormatter):
+    """As Matplotlib labels a logarithmic axis, but in digits: its powers of ten are formulas, and no text is one here."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def in_digits(axis: Axis) -> None:
+    """Have the labels of a logarithmic axis in digits."""
+    axis.set_major_formatter(_Digits())
+    axis.set_minor_formatter(_Digits())
+
+
+def labelled(name: str) -> str:
+    """As a legend shows it: one with an underscore before it would be left out."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def margin(rows: int) -> float:
