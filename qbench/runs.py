@@ -58,7 +58,7 @@ class Left:
         """As a line of the list has them."""
         began, what, perplexity = "", "", ""
         if self.result:
-            began = visible(self.result["run"]["started"], 16).replace("T", " ")
+            began = visible(self.result["run"]["started"][:16]).replace("T", " ")
             with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
                 what = words.title(self.result["config"])
             scores = self.result["metrics"].get("quality", {})
