@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .measure.memory import PeakMemory
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 class Phases:
@@ -27,12 +27,12 @@ class Phases:
     @contextmanager
     def __call__(self, name: str, title: str, total: float | None = None) -> Iterator[Callable[..., None]]:
         columns = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn() if total and total < 1e5 else TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         ]
         started = time.perf_counter()
         live = console.is_terminal

@@ -20,7 +20,6 @@ class TaskStages:
 
     def __init__(self, settings: EvalSettings, folder: Path, phases: Phases, tokenizer: PreTrainedTokenizerBase):
         self.settings, self.folder, self.phases = settings, folder, phases
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of a run before
         with phases("tasks", "load the tasks"):
             from .measure import tasks  # not above: most runs do without lm-eval
 
@@ -32,14 +31,18 @@ class TaskStages:
         self, stage: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
     ) -> None:
         """Run the tasks on a model, and leave what lm-eval found in `folder`, by default the run's."""
+        place = (folder or self.folder) / FOLDER
+        if stage == "baseline":
+            shutil.rmtree(place, ignore_errors=True)  # of a run before
         count, settings = self.tasks.documents(self.settings.limit), self.settings
         with self.phases(f"tasks_{stage}", f"tasks of the {stage} model", count) as advance:
             found = self.lm_eval.evaluate(model, tokenizer, self.tasks, settings.limit, settings.batch, advance)
-        found.save((folder or self.folder) / FOLDER, stage)
+        found.save(place, stage)
 
     def take_baseline(self, folder: Path) -> None:
         """Have what `score` left of the baseline in another run's folder in this one's."""
         if folder != self.folder:
+            shutil.rmtree(self.folder / FOLDER, ignore_errors=True)  # of a run before
             shutil.copytree(folder / FOLDER, self.folder / FOLDER)
 
     def metrics(self, stage: str) -> dict:
