@@ -2,9 +2,10 @@
 
     python experiments/architectures.py [TYPE …]
 
-A type is what config.json calls `model_type`; where some are named, the others keep the rows that they have. Of each, a run with its fine-tune, `qbench.quantize`, and `save_pretrained`
-of the packed model are tried, in a process of its own. Writes architectures.md and architectures.json: what worked without
-a word, what worked with something told, what was refused in a line, and what ended in a traceback, which nothing should.
+A type is what config.json calls `model_type`; where some are named, the others keep the rows that they have. Of each, a
+run with its fine-tune, `qbench.quantize`, and `save_pretrained` of the packed model are tried, in a process of its own.
+Writes architectures.md and architectures.json: what worked without a word, what worked with something told, what was
+refused in a line, and what ended in a traceback, which nothing should.
 """
 
 import argparse
@@ -70,7 +71,8 @@ _TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full
 #: what a type needs beside, as its default has no value that works, or what is small does not fit together
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"vocab_size": VOCABULARY},
+    "blt": {part: {"vocab_size": VOCABULARY} for part in ("patcher_config", "encoder_config", "decoder_config")}
+    | {"vocab_size": VOCABULARY},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -90,12 +92,14 @@ NEEDED: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16), "attn_layers": ["local", "lsh"]},
+    "reformer": {"vocab_size": VOCABULARY, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (4, 8),
+                 "attn_layers": ["local", "lsh"]},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 128,
               "attention_head_dim": 32},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8,
+               "attention_head_dim": 32},
 }  # fmt: skip
 #: what a config needs to be made at all
 FIRST = {
@@ -144,6 +148,8 @@ def _small(key: str, value: Any) -> Any:
         return True
     if isinstance(value, bool) or not isinstance(value, int):
         return value
+    if key == "pad_token_id":  # whose embedding is zeros: none that a text has
+        return VOCABULARY - 1
     return next((min(most, value) for pattern, most in SMALL.items() if re.fullmatch(pattern, key)), value)
 
 
@@ -157,7 +163,7 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 def build(kind: str, folder: Path) -> PreTrainedModel:
     """A tiny random model of a type, with the bundled tokenizer, into a folder."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     return model
@@ -196,17 +202,17 @@ def _quantize(row: Row, folder: Path, scratch: Path) -> None:
     """What is quantized a tensor at a time is what is quantized in memory."""
     out = scratch / "quantized"
     quantizing.quantize({"format": NF4, "model": {"path": str(folder)}, "out": str(out), "layout": "qbench"})
-    _same(_packed(folder), checkpoint.load(out, torch.device("cpu"), torch.bfloat16).model)
+    _same(_packed(folder), checkpoint.load(out, torch.device("cpu"), torch.float32).model)
 
 
 def _save(row: Row, folder: Path, scratch: Path) -> None:
     model, out = _packed(folder), scratch / "saved"
     model.save_pretrained(out)
-    _same(model, AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval())
+    _same(model, AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
 
 
 def _packed(folder: Path) -> PreTrainedModel:
-    return qbench.pack(models.load(str(folder), torch.bfloat16, torch.device("cpu")).model, **_named(NF4))
+    return qbench.pack(models.load(str(folder), torch.float32, torch.device("cpu")).model, **_named(NF4))
 
 
 def _named(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +223,7 @@ def _named(arguments: dict[str, Any]) -> dict[str, Any]:
 def _same(model: PreTrainedModel, other: PreTrainedModel) -> None:
     assert layers.packed_layers(model).keys() == layers.packed_layers(other).keys()
     tokens = torch.arange(100, 120)[None]
+    models.check_logits(model, tokens)
     found = [m(input_ids=tokens, use_cache=False).logits for m in (model, other)]
     assert torch.equal(*found), "logits differ"
 

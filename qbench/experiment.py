@@ -19,6 +19,7 @@ from .measure.statistics import paired
 from .phases import Phases
 from .report import card, run_page, words
 from .settings import FULL, Settings, TuneSettings
+from .skeleton import layers_of
 from .task_stages import TaskStages
 from .tune import train
 
@@ -112,6 +113,7 @@ class Experiment:
         self.source = models.open(chosen.path, chosen.revision, chosen.trust_remote_code)
         model, self.tokenizer = self.source.model, self.source.tokenizer
         self.result["run"]["model"] = {"commit": self.source.commit, "wrappers": self.source.wrappers}
+        layers_of(model, f"model.path: {chosen.path!r}")
         self.coverage = coverage(model)
         self.seq = models.pick_seq(settings.data.seq, model)
         told = self.tokenizer, model.config.get_text_config().vocab_size, self.seq
@@ -133,6 +135,7 @@ class Experiment:
         with self.phases("load", "load the model"):
             self.model = models.loaded(self.source, self.dtype, self.device).model
             del self.source
+            models.check_logits(self.model, self.held_out[:1, :2])
             self.layers = linear_layers(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

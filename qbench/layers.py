@@ -162,8 +162,8 @@ def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
 
 
 def hold_still(model: nn.Module) -> None:
-    """Have a model leave its weights as they are: RWKV halves some in place once it is not trained, against overflow in
-    fp16, which those that are packed do not allow."""
+    """Have a model leave its weights as they are, as those that are packed take up no change: RWKV halves some in place
+    once it is not trained, against overflow in fp16; Gemma 3n clips some while it is."""
     rescaling: list[Any] = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
     for module in rescaling:
         trained = module.training
@@ -171,6 +171,10 @@ def hold_still(model: nn.Module) -> None:
         module._rescale_layers()  # undoes it
         module.config.rescale_every = 0
         module.train(trained)
+    clipping: list[Any] = [module for module in model.modules() if hasattr(module, "prediction_coefs")]
+    for module in clipping:
+        module.config = copy.copy(module.config)  # that of the model is saved, and takes no None
+        vars(module.config)["altup_coef_clip"] = None
 
 
 def unpack(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:

@@ -14,17 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from formats import Format, QuantizedTensor
+from formats.contract import first_line
 
 from . import checkpoint, opened, skeleton
 from .checkpoint import LoadedModel
 from .errors import InputError
+from .functions import logits_of
 from .layers import coverage, hold_still, replace, warn_of_left, weight_of
 from .opened import Opened
 from .places import BUNDLED as BUNDLED
 from .places import commit, locate
 from .pretrained import tell
 from .recipe import Recipe
-from .shards import Spec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -156,6 +157,20 @@ def load(
     return loaded(opened.open(path, revision, trust), dtype, device)
 
 
+@torch.inference_mode()
+def check_logits(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Raises InputError where a model gives no logits of tokens [n, seq] alone, as one that reads another's states."""
+    try:
+        logits_of(model, tokens.to(model.device))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        kind = type(model).__name__
+        raise InputError(
+            f"model.path: a {kind} gives no logits of tokens alone: {first_line(error)}; accepted: a model that does"
+        ) from error
+
+
 def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
     """Tokens a window: `auto` is the usual, or as many as the model has positions. Raises InputError for more."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
@@ -191,8 +206,7 @@ def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False,
     linear layer that computes something else than a product is left, and named in a warning.
     """
     recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
-    held = {name: Spec.of(tensor) for name, tensor in model.state_dict().items()}
-    layers = skeleton.layers_of(model, held, type(model).__name__)
+    layers = skeleton.layers_of(model, type(model).__name__)
     warn_of_left(model)
     dtypes = {name: weight_of(layer).dtype for name, layer in layers.items()}
     hold_still(model)

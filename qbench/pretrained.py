@@ -91,7 +91,7 @@ class QBenchQuantizer(HfQuantizer):
             skeleton.place(model, self.recipe.layers(model))
         _, found = names.named(model, contents)
         skeleton.match(model, found, self.where)
-        self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, found, self.where))
+        self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, self.where, found))
         if not self.pre_quantized:
             hold_still(model)
             warn_of_left(model)

@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from formats import Format
@@ -75,9 +76,13 @@ def packed_names(model: nn.Module) -> set[str]:
     return {f"{name}.{key}" for name, layer in layers for key in layer.stored() if key != "bias"}
 
 
-def layers_of(model: PreTrainedModel, found: dict[str, Spec], where: Path | str) -> dict[str, nn.Module]:
-    """The layers of a model to quantize, by name. Raises InputError for one whose weight is tied, or not of floats."""
+def layers_of(model: PreTrainedModel, where: Path | str, found: dict[str, Spec] | None = None) -> dict[str, nn.Module]:
+    """The layers of a model to quantize, by name. found: the tensors of its checkpoint, where the model has others.
+
+    Raises InputError for one whose weight is tied, or not of floats.
+    """
     layers = linear_layers(model)
+    found = found or {name: Spec.of(tensor) for name, tensor in model.state_dict().items()}
     tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
     for weight in (f"{name}.weight" for name in layers):
         if weight in tied:
@@ -122,6 +127,19 @@ def check_offloaded(model: PreTrainedModel, name: str, layer: QuantLinear) -> No
             raise InputError(f"{part} is on disk, where this release of transformers rounds it; accepted: a newer one")
 
 
+def _check_apart(model: PreTrainedModel, packed: dict[str, Tensor]) -> None:
+    """Raises InputError where transformers makes one tensor of a file of several of these, as of an older layout."""
+    try:
+        apart = len(revert_weight_conversion(model, packed)) == len(packed)
+    except Exception:  # what it makes of packed tensors
+        apart = False
+    if not apart:
+        raise InputError(
+            f"a {type(model).__name__} is saved with weights of several layers in one tensor, which those that are packed "
+            "cannot be; accepted: models whose tensors are saved one by one"
+        )
+
+
 def _table_of(fmt: Format) -> tuple[float, ...] | None:
     """The levels that a format has for every tensor; None where each has its own, or there are none."""
     levels = None if fmt.own_levels else fmt.empty(torch.Size([0]), torch.float32, "cpu").levels
@@ -140,6 +158,7 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
         tensors.pop(f"{name}._extra_state", None)  # one that is sharded has none
         tensors |= layer.stored(f"{name}.")
     match(empty, {name: Spec.of(tensor) for name, tensor in tensors.items()}, type(model).__name__)
+    _check_apart(model, {name: tensors[name].to("meta") for name in packed_names(empty)})
     for name, layer in packed_layers(model).items():
         if layer.table != _table_of(recipe.format):
             raise InputError(f"{name} has other levels than {recipe.format!r}; accepted: the arguments of its format")

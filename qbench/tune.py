@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, get_scheduler
 
 from . import optim
+from .errors import InputError
 from .functions import NOTHING, logits_of, next_token_loss
 from .settings import FULL, SCHEDULES, TuneSettings
 
@@ -47,7 +48,8 @@ def train(
     """Train what requires a gradient on examples, int64 [length] each, in an order that `seed` shuffles.
 
     The gradient is that of the mean over all targets of a batch, whatever the parts it is taken in. `advance` is told
-    each step from 1 on, its loss and its tokens/s. Raises FloatingPointError where the loss is not finite.
+    each step from 1 on, its loss and its tokens/s. Raises FloatingPointError where the loss is not finite,
+    InputError where no gradient reaches what is trained.
     """
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -79,6 +81,11 @@ def train(
                     # padded at the end, which the text of a causal model does not see: no mask is needed
                     part = pad_sequence(rows, batch_first=True, padding_value=NOTHING).to(device)
                     loss = next_token_loss(logits_of(model, part.clamp(min=0)), part, length - len(batch))
+                    if not loss.requires_grad:  # Reformer's layers compute gradients by themselves
+                        raise InputError(
+                            f"tune.method: {settings.method} does not work on this model, which hands no gradient to its "
+                            "layers; accepted: full, or tune=none"
+                        )
                     loss.backward()
                     total += loss.item()
                     passed += part.numel()

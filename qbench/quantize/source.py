@@ -47,6 +47,6 @@ def read(path: str | None) -> Source:
     contents = shards.contents(found.folder)
     called, specs = names.named(found.model, contents, found.undone)
     skeleton.match(found.model, specs, found.folder)
-    layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(found.model, specs, found.folder).items()}
+    layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(found.model, found.folder, specs).items()}
     by_tensor = {tensor: layers[name] for tensor, name in called.items() if name in layers}
     return Source(found.folder, found.plain, contents, called, by_tensor, coverage(found.model))
