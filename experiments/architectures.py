@@ -243,7 +243,7 @@ def tried(kind: str, scratch: Path, steps: Iterable[str] = STEPS) -> Row:
         try:
             STEPS[name](row, folder, scratch)
         except InputError as error:
-            row.add("refused", f"{name}: {str(error).replace(str(folder), 'MODEL')}")
+            row.add("refused", f"{name}: {str(error).replace(str(folder), 'MODEL').replace(f'{scratch}/', '')}")
         except Exception as error:
             row.add("traceback", f"{name}: {_line(error)}")
     return row
