@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+import qbench
 from experiments import architectures
 from qbench import adapters, layers, models
 from qbench.settings import TuneSettings
@@ -17,6 +18,13 @@ QUICK = {
     "mamba": (0.9, 1),
     "jamba": (0.3, 0.5),
 }
+#: a step that refuses, and what it says
+REFUSED = {
+    "zamba": ("run", "is tied to another tensor"),
+    "gemma4_assistant": ("run", "gives no logits of tokens alone"),
+    "reformer": ("run", "hands no gradient to its layers"),
+    "lara_mini": ("save", "is saved with weights of several layers in one tensor"),
+}
 
 
 @pytest.mark.parametrize("kind", QUICK)
@@ -25,6 +33,22 @@ def test_a_model_is_taken_through_all_that_is_done_with_one(kind, tmp_path):
     least, most = QUICK[kind]
     assert row.outcome == ("ok" if least == 1 else "told"), row.said
     assert least <= row.share <= most
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_done_with_a_model_is_refused_in_a_line(kind, tmp_path):
+    step, line = REFUSED[kind]
+    row = architectures.tried(kind, tmp_path, [step])
+    assert row.outcome == "refused" and line in row.said[0] and "accepted: " in row.said[0]
+
+
+def test_a_packed_model_may_be_trained_although_its_own_code_clips_its_weights(tmp_path):
+    """Gemma 3n does, in training."""
+    architectures.build("gemma3n_text", tmp_path)
+    model = qbench.pack(models.load(str(tmp_path), torch.float32, torch.device("cpu")).model, "nf4")
+    tokens = torch.arange(20)[None]
+    assert model.train()(tokens).logits.isfinite().all()
+    assert model.config.altup_coef_clip, "it is saved as it was"
 
 
 @pytest.mark.thorough
