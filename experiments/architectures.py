@@ -148,8 +148,8 @@ def _small(key: str, value: Any) -> Any:
         return True
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    if key == "pad_token_id":  # whose embedding is zeros: none that a text has
-        return VOCABULARY - 1
+    if key == "pad_token_id":  # whose embedding is zeros: none that begins a text
+        return 1
     return next((min(most, value) for pattern, most in SMALL.items() if re.fullmatch(pattern, key)), value)
 
 
