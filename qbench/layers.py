@@ -80,7 +80,7 @@ class Coverage:
 
 def coverage(model: PreTrainedModel) -> Coverage:
     """Of a 16-bit model, a packed one, or one on the meta device."""
-    heads, linear = _heads(model), left(model)
+    heads, linear = heads_of(model), left(model)
     apart = [m for m in model.modules() if isinstance(m, nn.Embedding) or m in heads]
     aside = {id(p) for m in apart for p in m.parameters(recurse=False)}
     quantized = sum(layer.packed.numel for layer in packed_layers(model).values())
@@ -103,12 +103,12 @@ def coverage(model: PreTrainedModel) -> Coverage:
 
 def left(model: PreTrainedModel) -> dict[str, str]:
     """The linear layers beside the output head that stay in 16 bit, by name, and why."""
-    heads = _heads(model)
+    heads = heads_of(model)
     linear = {name: module for name, module in model.named_modules() if _linear(module) and module not in heads}
     return {name: why for name, module in linear.items() if (why := _why_not(module))}
 
 
-def _heads(model: PreTrainedModel) -> set[nn.Module | None]:
+def heads_of(model: PreTrainedModel) -> set[nn.Module | None]:
     """The modules that make an answer of what the base of a model computes: `lm_head`, `score`, `classifier` and the like.
 
     Where the base is no part of its own, they are the output embeddings or, without these, the module with the last
@@ -138,7 +138,7 @@ def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers to quantize, by name: every linear one but those of a head. Raises InputError if there is none."""
-    heads = _heads(model)
+    heads = heads_of(model)
     found = {name: m for name, m in model.named_modules() if replaceable(m) and m not in heads}
     if not found:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize besides its head")

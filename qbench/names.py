@@ -9,7 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from .errors import InputError
-from .layers import replaceable
+from .layers import heads_of, replaceable
 from .shards import Contents, Spec
 
 
@@ -95,7 +95,10 @@ def _renaming(model: PreTrainedModel, undone: dict[str, str] | None = None) -> C
 def _check_part(model: PreTrainedModel, name: str, expected: dict, tensor: str) -> None:
     """Raises InputError for a part of what the model does not have under one name, or of a weight to quantize."""
     owner, _, own = name.rpartition(".")
-    if name not in expected or (own == "weight" and replaceable(model.get_submodule(owner))):
+    if name not in expected:
+        _refuse(model, name, tensor)
+    layer = model.get_submodule(owner)
+    if own == "weight" and replaceable(layer) and layer not in heads_of(model):
         _refuse(model, name, tensor)
 
 

@@ -15,9 +15,10 @@ from formats import Format
 
 from .errors import InputError
 from .layers import QuantLinear, hold_still, linear_layers, packed_layers, replace, weight_of
+from .names import renaming
 from .quant_linear import PackedParameter
 from .recipe import Recipe, word
-from .shards import Spec
+from .shards import SINGLE, Spec
 
 _OF_OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # in older checkpoints; models compute them now
 
@@ -127,16 +128,19 @@ def check_offloaded(model: PreTrainedModel, name: str, layer: QuantLinear) -> No
             raise InputError(f"{part} is on disk, where this release of transformers rounds it; accepted: a newer one")
 
 
-def _check_apart(model: PreTrainedModel, packed: dict[str, Tensor]) -> None:
-    """Raises InputError where transformers makes one tensor of a file of several of these, as of an older layout."""
+def _check_names(model: PreTrainedModel, empty: PreTrainedModel, packed: dict[str, Tensor]) -> None:
+    """Raises InputError where transformers saves these tensors so that they are not found again: several in one, as an
+    older layout has it, or under names that are made for weights in 16 bit.
+    """
+    rename = renaming(empty)
     try:
-        apart = len(revert_weight_conversion(model, packed)) == len(packed)
-    except Exception:  # what it makes of packed tensors
-        apart = False
-    if not apart:
+        found = {rename(name, Path(SINGLE)) for name in revert_weight_conversion(model, packed)}
+    except Exception:  # what it makes of packed tensors, or `rename` of that
+        found = set()
+    if found != packed.keys():
         raise InputError(
-            f"a {type(model).__name__} is saved with weights of several layers in one tensor, which those that are packed "
-            "cannot be; accepted: models whose tensors are saved one by one"
+            f"a {type(model).__name__} is saved in a layout that has no place for packed weights; accepted: models whose "
+            "tensors are saved one by one, under the names that they have in it"
         )
 
 
@@ -158,7 +162,7 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
         tensors.pop(f"{name}._extra_state", None)  # one that is sharded has none
         tensors |= layer.stored(f"{name}.")
     match(empty, {name: Spec.of(tensor) for name, tensor in tensors.items()}, type(model).__name__)
-    _check_apart(model, {name: tensors[name].to("meta") for name in packed_names(empty)})
+    _check_names(model, empty, {name: tensors[name].to("meta") for name in packed_names(empty)})
     for name, layer in packed_layers(model).items():
         if layer.table != _table_of(recipe.format):
             raise InputError(f"{name} has other levels than {recipe.format!r}; accepted: the arguments of its format")

@@ -23,7 +23,8 @@ REFUSED = {
     "zamba": ("run", "is tied to another tensor"),
     "gemma4_assistant": ("run", "gives no logits of tokens alone"),
     "reformer": ("run", "hands no gradient to its layers"),
-    "lara_mini": ("save", "is saved with weights of several layers in one tensor"),
+    "lara_mini": ("save", "is saved in a layout that has no place for packed weights"),
+    "inkling2_text": ("save", "is saved in a layout that has no place for packed weights"),
 }
 
 
