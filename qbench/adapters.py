@@ -217,4 +217,5 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT calls it by the name that it had before
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # which PEFT then sets itself
         yield

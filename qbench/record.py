@@ -356,6 +356,7 @@ def _commit() -> str | None:
         return None
     # GIT_DIR and others, as a hook of git's has them, would name another repository
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # a run that is killed leaves none in the repository
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(_ROOT), *arguments]

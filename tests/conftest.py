@@ -1,5 +1,6 @@
 """Tiny random models and a text, made once; real architectures, real tokenizers, no network."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,15 @@ settings.load_profile("qbench")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes begins first, so that in the end no process waits for another's."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def quiet_loggers():
+    """What a command sets up in this process, as --info does, writes to the standard error of its own test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
 
 
 VOCABULARY = 4096

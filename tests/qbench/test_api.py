@@ -51,7 +51,7 @@ def test_a_format_and_a_method_of_its_own(tiny_llama, tmp_path, monkeypatch):
     assert found["config"]["format"]["name"] == "coarse" and found["config"]["block"] == 16
     assert found["config"]["tune"]["method"] == "ia3" and found["config"]["tune"]["lr"] == 1e-2, "as conf/tune has it"
     assert found.metrics["bits"]["per_parameter"] == pytest.approx(2 + 32 / 16, abs=0.01)
-    assert found.folder.parent == Path("runs") and found.folder.name.endswith("_coarse_block16_dq-False_seed0")
+    assert found.folder.parent == Path("runs") and found.folder.name.startswith("coarse_block16_dq-False_seed0_")
     assert set(qbench.run("none", tune=None, model=tiny_llama, **{k: SHORT[k] for k in ("data", "eval")}).metrics) >= {
         "quality", "error"
     }  # fmt: skip

@@ -163,7 +163,8 @@ def begun(name, init, seed, sqnr, initial, delta, alone=20.0) -> dict:
             "quantized": {"sqnr_db": alone, "mse": 0.1 * bool(alone)},
             "initial": {"sqnr_db": sqnr, "mse": 0.1 * bool(sqnr)},
         }
-        metrics["quality"]["initial"] = score(TEXT + initial)
+        against = metrics["quality"]["tuned"]["against_baseline"]
+        metrics["quality"]["initial"] = score(TEXT + initial) | {"against_baseline": against}
     return run
 
 
@@ -232,8 +233,10 @@ def kept(name, seed, **deltas) -> dict:
     bits = {"adapters": 5.5, "16bit": 16.0, "requantized": 5.0}
     windows = np.array(metrics["quality"]["tuned"]["windows"])
     noise = np.random.default_rng(seed).normal(0, 0.001, len(windows))
+    against = {"against_baseline": metrics["quality"]["tuned"]["against_baseline"]}
+    against["against_unmerged"] = {"delta_nll": 0.0, "stderr": 0.0, "p": 1.0}
     metrics["merged"] = {
-        kind: score(windows + delta + noise) | {"bits": {"model": bits[kind]}, "bytes": int(bits[kind] * 1e6)}
+        kind: score(windows + delta + noise) | against | {"bits": {"model": bits[kind]}, "bytes": int(bits[kind] * 1e6)}
         for kind, delta in deltas.items()
     }
     return run

@@ -272,7 +272,7 @@ BAD_TARGETS = {
         r"mine\.Unsourced breaks the contract .* sourced: .* source is None",
     ),
     "an option": (["format.target=mine.Custom", "format.k=3"], r"'k' is no option of .*: block, dq, depth, swapped"),
-    "block": (["format.target=mine.Custom", "block=0"], r"format: block must be a positive integer, got 0"),
+    "block": (["format.target=mine.Custom", "block=0"], r"block: 0 is not accepted; an integer of at least 1"),
 }
 
 
