@@ -79,6 +79,9 @@ def main() -> int:
     parser.add_argument("--yes", action="store_true", help="with --clean: do not ask")
     arguments = parser.parse_args()
     paths = arguments.paths or [Path("runs")]
+    if not arguments.paths and not paths[0].exists():
+        print("there are no runs here yet")
+        return 0
     for path in paths:
         if not path.is_dir():
             stderr.print(f"qbench: {visible(str(path))} is no folder; accepted: folders of runs or sweeps")
