@@ -4,7 +4,6 @@ import ast
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from pkgutil import walk_packages
@@ -59,7 +58,7 @@ def _build(folder: Path) -> list[str]:
     found = {name: Module(import_module(name)) for name in modules()}
     for name in qbench.__all__:  # which are imported once they are asked for, and only then known to pdoc
         getattr(qbench, name)
-    render.configure(template_directory=Path(__file__).parent, footer_text=f"qbench {version('qbench')}")
+    render.configure(template_directory=Path(__file__).parent, footer_text=f"qbench {qbench.__version__}")
     pages = {f"{name.replace('.', '/')}.html": render.html_module(module, found) for name, module in found.items()}
     for name, text in {
         "index.html": render.html_index(found),
