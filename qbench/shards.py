@@ -115,7 +115,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise InputError(f"{index} has no weight_map from tensors to files")
     for file in where.values():
-        if Path(file).name != file:
+        if not file or Path(file).name != file:
             raise InputError(f"{index} names {file!r}; files of the same folder are accepted")
     return where
 
@@ -137,6 +137,8 @@ def header(file: Path) -> dict[str, Spec]:
         raise InputError(f"{file} is missing") from None
     except SafetensorError as error:
         raise InputError(f"{file} is not a whole safetensors file: {error}") from error
+    except OSError as error:  # a folder, or a device
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
     return specs
 
 
