@@ -4,8 +4,10 @@ A hub id is the one thing for which qbench uses the network, and what it names i
 with HF_HUB_OFFLINE=1, the cache alone is asked.
 """
 
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -62,7 +64,7 @@ def _snapshot(path: str, revision: str, code: bool) -> Path:
     try:
         for weights in (["*.safetensors"], ["*.bin"]):
             wanted = [*_BESIDE, *weights, *(_CODE if code else [])]
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT))
+            folder = _downloaded(path, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT)
             if any(folder.glob(weights[0])):
                 break
     except Exception as error:
@@ -70,6 +72,16 @@ def _snapshot(path: str, revision: str, code: bool) -> Path:
     if not (folder / CONFIG).is_file():
         raise InputError(f"model.path: {path!r} at {revision} holds no {CONFIG}; accepted: a causal LM")
     return folder
+
+
+def _downloaded(path: str, **which: Any) -> Path:
+    """The snapshot, from the hub, or where that cannot be reached, from the cache alone."""
+    try:
+        return Path(snapshot_download(path, **which))
+    except Exception:
+        with suppress(Exception):
+            return Path(snapshot_download(path, **which, local_files_only=True))
+        raise
 
 
 def _not_there(path: str, revision: str, error: Exception) -> str:
