@@ -38,8 +38,12 @@ def test_a_model_is_taken_through_all_that_is_done_with_one(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_done_with_a_model_is_refused_in_a_line(kind, tmp_path):
+    if kind not in architectures.CLASSES:
+        pytest.skip("this release of transformers does not know it")
     step, line = REFUSED[kind]
     row = architectures.tried(kind, tmp_path, [step])
+    if row.outcome == "not built":
+        pytest.skip(f"this release of transformers does not make it: {row.said[0]}")
     assert row.outcome == "refused" and line in row.said[0] and "accepted: " in row.said[0]
 
 
