@@ -261,7 +261,7 @@ def text_of(value: str) -> str:
     """What a value stands for that may be in quotes."""
     try:
         found = _parser.parse_rule(value, "value")
-    except Exception:
+    except (HydraException, ValueError, RecursionError):  # no text in quotes, whatever else it is
         return value
     return found.text if isinstance(found, QuotedString) else value
 

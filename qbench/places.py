@@ -78,7 +78,7 @@ def _downloaded(path: str, **which: Any) -> Path:
     """The snapshot, from the hub, or where that cannot be reached, from the cache alone."""
     try:
         return Path(snapshot_download(path, **which))
-    except Exception:
+    except Exception:  # of the hub's, of HTTP's, of sockets': the first is told, unless the cache has it all
         with suppress(Exception):
             return Path(snapshot_download(path, **which, local_files_only=True))
         raise
