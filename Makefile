@@ -14,9 +14,8 @@ LOCKED = $(if $(LOCK),--constraint $(LOCK))
 
 # The lowest releases that pyproject.toml accepts, and the tests that follow other libraries most closely.
 LOWEST = transformers==5.0.0 peft==0.18.0 accelerate==1.3.0 safetensors==0.5.0
-CLOSEST = tests/qbench/test_transformers.py tests/qbench/test_checkpoint.py tests/qbench/test_quantize.py \
-	tests/qbench/test_tune.py tests/qbench/test_tasks.py tests/qbench/test_main.py \
-	tests/qbench/interop
+CLOSEST = tests/qbench/checkpoint tests/qbench/training/test_tune.py tests/qbench/measure/test_tasks.py \
+	tests/qbench/cli/test_run.py tests/qbench/cli/test_quantize.py
 
 .PHONY: run test test-thorough test-lowest test-newest lock docs
 

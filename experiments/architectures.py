@@ -31,13 +31,16 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-import qbench.api
-import qbench.quantize.__main__ as quantizing
-from qbench import checkpoint, fresh, layers, models
+import qbench.cli.api
+import qbench.cli.quantize as quantizing
+from qbench.checkpoint import loading, packed
+from qbench.checkpoint.location import BUNDLED
 from qbench.errors import InputError
-from qbench.messages import left_in_words
-from qbench.places import BUNDLED
-from qbench.report.words import Table
+from qbench.measure import quality
+from qbench.model import selection
+from qbench.report.wording import Table
+from qbench.runs import isolated
+from qbench.system.messages import left_in_words
 
 OUT = Path(__file__).parents[1] / "reports" / "architectures"
 JSON = "architectures.json"
@@ -174,7 +177,7 @@ def _line(error: Exception) -> str:
 
 
 def _run(row: Row, folder: Path, scratch: Path) -> None:
-    metrics = qbench.api.run(
+    metrics = qbench.cli.api.run(
         "nf4",
         64,
         model={"path": str(folder), "dtype": "float32"},
@@ -202,7 +205,7 @@ def _quantize(row: Row, folder: Path, scratch: Path) -> None:
     """What is quantized a tensor at a time is what is quantized in memory."""
     out = scratch / "quantized"
     quantizing.quantize({"format": NF4, "model": {"path": str(folder)}, "out": str(out), "layout": "qbench"})
-    _same(_packed(folder), checkpoint.load(out, torch.device("cpu"), torch.float32).model)
+    _same(_packed(folder), packed.load(out, torch.device("cpu"), torch.float32).model)
 
 
 def _save(row: Row, folder: Path, scratch: Path) -> None:
@@ -212,7 +215,7 @@ def _save(row: Row, folder: Path, scratch: Path) -> None:
 
 
 def _packed(folder: Path) -> PreTrainedModel:
-    return qbench.pack(models.load(str(folder), torch.float32, torch.device("cpu")).model, **_named(NF4))
+    return qbench.pack(loading.load(str(folder), torch.float32, torch.device("cpu")).model, **_named(NF4))
 
 
 def _named(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -221,9 +224,9 @@ def _named(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _same(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    assert layers.packed_layers(model).keys() == layers.packed_layers(other).keys()
+    assert selection.packed_layers(model).keys() == selection.packed_layers(other).keys()
     tokens = torch.arange(100, 120)[None]
-    models.check_logits(model, tokens)
+    quality.check_logits(model, tokens)
     found = [m(input_ids=tokens, use_cache=False).logits for m in (model, other)]
     assert torch.equal(*found), "logits differ"
 
@@ -263,7 +266,7 @@ def apart(kind: str) -> Row:
                 file.write_text(json.dumps(asdict(tried(kind, Path(scratch)))), "utf-8")
             return 0
 
-        code = fresh.call(work)
+        code = isolated.call(work)
         if file.is_file():
             return Row(**json.loads(file.read_text("utf-8")))
         ended = f"{signal.Signals(-code).name} ended the process" if code < 0 else f"the process ended with {code}"

@@ -9,7 +9,7 @@ out=${1:-reports/gpu}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv | tee "$out/device.csv"
-$python -m pytest tests/qbench/ops tests/formats/test_bitsandbytes.py tests/qbench/optim tests/qbench/test_fresh.py --hypothesis-seed=0 2>&1 | tee "$out/tests.txt"
+$python -m pytest tests/qbench/ops tests/formats/test_bitsandbytes.py tests/qbench/training/optim tests/qbench/runs/test_isolated.py --hypothesis-seed=0 2>&1 | tee "$out/tests.txt"
 for checkpointing in false true; do
   $python -m qbench.plan model=smollm-135m +format=nf4 dq=true checkpointing=$checkpointing check=true \
     "json=$out/plan-$checkpointing.json" 2>&1 | tee "$out/plan-$checkpointing.txt"

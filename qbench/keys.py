@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from .errors import InputError, byte_count
+from qbench.errors import InputError, byte_count
 
 METHODS = ("lora", "dora", "rslora", "ia3", "prefix", "p_tuning", "full")
 OPTIMIZERS = ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 PAGED = OPTIMIZERS[-2:]  #: those that take a budget
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 DTYPES = ("bfloat16", "float16", "float32")
+SMALLEST_PAGE = 4096  #: bytes; holds one grain of the widest optimizer states, two moments in fp64
 LARGEST = 2**31 - 1  #: that an index of 32 bits holds
 ENORMOUS = 1e30  #: in float32, as good as infinite, but finite still
 
@@ -229,3 +230,16 @@ def unknown(key: str, table: Mapping[str, Accepted]) -> str:
     group = key.rpartition(".")[0]
     beside = [known for known in table if group and known.startswith(f"{group}.")]
     return f"{key} is unknown; accepted: {', '.join(beside or (k for k in table if '.' not in k))}; --help explains all"
+
+
+def check_paging(budget: int | str | None, page: int | str) -> tuple[int | None, int]:
+    """The budget of a paged optimizer and its page, in bytes. Raises InputError if the budget is less than a page."""
+    page_bytes = byte_count("tune.optimizer_page", page, SMALLEST_PAGE)
+    if budget is None:
+        return None, page_bytes
+    budget_bytes = byte_count("tune.optimizer_budget", budget)
+    if budget_bytes < page_bytes:
+        raise InputError(
+            f"tune.optimizer_budget: {budget!r} is not accepted; null or at least one page, tune.optimizer_page={page}"
+        )
+    return budget_bytes, page_bytes

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import keys
-from .errors import InputError
+from qbench import keys
+from qbench.errors import InputError
 
 if TYPE_CHECKING:
     from formats import Format  # with PyTorch, which takes seconds to import: what is wrong is told before
@@ -127,9 +127,7 @@ class TuneSettings:
                 f" null is, or {takers}"
             )
         if self.optimizer_budget is not None:
-            from . import optim
-
-            optim.checked(self.optimizer_budget, self.optimizer_page)
+            keys.check_paging(self.optimizer_budget, self.optimizer_page)
 
     def format_of_adapters(self) -> "Format":
         """The format that adapters are measured in."""

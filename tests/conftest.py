@@ -18,7 +18,7 @@ import transformers
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qbench.models import BUNDLED
+from qbench.checkpoint.location import BUNDLED
 
 settings.register_profile("qbench", deadline=None, print_blob=True)
 settings.load_profile("qbench")

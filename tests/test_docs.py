@@ -14,15 +14,20 @@ import torch
 
 import formats
 from formats import registry
-from qbench import models
-from qbench.layers import linear_layers
+from qbench.checkpoint import loading
 from qbench.measure.error import Sums, compare_weights
+from qbench.model import devices, quantizing
+from qbench.model.selection import linear_layers
 
 PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
 pytestmark = pytest.mark.slow
 SHORT = ["eval.tokens=64", "data.seq=32"]
-MAINS = {"qbench": "qbench.__main__", "qbench.report": "qbench.report.__main__", "qbench.plan": "qbench.plan.__main__"}
-MAINS["qbench.quantize"] = "qbench.quantize.__main__"
+MAINS = {
+    "qbench": "qbench.cli.run",
+    "qbench.report": "qbench.cli.report",
+    "qbench.plan": "qbench.cli.plan",
+    "qbench.quantize": "qbench.cli.quantize",
+}
 
 
 @pytest.fixture
@@ -84,7 +89,9 @@ def test_the_page(reader, tmp_path, tiny_llama, monkeypatch, capsys):
 
 def check_table() -> None:
     """What the weights alone decide of the page's table; and that nothing in it is missing."""
-    layers = linear_layers(models.load(None, models.pick_dtype("auto", torch.device("cpu")), torch.device("cpu")).model)
+    layers = linear_layers(
+        loading.load(None, devices.pick_dtype("auto", torch.device("cpu")), torch.device("cpu")).model
+    )
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")
     ]
@@ -95,6 +102,6 @@ def check_table() -> None:
         assert 90 < float(perplexity) < 110
         if title.startswith("16 bit"):
             continue
-        packed = models.quantize(layers, formats.get(title.partition(",")[0]))
+        packed = quantizing.quantize(layers, formats.get(title.partition(",")[0]))
         sums = sum((compare_weights(layers[name].weight, q.dequantize()) for name, q in packed.items()), Sums())
         assert bits == "4.500" and float(sqnr) == pytest.approx(sums.weights()["sqnr_db"], abs=0.02)

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,62 +12,30 @@ import torch
 import yaml
 
 import formats
-from qbench.__main__ import main
-from qbench.arguments import CONF
+from qbench.cli.command_line import CONF
+from qbench.cli.main import COMMANDS
+from qbench.cli.run import main
+from qbench.system import import_hooks
+from qbench.system.moved import MOVED
 from qbench.testing import check_format
 
 ROOT = Path(__file__).parent.parent
-# what each part may import of the house: itself and what is listed before it
-ORDER = [
-    "imports",
-    "errors",
-    "keys",
-    "manual",
-    "messages",
-    "catalog",
-    "files",
-    "schema",
-    "record",
-    "ops",
-    "quant_linear",
-    "fsdp",
-    "layers",
-    "counting",
-    "functions",
-    "lora",
-    "measure",
-    "optim",
-    "starts",
-    "settings",
-    "shards",
-    "recipe",
-    "places",
-    "auto",
-    "names",
-    "skeleton",
-    "opened",
-    "interop",
-    "pretrained",
-    "checkpoint",
-    "models",
-    "testing",
-    "data",
-    "adapters",
-    "merge",
-    "tune",
-    "baseline",
-    "report",
-    "runs",
-    "phases",
-    "track",
-    "task_stages",
-    "fresh",
-    "experiment",
-    "quantize",
-    "plan",
-    "bench",
-]
-HYDRAS = (("quantize", "__main__"), ("plan", "__main__"))
+#: the rooms, from the bottom to the top: each imports from itself and from those before it
+ROOMS = [
+    "errors", "system", "keys", "results", "ops", "model", "checkpoint", "settings", "training", "measure", "report",
+    "runs", "testing", "plan", "bench", "cli",
+]  # fmt: skip
+#: the imports that no import statement shows, and why each is there
+UNSEEN = {
+    "qbench.__getattr__": "public names are imported when they are first used, so that `import qbench` is fast",
+    "qbench.checkpoint.__getattr__": "load and save come late: the plug-in is imported within transformers",
+    "import_hooks.FOLLOWERS": "a library brings along what plugs into it",
+    "import_hooks.COMMANDS": "`python -m qbench.plan` is `python -m qbench plan`",
+    "moved.MOVED": "old names of modules still work",
+    "cli.main.COMMANDS": "a command imports only its own module",
+    "entry point formats.kernels": "formats finds the kernels, and knows nothing else of qbench",
+    "entry point qbench.formats": "formats of other packages",
+}
 
 
 def imported(file: Path, at_once: bool = False) -> set[str]:
@@ -92,13 +61,37 @@ def test_formats_know_torch_and_themselves():
 
 def test_imports_of_the_harness_run_one_way():
     for file in (ROOT / "qbench").rglob("*.py"):
-        parts = file.relative_to(ROOT / "qbench").with_suffix("").parts
-        if parts[0] in ("__main__", "api", "arguments", "jobs", "groups", "__init__") or parts in HYDRAS:
+        room = file.relative_to(ROOT / "qbench").with_suffix("").parts[0]
+        if room in ("__init__", "__main__", "assets"):
             continue
         for name in imported(file):
-            assert name.partition(".")[0] not in ("hydra", "omegaconf"), f"{file} sees a Hydra config"
-            if name.startswith("qbench.") and name != "qbench.__version__":
-                assert ORDER.index(name.split(".")[1]) <= ORDER.index(parts[0]), f"{file} imports {name}"
+            if room != "cli":
+                assert name.partition(".")[0] not in ("hydra", "omegaconf"), f"{file} sees a Hydra config"
+            if name.startswith("qbench.") and name.split(".")[1] not in ("__version__", room):
+                assert ROOMS.index(name.split(".")[1]) <= ROOMS.index(room), f"{file} imports {name}"
+
+
+def test_every_import_that_no_statement_shows_has_its_reason():
+    modules = {
+        file.relative_to(ROOT / "qbench").with_suffix("").as_posix().replace("/", ".")
+        for file in (ROOT / "qbench").rglob("*.py")
+        if re.search(r"import_module\(|__import__|^def __getattr__|entry_points\(", file.read_text(), re.M)
+    }
+    libraries = {"ops.threads", "checkpoint.layouts.gguf"}  # import a package that may be missing, not a module of ours
+    assert modules - libraries == {"__init__", "checkpoint.__init__", "system.import_hooks", "cli.main"}
+    for module in (*import_hooks.FOLLOWERS.values(), *import_hooks.COMMANDS.values(), *COMMANDS.values()):
+        assert find_spec(module), module
+    for places in MOVED.values():
+        assert all(find_spec(f"qbench.{place}") for place in places.split()), places
+
+
+def test_the_top_of_the_house_is_small():
+    files = [file.relative_to(ROOT / "qbench") for file in (ROOT / "qbench").rglob("*") if file.is_file()]
+    entries = {file.parts[0] for file in files if "__pycache__" not in file.parts}
+    rooms = {name for name in entries if (ROOT / "qbench" / name).is_dir()}
+    assert len(rooms) <= 14 and entries - rooms == {
+        "__init__.py", "__main__.py", "errors.py", "keys.py", "settings.py", "py.typed",
+    }  # fmt: skip
 
 
 def test_the_readme_has_every_format_and_conf_none():
@@ -112,7 +105,7 @@ def test_lm_eval_is_imported_only_where_tasks_are_asked_for():
     slow = {"qbench.measure.tasks", "qbench.measure.task_scores"}
     for file in (ROOT / "qbench").rglob("*.py"):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        if name not in slow and not name.startswith("qbench.tasks."):
+        if name not in slow and not name.startswith("qbench.assets."):
             tops = imported(file, at_once=True)
             assert not slow & tops and not {"lm_eval", "datasets"} & {top.partition(".")[0] for top in tops}, file
 

@@ -33,7 +33,7 @@ print(json.dumps([failed, error.abs().max().item(), torch.cuda.is_available()]))
 )
 #: modules of kernels, which need what they are written in
 NEEDED = {
-    "numba": {"qbench.ops.cpu", "qbench.ops.team", "qbench.ops.avx512"},
+    "numba": {"qbench.ops.cpu", "qbench.ops.threads", "qbench.ops.avx512"},
     "triton": {"qbench.ops.kernels"},
 }
 TAKEN = (

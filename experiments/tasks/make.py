@@ -11,10 +11,10 @@ from pathlib import Path
 
 from grammar import pairs
 
-from qbench import data
+from qbench.training import data
 
 SEED = 0
-TASKS = Path(__file__).parents[2] / "qbench" / "tasks"
+TASKS = Path(__file__).parents[2] / "qbench" / "assets" / "tasks"
 LENGTH = 800  #: characters of a document, about
 CONTEXT, CONTINUATION = 12, 8  #: words
 ITEMS = 100

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..ops import choices, launches
-from ..ops.launches import Launch
+from qbench.ops import choices, launches
+from qbench.ops.launches import Launch
 
 #: compute capability: multiprocessors, bytes of shared memory a program can have (CUDA C++ Programming Guide, table of
 #: technical specifications per compute capability)
@@ -96,7 +96,7 @@ def compile_one(job: Configuration) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ..ops import kernels
+    from qbench.ops import kernels
 
     kernel = getattr(kernels, job.launch.kernel)
     if not hasattr(kernel, "arg_names") or triton.knobs.runtime.interpret:

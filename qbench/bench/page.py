@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ..report.figures import BLUE, GREY, ORANGE, STYLE
+from qbench.report.figures import BLUE, GREY, ORANGE, STYLE
+
 from .products import OPS, times
 
 BANDS = {"M ≤ 16": range(1, 17), "M = 32–128": range(32, 129), "M ≥ 1024": range(1024, 1 << 20)}

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import formats
 from formats import QuantizedTensor
+from qbench import ops  # noqa: F401  registers qbench::linear
+from qbench.results.provenance import environment
 
-from .. import ops  # noqa: F401  registers qbench::linear
-from ..record import environment
-from .clock import ceilings, relative_error, seconds, turns
+from .timing import ceilings, relative_error, seconds, turns
 
 #: the linear layers of Llama, [out_features, in_features] (arXiv 2302.13971, 2307.09288)
 SHAPES = {

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
 import formats
-
-from .. import adapters, models, optim
-from ..errors import InputError
-from ..imports import install
-from ..layers import linear_layers, replace
-from ..measure.memory import PeakMemory
-from ..record import environment
-from ..settings import SCHEDULES, TuneSettings
-from ..tune import train
+from qbench.errors import InputError
+from qbench.measure.memory import PeakMemory
+from qbench.model import quantizing
+from qbench.model.selection import linear_layers, replace
+from qbench.results.provenance import environment
+from qbench.settings import SCHEDULES, TuneSettings
+from qbench.system.extras import install
+from qbench.training import adapters, optim
+from qbench.training.loop import train
 
 SEED, BATCH, BLOCK, DTYPE = 0, 4, 64, torch.bfloat16
 #: by device, the shape of SmolLM-135M and of Llama-3.2-1B, and the tokens of a window
@@ -135,7 +135,7 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
 
 
 def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
-    packed = models.quantize(linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
+    packed = quantizing.quantize(linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
     replace(model, packed)
     return adapters.add(model, list(packed), settings, SEED)
 

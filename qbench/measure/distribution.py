@@ -8,8 +8,7 @@ from torch import nn
 from formats import QuantizedTensor
 from formats.blockwise import block_count, normalize, reduce_blocks
 from formats.scales import decode_scales
-
-from ..layers import weight_of
+from qbench.model.selection import weight_of
 
 BINS = 160
 SAMPLE = 2**22  # weights of the whole model

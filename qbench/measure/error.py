@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import QuantizedTensor
-
-from ..layers import weight_of
+from qbench.model.selection import weight_of
 
 
 @dataclass

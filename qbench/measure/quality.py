@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..functions import logits_of
+from formats.contract import first_line
+from qbench.errors import InputError
+from qbench.training.losses import logits_of
+
 from .statistics import clustered_mean, paired
 
 BATCH_LOGITS = 2**24  #: logits at once, about: 64 MiB in fp32
@@ -123,3 +127,17 @@ def evaluate(
     if not np.isfinite(nll).all():
         raise FloatingPointError(f"the model gives {int((~np.isfinite(nll)).sum())} tokens no finite likelihood")
     return Scores(nll, kl, agree) if baseline and not is_baseline else Scores(nll)
+
+
+@torch.inference_mode()
+def check_logits(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Raises InputError where a model gives no logits of tokens [n, seq] alone, as one that reads another's states."""
+    try:
+        logits_of(model, tokens.to(model.device))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        kind = type(model).__name__
+        raise InputError(
+            f"model.path: a {kind} gives no logits of tokens alone: {first_line(error)}; accepted: a model that does"
+        ) from error

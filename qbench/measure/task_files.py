@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import InputError
+from qbench.errors import InputError
 
-SHIPPED = Path(__file__).parent.parent / "tasks"
+SHIPPED = Path(__file__).parents[1] / "assets" / "tasks"
 YAML = (".yaml", ".yml")
 _PARTS = {*YAML, ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow"}
 

@@ -16,7 +16,8 @@ import numpy as np
 from lm_eval.api.metrics import mean, perplexity, weighted_perplexity
 from lm_eval.utils import handle_non_serializable, sanitize_task_name
 
-from .. import files
+from qbench.system import files
+
 from .statistics import clustered_mean, paired_mean
 
 if TYPE_CHECKING:

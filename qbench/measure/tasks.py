@@ -35,7 +35,8 @@ from torch.utils import collect_env
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InputError
+from qbench.errors import InputError
+
 from .task_files import place, unknown
 from .task_scores import TaskScores
 

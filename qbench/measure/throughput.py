@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from formats import Format, QuantizedTensor
 from formats.contract import first_line
-
-from ..layers import weight_of
+from qbench.model.selection import weight_of
 
 ROWS = (1, 4, 16, 64)
 CACHES = ("cache", "past_key_values", "cache_params", "state")  #: from transformers 5.24 on, before, of Mambas, of RWKV

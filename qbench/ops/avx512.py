@@ -13,7 +13,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .team import shared
+from .threads import shared
 
 intrinsic: Any = _intrinsic  # whose types do not know that numba passes the first argument
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()

@@ -31,7 +31,7 @@ from . import avx512
 from .linear import checked
 from .linear import linear as decoded_linear
 from .linear import linear_dx as decoded_linear_dx
-from .team import kernel, shared, shares_of
+from .threads import kernel, shared, shares_of
 
 CHUNK = 1 << 20  # weights of 16 bit that quantize makes fp32 at once: they stay in the L2 cache
 GROUP = 1 << 12  # weights that go through the loops of quantize together: they stay in the L1 cache

@@ -6,8 +6,8 @@ from math import gcd
 
 import formats
 from formats import Format
+from qbench.errors import InputError, integer
 
-from ..errors import InputError, integer
 from .count import Plan, count
 from .settings import PlanSettings
 from .shapes import Shape

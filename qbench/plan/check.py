@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import torch
 
-from .. import models, optim
-from ..errors import InputError
-from ..measure.live import LiveBytes
-from ..measure.memory import PeakMemory
-from ..settings import TuneSettings
-from ..tune import train
+from qbench.errors import InputError
+from qbench.measure.live_tensors import LiveBytes
+from qbench.measure.memory import PeakMemory
+from qbench.model import quantizing
+from qbench.settings import TuneSettings
+from qbench.training import optim
+from qbench.training.loop import train
+
 from .count import Plan, count
 from .settings import ATTENTION, PlanSettings
 from .shapes import Shape
@@ -41,7 +43,7 @@ def measure(shape: Shape, settings: PlanSettings) -> int:
     torch.manual_seed(0)
     built = shape.build(settings.dtype.of("compute"), ATTENTION[settings.attention], settings.device)
     vocabulary = built.config.get_text_config().vocab_size
-    model = prepare(built, settings, lambda layers: models.quantize(layers, settings.format))
+    model = prepare(built, settings, lambda layers: quantizing.quantize(layers, settings.format))
     del built
     gc.collect()
     windows = list(torch.randint(vocabulary, (STEPS * settings.batch, settings.seq)))
@@ -57,7 +59,7 @@ def measure(shape: Shape, settings: PlanSettings) -> int:
         with PeakMemory(device) as peak:
             train(model, windows, tune, seed=0)
         return peak.bytes["allocated"]
-    held = models.held_bytes(model)
+    held = quantizing.held_bytes(model)
     with LiveBytes() as live:
         train(model, windows, tune, seed=0)
     return held + live.peak

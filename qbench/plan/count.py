@@ -9,9 +9,9 @@ gradients of the backward's end are never there together.
 from dataclasses import dataclass
 
 from formats.packing import packed_bytes
+from qbench.errors import InputError
+from qbench.training.optim.states import MIN_8BIT
 
-from ..errors import InputError
-from ..optim.states import MIN_8BIT
 from . import step
 from .settings import PlanSettings
 from .shapes import Shape, Sizes

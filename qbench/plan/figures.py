@@ -3,10 +3,11 @@
 from pathlib import Path
 from textwrap import fill
 
-from ..errors import InputError
-from ..report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, plt
+from qbench.errors import InputError
+from qbench.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, plt
+
 from .count import Plan
-from .words import format_names, format_title, groups, method_title
+from .wording import format_names, format_title, groups, method_title
 
 #: what is drawn as one: the name, colour, hatch and lines
 PARTS = (

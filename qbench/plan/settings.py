@@ -8,9 +8,8 @@ import torch
 
 import formats
 from formats import Format
-
-from .. import keys
-from ..errors import InputError
+from qbench import keys
+from qbench.errors import InputError
 
 ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}  #: what a model is told
 UNQUANTIZED = formats.get("none")

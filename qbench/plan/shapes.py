@@ -11,9 +11,9 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .. import auto, places
-from ..errors import InputError
-from ..layers import linear_layers, weight_of
+from qbench.checkpoint import auto_classes, location
+from qbench.errors import InputError
+from qbench.model.selection import linear_layers, weight_of
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
 
@@ -108,11 +108,11 @@ def find(name: object) -> Shape:
     name = str(name)
     if name in built_in():
         return _of_name(name)
-    path = places.BUNDLED if name == "bundled" else Path(name).expanduser()
-    if not path.exists() and not places.is_hub_id(name):
+    path = location.BUNDLED if name == "bundled" else Path(name).expanduser()
+    if not path.exists() and not location.is_hub_id(name):
         raise InputError(f"model: {name!r} is unknown; accepted: {_accepted()}")
     try:
-        return Shape(name, auto.config(path if path.exists() else places.hub_config(name)))
+        return Shape(name, auto_classes.config(path if path.exists() else location.hub_config(name)))
     except Exception as error:
         raise InputError(f"model: {name!r} could not be read: {_first_line(error)}; accepted: {_accepted()}") from error
 

@@ -36,13 +36,14 @@ from transformers import PreTrainedModel
 
 import formats
 from formats import Format, QuantizedTensor
+from qbench import ops
+from qbench.errors import InputError
+from qbench.measure.live_tensors import DECODED, LiveBytes
+from qbench.model.selection import linear_layers, replace, weight_of
+from qbench.settings import TuneSettings
+from qbench.training import losses, optim
+from qbench.training.adapters import add as add_adapters
 
-from .. import functions, ops, optim
-from ..adapters import add as add_adapters
-from ..errors import InputError
-from ..layers import linear_layers, replace, weight_of
-from ..measure.live import DECODED, LiveBytes
-from ..settings import TuneSettings
 from .settings import ATTENTION, UNQUANTIZED, Dtypes, PlanSettings
 from .shapes import Shape, blocks
 
@@ -110,7 +111,7 @@ def _part(model: nn.Module, tokens: Tensor, live: LiveBytes, trains: bool) -> No
     logits = model(input_ids=tokens, use_cache=False).logits
     live.label, live.kind = "loss", LOGITS
     live.tag(logits, LOGITS)
-    loss = functions.next_token_loss(logits, tokens)
+    loss = losses.next_token_loss(logits, tokens)
     del logits
     if trains:
         loss.backward()
@@ -257,6 +258,6 @@ def _standing_for(device: str) -> Iterator[None]:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
-    rows = patch.dict(functions.LOGITS, meta=functions.LOGITS[device])
+    rows = patch.dict(losses.LOGITS, meta=losses.LOGITS[device])
     with rows, patch.object(F, "scaled_dot_product_attention", attention):
         yield

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import words
+from . import wording
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -87,7 +87,7 @@ def weights(result: dict) -> tuple[Figure, str]:
     axes.set(
         xlabel="weight over the scale of its block (w − z) / s", ylabel="density", ylim=(0, top), xlim=edges[[0, -1]]
     )
-    levels = f" and the levels of {words.title(result['config'])}" if tables else f" of {result['config']['block']}"
+    levels = f" and the levels of {wording.title(result['config'])}" if tables else f" of {result['config']['block']}"
     axes.set_title(f"Weights within their blocks{levels}")
     axes.legend(framealpha=0.9, edgecolor="none", loc="upper right")
     return figure, "Histogram of all quantized weights, each over the scale of its block, and the levels they round to."
@@ -97,7 +97,7 @@ def _kinds(layers: list[dict]) -> dict[str, list[int]]:
     """Layers that play the same part (`q_proj`, `down_proj` …), in order of depth."""
     kinds: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        kinds.setdefault(words.short(layer["name"].rpartition(".")[2]), []).append(i)
+        kinds.setdefault(wording.short(layer["name"].rpartition(".")[2]), []).append(i)
     return kinds
 
 
@@ -115,7 +115,7 @@ def errors(result: dict) -> tuple[Figure | None, str]:
         panel.set(xlabel="layer, by depth", ylabel=label)
         panel.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_ylim(bottom=0)
-    axes[0].set_title(f"Error by layer, {words.title(result['config'])}")
+    axes[0].set_title(f"Error by layer, {wording.title(result['config'])}")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     caption = "Signal to quantization noise of each layer's weights, and the relative error of its output on real text."
     return figure, caption
@@ -128,7 +128,7 @@ def _finite(value: float | None) -> bool:
 def quality(result: dict) -> tuple[Figure, str]:
     """Perplexity before and after, with its uncertainty."""
     scores = result["metrics"]["quality"]
-    names = [name for name in words.STAGES if name in scores and _finite(scores[name]["nll"])]
+    names = [name for name in wording.STAGES if name in scores and _finite(scores[name]["nll"])]
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.2))
     for i, name in enumerate(names):
         row, against = scores[name], scores[name].get("against_baseline")
@@ -136,7 +136,7 @@ def quality(result: dict) -> tuple[Figure, str]:
             row["nll"], i, xerr=1.96 * (row["stderr"] or 0), color=CYCLE[i], marker=MARKERS[i], capsize=3, ls="none"
         )
         axes[0].annotate(
-            words.number(row["perplexity"], ".2f"), (row["nll"], i), (0, 6), textcoords="offset points", ha="center"
+            wording.number(row["perplexity"], ".2f"), (row["nll"], i), (0, 6), textcoords="offset points", ha="center"
         )
         if against and _finite(against["delta_nll"]):
             error = 1.96 * (against["stderr"] or 0)
@@ -169,6 +169,6 @@ def loss(result: dict) -> tuple[Figure, str]:
         if _finite(scores[name]["nll"]):
             axes.axhline(scores[name]["nll"], color=color, ls=style, lw=1.2, label=f"held out, {name}")
     axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
-    axes.set_title(f"Fine-tuning by {words.method(config)} on {words.title(result['config'])}")
+    axes.set_title(f"Fine-tuning by {wording.method(config)} on {wording.title(result['config'])}")
     axes.legend(frameon=False)
     return figure, f"Training loss a step, {config['batch']} windows each, and the held-out loss before and after."

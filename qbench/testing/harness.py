@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from formats import Format, QuantizedTensor
 from formats.contract import expect
 from formats.registry import lent
-
-from .. import auto, checkpoint, models, places
-from ..layers import QuantLinear, linear_layers, replace
+from qbench.checkpoint import auto_classes, location, packed
+from qbench.model import quantizing
+from qbench.model.selection import QuantLinear, linear_layers, replace
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: of norms, relative
 CPU = torch.device("cpu")
@@ -42,11 +42,11 @@ def layered(fmt: Format, w: Tensor) -> None:
 def saved(fmt: Format, w: Tensor) -> None:
     """A model in the format is saved and loaded to the same bytes, and computes the same."""
     model = _tiny_model()
-    replace(model, models.quantize(linear_layers(model), fmt))
+    replace(model, quantizing.quantize(linear_layers(model), fmt))
     with TemporaryDirectory() as folder, lent(fmt):
         arguments = {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
-        checkpoint.save(model, Path(folder) / "model", auto.tokenizer(places.BUNDLED), arguments)
-        loaded = checkpoint.load(Path(folder) / "model", CPU, torch.float32).model
+        packed.save(model, Path(folder) / "model", auto_classes.tokenizer(location.BUNDLED), arguments)
+        loaded = packed.load(Path(folder) / "model", CPU, torch.float32).model
     after = _packed(loaded)
     for name, q in _packed(model).items():
         stored = after[name].stored

@@ -60,7 +60,7 @@ def all_formats():
 def quantized() -> list[Tensor]:
     """Every table, and all that is stored."""
     from formats.scales import dynamic_map
-    from qbench.optim import states
+    from qbench.training.optim import states
 
     found = [dynamic_map(CPU, signed) for signed in (True, False)]
     books = [states.codebook(CPU, signed) for signed in (True, False)]
@@ -79,8 +79,8 @@ def decoded() -> list[Tensor]:
 
 
 def trained() -> list[Tensor]:
-    from qbench.layers import QuantLinear
-    from qbench.optim import PagedAdamW
+    from qbench.model.selection import QuantLinear
+    from qbench.training.optim import PagedAdamW
 
     found, w = [], WEIGHTS[0]
     for f in all_formats():

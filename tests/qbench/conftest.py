@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ARCHITECTURES
-
-from .checkpoints import quantize, sharded
+from tests.qbench.sample_checkpoints import quantize, sharded
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from qbench.bench import __main__ as command
-from qbench.bench import page, products, tune
+from qbench.bench import page, products, tiles
+from qbench.cli import bench as command
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_bad_input_is_one_line(line, said, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("op", products.OPS)
-@pytest.mark.parametrize("rows", tune.ROWS)
+@pytest.mark.parametrize("rows", tiles.ROWS)
 def test_candidates_are_choices(op, rows):
-    found = list(tune.candidates(op, rows))
+    found = list(tiles.candidates(op, rows))
     assert found[0] == {"path": "decode"} and len(found) > 6
     assert all(choice["path"] != "multiply_row" or op == "linear" for choice in found)

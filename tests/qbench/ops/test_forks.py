@@ -12,7 +12,7 @@ COMMON = """
 import os, signal, sys
 import torch
 import formats
-from qbench.layers import QuantLinear
+from qbench.model.quant_linear import QuantLinear
 
 signal.alarm(500)
 generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,121 @@
+"""qbench in a notebook: the command `python -m qbench` as a function."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from formats import Format
+from qbench import keys
+from qbench.errors import InputError
+from qbench.report import wording
+from qbench.report.comparison import tasks
+from qbench.runs import experiment
+from qbench.runs import trackers as trackers
+
+from . import command_line, format_group, jobs
+
+Keys = Mapping[str, Any]
+
+
+class Result(dict[str, Any]):
+    """What a run found: the content of its result.json, every key of which docs/result.md explains.
+
+    folder: where it lies, with report.md, its figures, and the adapters. In a notebook it shows itself, the answer in
+    words before the table.
+    """
+
+    def __init__(self, content: Keys, folder: Path):
+        super().__init__(content)
+        self.folder = folder
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """error, bits, memory, throughput and quality, as result.json has them."""
+        return self["metrics"]
+
+    @property
+    def answer(self) -> list[str]:
+        """The findings, a sentence each."""
+        return [*wording.answer(self), *tasks.answer_of_run(self)]
+
+    def __repr__(self) -> str:
+        return f"<Result of {wording.title(self['config'])} in {self.folder}>"
+
+    def _repr_markdown_(self) -> str:
+        lines = [f"{wording.escaped(sentence)}  " for sentence in self.answer]
+        for table in filter(None, (wording.table(self), tasks.of_run(self))):
+            lines += ["", *table.markdown(), "", table.note]
+        return "\n".join(lines)
+
+
+def run(
+    format: str | Format = "nf4",
+    block: int = 64,
+    dq: bool = False,
+    *,
+    model: str | Path | Keys | None = None,
+    data: str | Path | Keys | None = None,
+    tune: str | Keys | None = "lora",
+    eval: Keys | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    track: str | Sequence[str] = (),
+    out: str | Path | None = None,
+) -> Result:
+    """One experiment, in this process: what `python -m qbench +format=… block=…` does, with the same keys and defaults.
+
+    format: a name, or a `Format` itself, whose own block and dq then hold. model: a folder or a hub id, None for the
+    bundled model; or `model.*` keys. data: a text file or the name of a bundled text; or `data.*` keys. tune: one of
+    conf/tune, None for no fine-tune; or `tune.*` keys, over those of the `method` among them. eval: `eval.*` keys.
+    track: of `qbench.runs.trackers.NAMES`.
+    out: the folder to write into, by default the one under runs/ that the command line has
+    for the same run; where it holds the finished result of that, it is returned.
+
+    Returns the result. Raises InputError, in one line, for what is not accepted, and leaves no folder; what goes wrong
+    later is raised as it is, and result.json in the folder tells it too.
+
+        result = qbench.run(format="nf4", block=64, dq=True, tune={"steps": 100, "lr": 3e-4})
+        result.metrics["quality"]["tuned"]["perplexity"]
+    """
+    given: dict[str, Any] = {"model": _keys(model), "data": _keys(data), "eval": dict(eval or {}), "tune": {}}
+    if isinstance(tune, Mapping):
+        given["tune"] = {key: value for key, value in tune.items() if key != "method"}
+        method = tune.get("method", "lora")
+    else:
+        method = tune
+    name = "none" if isinstance(format, Format) else format
+    config = _composed(name, method or "none", {"block": block, "dq": dq, "seed": seed, "device": device, **given})
+    chosen = format if isinstance(format, Format) else format_group.format_of(config)
+    settings = jobs.settings_of(config, chosen)
+    told = trackers.checked(track)
+    if out is None:
+        told_apart = jobs.short_hash(config if isinstance(format, str) else {**config, "format": repr(format)})
+        out = jobs.RUNS / f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}_{told_apart}"
+    return Result(experiment.run(settings, Path(out), trackers=told), Path(out))
+
+
+def _keys(given: str | Path | Keys | None) -> dict[str, Any]:
+    """Of `model` and `data`, whose first key is a path."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {} if given is None else {"path": str(given)}
+
+
+def _composed(format: str, tune: str, given: Keys) -> dict[str, Any]:
+    """The configuration of a command line that says as much. Raises InputError."""
+    for key in keys.leaves(given):
+        if key not in keys.RUN:
+            raise InputError(keys.unknown(key, keys.RUN))
+    format_group.store()
+    try:
+        with initialize_config_dir(str(command_line.CONF), version_base="1.3"):
+            config = compose("config", [f"+format={format}", f"tune={tune}"])
+        config.merge_with(OmegaConf.create(dict(given)))
+        return command_line.plain(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(command_line.one_line(error)) from error

@@ -1,0 +1,59 @@
+"""The config group `format`, made of what is registered: a format brings no file of settings along.
+
+`+format=nf4` is name, block, dq and the options of NF4. `+format=custom format.target=my_module.MyFormat` is a class that
+nothing registers.
+"""
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+import formats
+from formats.contract import first_line
+from qbench import keys
+from qbench.errors import InputError
+from qbench.keys import shown
+
+from .command_line import GROUP, NO_FORMAT
+
+CUSTOM = "custom"
+_PLAIN = bool | int | float | str | None  #: what a config can hold of the defaults of options
+
+
+def choices() -> list[str]:
+    """What +format= accepts."""
+    return [*formats.names(), CUSTOM]
+
+
+def unknown(name: str) -> str:
+    """What is said of a name that +format= does not accept."""
+    problem = formats.problems().get(name)
+    return f"format: {problem}" if problem else f"format: {shown(name)} is unknown; accepted: {', '.join(choices())}"
+
+
+def store() -> None:
+    """Have Hydra find the group. A config of it takes any key, so that a format can say itself what it accepts."""
+    for name in formats.names():
+        entry = formats.find(name)
+        plain = {key: value for key, value in entry.options.items() if isinstance(value, _PLAIN)}
+        _store(name, {"name": name, "block": "${block}", "dq": "${dq}", **entry.cls.fixed, **plain})
+    _store(CUSTOM, {"name": "${.target}", "target": None, "block": "${block}", "dq": "${dq}"})
+
+
+def _store(name: str, content: dict) -> None:
+    node = OmegaConf.create(content, flags={"struct": False})
+    ConfigStore.instance().store(group=GROUP, name=name, node=node)
+
+
+def format_of(config: dict) -> formats.Format:
+    """The format of a resolved config. Raises InputError."""
+    recipe = config.get(GROUP)
+    if not isinstance(recipe, dict):
+        raise InputError(NO_FORMAT)
+    if not isinstance(recipe.get("name"), str):
+        found = "none is given" if recipe.get("name") is None else f"{recipe['name']!r} names no class"
+        raise InputError(f"format.target: {found}; accepted: module.Class, such as my_module.MyFormat")
+    keys.check(keys.RUN, {"block": recipe.get("block", 64), "dq": recipe.get("dq", False)})
+    try:
+        return formats.get(**recipe)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"format: {first_line(error)}") from error

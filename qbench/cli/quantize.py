@@ -1,0 +1,102 @@
+"""python -m qbench.quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: where Hydra ends, and a person looks on."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbench.errors import InputError
+from qbench.system import messages
+from qbench.system.interrupts import interruptible
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from formats import Format
+
+    from .command_line import Check, Job
+
+AGAIN = "what is done is kept; the same command goes on from there"
+
+
+def main() -> int:
+    """Do what the command line says. 0: done; 1: failed; 2: bad input; 130: interrupted."""
+    messages.printable()
+    codes: list[int] = []
+
+    def job(config: "DictConfig") -> None:
+        codes.append(attempt(command_line.plain(config)))  # what it raised, Hydra would speak of as well
+
+    def load() -> tuple["Job", "Check"]:
+        from . import format_group
+
+        format_group.store()
+        return job, check
+
+    try:
+        with interruptible():
+            from . import command_line  # Hydra, which takes a while to import
+
+        return command_line.start(command_line.QUANTIZE, load) or max(codes, default=0)
+    except KeyboardInterrupt:
+        sys.stderr.write("qbench: interrupted\n")
+        return 130
+
+
+def check(config: dict) -> "Format":
+    """The format of a resolved config, once there is a folder to write to as well. Raises InputError."""
+    from .format_group import format_of
+
+    fmt = format_of(config)
+    if config["out"] is None:
+        raise InputError("out: none is given; accepted: a new or empty folder")
+    return fmt
+
+
+def attempt(config: dict) -> int:
+    """Quantize what a configuration names. Returns the exit code."""
+    from qbench.system.files import Busy
+
+    from .command_line import INTERRUPTED, stderr
+
+    try:
+        quantize(config)
+    except InputError as error:
+        stderr.print(f"qbench: {error}")
+        return 2
+    except Busy as error:
+        stderr.print(f"qbench: {error}")
+        return 1
+    except (OSError, MemoryError) as error:
+        stderr.print(f"qbench: {str(error) or type(error).__name__}; {AGAIN}")
+        return 1
+    except KeyboardInterrupt:
+        stderr.print(f"qbench: interrupted; {AGAIN}")
+        return INTERRUPTED
+    return 0
+
+
+def quantize(config: dict) -> None:
+    """Raises InputError, files.Busy, OSError."""
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from .command_line import stderr
+
+    fmt = check(config)
+    out = Path(config["out"]).expanduser()
+    with interruptible(), stderr.status("starting"):  # transformers takes seconds to import
+        from qbench.checkpoint import packed, safetensors_io
+        from qbench.checkpoint.streaming import source, stream
+
+        layout = packed.layout_of(config["layout"])
+        found = source.read(config["model"]["path"])
+    recipe = layout.of(config["format"], found.dtypes)
+    columns = [BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+    with Progress(TextColumn("quantize"), *columns, console=stderr, disable=not stderr.is_terminal) as progress:
+        before = sum(spec.nbytes for spec in safetensors_io.merged(found.contents).values())
+        task = progress.add_task("quantize", total=before)
+        contents = stream.run(found, recipe, out, lambda n: progress.advance(task, n), stderr.print)
+    after = sum(spec.nbytes for spec in safetensors_io.merged(contents).values())
+    stderr.print(f"{out}: {len(found.layers)} layers in {fmt!r}, {decimal(before)} to {decimal(after)}")
+    if sentence := found.coverage.in_words():
+        stderr.print(sentence)

@@ -1,0 +1,101 @@
+"""python -m qbench +format=nf4 block=64: where Hydra ends and typed arguments begin."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.system import files, messages
+from qbench.system.interrupts import interruptible
+
+if TYPE_CHECKING:
+    from .command_line import Check, Job
+    from .jobs import Outcome
+
+
+def main() -> int:
+    """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
+    messages.printable()
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
+    outcomes: list[Outcome] = []
+    sweep = None
+
+    def load() -> tuple["Job", "Check"]:
+        from qbench.checkpoint import location
+
+        from . import format_group, jobs
+
+        def check(config: dict) -> None:
+            path = jobs.settings_of(config).model.path
+            if not (path and location.is_hub_id(path)):  # else it may be a download, which a run has to begin
+                location.locate(path)
+
+        format_group.store()
+        jobs.outcomes = outcomes
+        return jobs.job, check
+
+    try:
+        if "--formats" in sys.argv[1:]:
+            from . import format_list
+
+            return format_list.show()
+        with interruptible():
+            from . import command_line  # Hydra, which takes a while to import
+
+        sweep = sweep_folder(sys.argv[1:])
+        told = [f"hydra.sweep.dir={command_line.quoted(str(sweep))}"] if sweep else []
+        with messages.aside():
+            if code := command_line.start(command_line.RUN, load, told):
+                return code
+        if sweep and outcomes:
+            return summary(sweep, outcomes)
+        return max((outcome.code for outcome in outcomes), default=0)
+    except KeyboardInterrupt:
+        left = outcomes[-1].why if outcomes else "no run had begun"
+        if sweep and sweep.is_dir():
+            left = "what is done is kept; the same command goes on with the other runs"
+        sys.stderr.write(f"qbench: interrupted; {left}\n")
+        return 130
+    finally:
+        if sweep:
+            files.discard(sweep, {"multirun.yaml"})
+
+
+def sweep_folder(arguments: list[str]) -> Path | None:
+    """Where the runs of a sweep lie: one folder for the same command, so that it goes on where it ended.
+
+    None where the arguments ask for no sweep.
+    """
+    from .command_line import text_of
+
+    named = [argument.removeprefix("+experiments=") for argument in arguments if argument.startswith("+experiments=")]
+    if not named and not {"-m", "--multirun"} & set(arguments):
+        return None
+    for argument in arguments:
+        if argument.startswith("hydra.sweep.dir="):
+            return Path(text_of(argument.removeprefix("hydra.sweep.dir=")))
+    decisive = sorted(
+        a for a in arguments if "=" in a and not a.lstrip("+").startswith(("hydra", "timeout=", "track="))
+    )
+    return Path("sweeps") / f"{'-'.join(named) or 'sweep'}-{hashlib.sha256(repr(decisive).encode()).hexdigest()[:8]}"
+
+
+def summary(folder: Path, outcomes: list["Outcome"]) -> int:
+    """Say how many of the runs that were asked for are done, and which are not and why. 0 if all are, else 1."""
+    from qbench.runs import baseline
+
+    from . import jobs
+    from .command_line import stderr
+
+    baseline.clear(folder / jobs.BASELINES)
+    asked = {outcome.folder: outcome for outcome in outcomes}  # 16 bit is one run for every block
+    missing = [outcome for outcome in asked.values() if outcome.code]
+    stderr.print(f"\n{len(asked) - len(missing)} of {len(asked)} runs are done in {folder}")
+    for outcome in missing:
+        stderr.print(f"  {os.path.relpath(outcome.folder)}: {outcome.why}")
+    if len(missing) < len(asked):
+        stderr.print(f"python -m qbench.report {folder} sets them side by side")
+    return 1 if missing else 0

@@ -1,0 +1,88 @@
+"""A run in TensorBoard, MLflow or Weights & Biases as well, by their own libraries, through accelerate.
+
+Without a word to the contrary in their own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_DIR) they write
+into the folder of the run, and send nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+from qbench import keys
+from qbench.errors import InputError
+from qbench.system.extras import install
+
+NAMES = keys.TRACKERS
+PROJECT = "qbench"
+
+
+def checked(names: object) -> tuple[str, ...]:
+    """The trackers that `track` names. Raises InputError for one that is unknown or not installed."""
+    keys.RUN["track"].check("track", names)
+    found = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
+    for name in found:
+        if find_spec(name) is None:
+            raise InputError(f"track: {name} is not installed; {install(name)} brings it")
+    return found
+
+
+class Tracks:
+    """What a run tells its trackers: the loss step by step, and in the end every number of the result."""
+
+    def __init__(self, accelerator: Any = None):
+        self._accelerator = accelerator
+
+    def step(self, step: int, **values: float) -> None:
+        """Numbers of one step of the fine-tune, from 1 on."""
+        if self._accelerator:
+            self._accelerator.log({f"tune/{name}": value for name, value in values.items()}, step=step)
+
+    def result(self, metrics: dict, step: int) -> None:
+        """The metrics of a result, each number under its place in them."""
+        if self._accelerator:
+            import pandas  # seconds to import
+
+            flat = pandas.json_normalize(metrics, sep="/").iloc[0].to_dict()
+            numbers = {k: v for k, v in flat.items() if isinstance(v, Number) and not isinstance(v, bool)}
+            numbers = {re.sub(r"[^\w/. -]", "-", k): v for k, v in numbers.items()}  # MLflow takes no other names
+            self._accelerator.log(numbers, step=step)
+
+
+@contextmanager
+def tracks(names: Sequence[str], folder: Path, config: dict) -> Iterator[Tracks]:
+    """Open the trackers, tell them the configuration, and close them, whatever happens."""
+    if not names:
+        yield Tracks()
+        return
+    import pandas
+    from accelerate import Accelerator
+
+    settings = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "WANDB_SILENT": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    settings |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute() / 'mlflow.db'}"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update({name: value for name, value in settings.items() if before[name] is None})
+    accelerator = Accelerator(log_with=list(names), project_dir=folder)
+    flat = {name: _told(value) for name, value in pandas.json_normalize(config).iloc[0].to_dict().items()}
+    options = {"wandb": {"name": folder.name, "dir": str(folder)}, "mlflow": {"run_name": folder.name}}
+    accelerator.init_trackers(PROJECT, flat, {name: options[name] for name in names if name in options})
+    try:
+        yield Tracks(accelerator)
+    finally:
+        accelerator.end_training()
+        for name in [name for name, value in before.items() if value is None]:
+            del os.environ[name]
+
+
+def _told(value: object) -> object:
+    """A value of the configuration as all trackers take one."""
+    return value if isinstance(value, bool | int | float | str) else str(value)

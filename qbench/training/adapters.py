@@ -1,0 +1,221 @@
+"""What a fine-tune trains: one of PEFT's adapters on a quantized model, or all of a 16-bit one."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from formats.contract import first_line
+from qbench.errors import InputError
+from qbench.model.selection import QuantLinear, linear_layers, unpack_all, weight_of
+from qbench.settings import FULL, METHODS, PROMPTS, TuneSettings
+from qbench.system.messages import OURS
+
+from .lora_init import Start
+
+# and their LoraConfig's keys
+_LOW_RANK: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+_PROMPT_CONFIGS = {"prefix": PrefixTuningConfig, "p_tuning": PromptEncoderConfig}
+
+
+def add(
+    model: PreTrainedModel,
+    targets: Iterable[str],
+    settings: TuneSettings,
+    seed: int,
+    starts: dict[str, Start] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Adapters in fp32 on the named layers, or with `tune.method=full` all of the model, ready to train.
+
+    LoRA starts with B at zero, so that the model's output is what it was, or from `starts`, whose packed weights are then
+    those of the model. A start of zeros, where there was no error to begin from, is none: A and B both at zero never move.
+    """
+    torch.manual_seed(seed)
+    if settings.method == FULL:
+        return _unfrozen(model)
+    left = refused(model, targets, settings)
+    targets = [name for name in targets if name not in left]
+    with _quietly():
+        adapted = peft.get_peft_model(model, _config(model, targets, settings))
+    for p in adapted.parameters():
+        if p.requires_grad:  # not all of PEFT's methods see to that; in 16 bits small steps are lost
+            p.data = p.data.float()
+    for name in (starts or {}).keys() & targets:
+        start = (starts or {})[name]
+        if not start.a.any():
+            continue
+        layer = adapted.get_base_model().get_submodule(name)
+        assert isinstance(layer, LoraLayer)
+        root = layer.scaling["default"] ** 0.5
+        layer.get_parameter("lora_A.default.weight").data.copy_(start.a / root)
+        layer.get_parameter("lora_B.default.weight").data.copy_(start.b / root)
+    return adapted
+
+
+def check(model: PreTrainedModel, settings: TuneSettings, seq: int) -> dict[str, str]:
+    """Whether a fine-tune on windows of `seq` tokens can work, of a model without its weights (`skeleton.bare`): a step of
+    it is tried on the meta device.
+
+    Returns the linear layers that get no adapter, by name, and why; the first is named in a warning. Raises InputError for
+    what the model does not have, or what PEFT and the model refuse.
+    """
+    layers = linear_layers(model)
+    check_rank(layers, settings)
+    _check_positions(model, settings, seq)
+    _check_checkpointing(model, settings)
+    if settings.method == FULL:
+        return {}
+    left = refused(model, layers, settings)
+    left |= _unreached(copy.deepcopy(model), [name for name in layers if name not in left], settings)
+    if left:
+        first, why = next(iter(left.items()))
+        others = f", and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(f"{OURS}No adapter on {first}, as {why}{others}.", UserWarning, stacklevel=2)
+    return left
+
+
+def check_rank(layers: Mapping[str, nn.Module], settings: TuneSettings) -> None:
+    """Raises InputError for a rank that one of the layers does not have."""
+    ranks = {name: rank for name, layer in layers.items() if (rank := _full_rank(layer)) > 1}
+    least = min(ranks, key=ranks.__getitem__)
+    if settings.method in _LOW_RANK and settings.rank > ranks[least]:
+        raise InputError(f"tune.rank: {settings.rank} is more than {least} has; accepted: up to {ranks[least]}")
+
+
+def _check_positions(model: PreTrainedModel, settings: TuneSettings, seq: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    virtual = settings.virtual_tokens if settings.method in PROMPTS else 0
+    if positions and virtual and seq + virtual > positions > 0:
+        fits = f"data.seq={positions - virtual}" if positions > virtual + 1 else f"up to {positions - 2}"
+        raise InputError(
+            f"tune.virtual_tokens: {virtual} and data.seq={seq} are more than the model's {positions} positions; "
+            f"accepted: {fits}"
+        )
+
+
+def _check_checkpointing(model: PreTrainedModel, settings: TuneSettings) -> None:
+    if not settings.checkpointing:
+        return
+    if settings.method == "prefix":
+        why = "tune.method=prefix, whose virtual tokens are in a cache"
+    elif not model.supports_gradient_checkpointing:
+        why = f"a {type(model).__name__}"
+    else:
+        return
+    raise InputError(f"tune.checkpointing: true does not work with {why}; accepted: false")
+
+
+def refused(model: PreTrainedModel, names: Iterable[str], settings: TuneSettings) -> dict[str, str]:
+    """Of the named linear layers those that no adapter can be put on, and why."""
+    found = {name: "it has one row or column" for name in names if _full_rank(model.get_submodule(name)) == 1}
+    if settings.method not in _LOW_RANK:
+        return found
+    config: Any = LoraConfig()
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        try:  # PEFT itself asks only once it has put adapters on the layers before
+            LoraModel._check_target_module_compatiblity(None, config, model, leaf)  # type: ignore[arg-type]
+        except ValueError:
+            found[name] = f"PEFT puts no LoRA on {leaf} of a {model.config.model_type}"
+        if _taken_for_experts(model, leaf):
+            found[name] = f"PEFT takes {leaf} of a {model.config.model_type} for one of its experts"
+    return found
+
+
+def _taken_for_experts(model: PreTrainedModel, leaf: str) -> bool:
+    """Whether PEFT takes a layer for what experts were made of before transformers 5, and adapts the experts instead."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # PEFT before it did so
+        return False
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        conversion.convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it asks for the other parts as well
+        return True
+    return leaf not in (config.target_modules or ())
+
+
+def _unreached(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> dict[str, str]:
+    """The targets whose adapters have no part in what the model computes: some models take a weight but do not call its
+    layer, some have layers that a causal LM has no use for. Puts adapters on `model`, and it on the meta device. Raises
+    InputError where that fails, or all are such."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    model.to("meta").requires_grad_(False).train()  # type: ignore[arg-type]  # a wrapper hides its arguments
+    try:
+        model(input_ids=tokens)
+        runs = True
+    except Exception:  # what it does depends on values, which are not there
+        runs = False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            adapted: Any = add(model, targets, settings, seed=0)
+        if runs:
+            adapted(input_ids=tokens).logits.sum().backward()
+    except Exception as error:
+        raise _not_on(model, settings, first_line(error)) from error
+    if not runs or settings.method in PROMPTS:
+        return {}
+    layers = {name: adapted.get_base_model().get_submodule(name) for name in targets}
+    adapters = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in layers.items()}
+    why = f"a {type(model).__name__} never calls it"
+    return {name: why for name, some in adapters.items() if some and all(p.grad is None for p in some)}
+
+
+def _not_on(model: PreTrainedModel, settings: TuneSettings, why: str) -> InputError:
+    others = ", ".join(method for method in METHODS if method != settings.method)
+    return InputError(
+        f"tune.method: {settings.method} does not work on a {type(model).__name__}: {why}; accepted: one of {others}"
+    )
+
+
+def _full_rank(layer: nn.Module) -> int:
+    return min(layer.in_features, layer.out_features) if isinstance(layer, QuantLinear) else min(weight_of(layer).shape)
+
+
+def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> peft.PeftConfig:
+    if settings.method in _LOW_RANK:
+        options = {**_LOW_RANK[settings.method], "lora_alpha": settings.alpha}  # to PEFT an int, though it takes any
+        return LoraConfig(
+            r=settings.rank,
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            **options,
+        )
+    if settings.method in _PROMPT_CONFIGS:
+        return _PROMPT_CONFIGS[settings.method](task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens)
+    known = peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    if model.config.model_type in known:  # keys, values, and what feeds the second layer of the MLP, as in the paper
+        return IA3Config(task_type="CAUSAL_LM")
+    return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
+
+
+def _unfrozen(model: PreTrainedModel) -> PreTrainedModel:
+    """Every weight in fp32, to be trained: steps are too small for 16 bits to take up."""
+    unpack_all(model)
+    return model.float().requires_grad_(True)
+
+
+def load(model: PreTrainedModel, folder: Path | str) -> PeftModel:
+    """The model, quantized as it was, with the adapters that `save_pretrained` left in a folder."""
+    with _quietly():
+        return PeftModel.from_pretrained(model, folder)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT calls it by the name that it had before
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # which PEFT then sets itself
+        yield

@@ -1,0 +1,41 @@
+"""Optimizers by name; `paged_adamw` and the 8-bit ones are QLoRA's fourth part."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import nn
+
+from .adamw import PagedAdamW
+from .paging import PAGE
+
+__all__ = ["OPTIMIZERS", "PAGE", "PAGED", "PYTORCH", "PagedAdamW", "build", "footprint"]
+
+Optimizers = dict[str, Callable[..., torch.optim.Optimizer]]
+
+PYTORCH: Optimizers = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+#: those that take a budget
+PAGED: Optimizers = {"paged_adamw": PagedAdamW, "paged_adamw_8bit": partial(PagedAdamW, bits=8)}
+OPTIMIZERS: Optimizers = {**PYTORCH, "adamw_8bit": partial(PagedAdamW, bits=8), **PAGED}
+
+
+def build(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    budget: int | str | None = None,
+    page: int | str = PAGE,
+) -> torch.optim.Optimizer:
+    """budget, page: bytes that states may take on a device, and that move at once; for the paged ones alone."""
+    paging = {"budget": budget, "page": page} if name in PAGED else {}
+    return OPTIMIZERS[name](parameters, lr=lr, weight_decay=weight_decay, **paging)
+
+
+def footprint(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """`peak_bytes`: most that the states took on the device; and what else `Paging` tells, where they lie in pages."""
+    if isinstance(optimizer, PagedAdamW):
+        return asdict(optimizer.paging)
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    return {"peak_bytes": sum(value.nbytes for value in states if torch.is_tensor(value))}

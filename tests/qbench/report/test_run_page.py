@@ -1,0 +1,77 @@
+"""What people read says what the numbers say."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qbench.cli.report import main
+from qbench.report import wording
+from qbench.report.run import terminal
+
+
+def result(delta, stderr, p, name="nf4"):
+    against = {
+        "delta_nll": delta, "stderr": stderr, "p": p, "kl_mean": 0.01, "kl_p99": 0.1, "top1_agreement": 0.93,
+    }  # fmt: skip
+    rate = {"median": 100.0, "samples": [100.0]}
+    scores = {"nll": 3.0, "perplexity": 20.0855, "stderr": 0.02, "tokens": 512, "windows": [3.0, 3.0]}
+    return {
+        "environment": None,
+        "config": {
+            "format": {"name": name}, "block": 64, "dq": True, "seed": 0, "device": "cpu", "model": {"path": None},
+            "data": {"path": "kjv"}, "eval": {"tokens": 512}, "tune": {"method": "none"},
+        },
+        "metrics": {
+            "bits": {"per_parameter": 4.127, "baseline": 16.0, "compression": 3.877, "model": 5.0},
+            "error": {"sqnr_db": 20.7, "output_relative": 0.1, "layers": []},
+            "quality": {"baseline": scores, "quantized": {**scores, "against_baseline": against}},
+            "memory": {"baseline_bytes": 16e6, "model_bytes": 5e6},
+            "throughput": {
+                key: rate for key in ("prefill_tokens_s", "decode_tokens_s", "quantize_weights_s", "dequantize_weights_s")
+            } | {"baseline": {"prefill_tokens_s": rate, "decode_tokens_s": rate}},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("delta", "stderr", "p", "expected"),
+    [
+        (0.02, 0.005, 0.001, "is above the baseline's by 2.02% ± 0.51% (20.09)"),
+        (-0.7, 0.01, 1e-9, "is below the baseline's by 50.34% ± 0.50% (20.09)"),
+        (0.002, 0.005, 0.7, "is not distinguishable from the baseline's (+0.20% ± 0.50%) (20.09)"),
+        (-0.002, None, None, "is not distinguishable from the baseline's (−0.20%) (20.09)"),
+    ],
+)
+def test_the_answer_is_as_sure_as_the_test(delta, stderr, p, expected):
+    assert expected in " ".join(wording.answer(result(delta, stderr, p)))
+
+
+def test_the_baseline_is_compared_with_nothing():
+    assert wording.answer(result(0.0, 0.0, 1.0, name="none")) == [
+        "16 bit: the baseline that formats are compared with. Its perplexity is 20.09."
+    ]
+
+
+def test_a_start_on_16_bit_has_no_error_to_tell():
+    found = result(0.0, 0.0, 1.0, name="none")
+    found["config"]["tune"] = {"method": "lora", "init": "pissa", "rank": 8, "steps": 4, "virtual_tokens": 16}
+    quality = found["metrics"]["quality"]
+    quality |= {"initial": quality["quantized"], "tuned": quality["quantized"]}
+    found["metrics"]["init"] = {"quantized": {"sqnr_db": None}, "initial": {"sqnr_db": 56.44}}
+    said = wording.answer(found)[-1]
+    assert said.startswith("PiSSA starts from 56.44 dB, the quantized weights alone have no error;")
+
+
+def test_the_terminal_fits_80_columns(tmp_path):
+    out = io.StringIO()
+    terminal.show(result(-0.0123, 0.0045, 0.01), tmp_path, Console(file=out, width=80))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "quantized 20.09±0.40 −0.0123±0.0045 0.0100 93.0%  4.127  5.0     100    100" in text
+
+
+def test_nothing_to_report(tmp_path, monkeypatch, capsys):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        monkeypatch.setattr("sys.argv", ["qbench.report", str(path)])
+        assert main() == 2 and str(path) in capsys.readouterr().err
