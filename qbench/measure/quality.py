@@ -19,7 +19,7 @@ from formats.contract import first_line
 from qbench.errors import InputError
 from qbench.training.losses import logits_of
 
-from .statistics import clustered_mean, paired
+from .statistics import clustered_mean, nll_difference
 
 BATCH_LOGITS = 2**24  #: logits at once, about: 64 MiB in fp32
 
@@ -47,7 +47,7 @@ class Scores:
         if baseline is not None:
             assert self.kl is not None and self.agree is not None, "these scores have no baseline"
             result["against_baseline"] = {
-                **paired(self.nll, baseline.nll),
+                **nll_difference(self.nll, baseline.nll),
                 "kl_mean": float(self.kl.mean(dtype=np.float64)),
                 "kl_p99": float(np.quantile(self.kl, 0.99)),
                 "top1_agreement": float(self.agree.mean()),

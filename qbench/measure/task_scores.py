@@ -18,7 +18,7 @@ from lm_eval.utils import handle_non_serializable, sanitize_task_name
 
 from qbench.system import files
 
-from .statistics import clustered_mean, paired_mean
+from .statistics import clustered_mean, paired_difference
 
 if TYPE_CHECKING:
     from .tasks import Tasks
@@ -41,7 +41,7 @@ class Score:
         found: dict[str, Any] = {"value": self.value, "stderr": self.stderr, "n": len(self.ids), "log": self.log}
         found["documents"] = None if self.documents is None else self.documents.tolist()
         if baseline and baseline.ids == self.ids and self.documents is not None and baseline.documents is not None:
-            delta, stderr, p = paired_mean(self.documents[:, None], baseline.documents[:, None])
+            delta, stderr, p = paired_difference(self.documents[None], baseline.documents[None])
             found["against_baseline"] = {"delta": delta, "stderr": stderr, "p": p}
         return found
 

@@ -15,7 +15,7 @@ from qbench import checkpoint
 from qbench.checkpoint import loading, location
 from qbench.checkpoint.skeleton import layers_of
 from qbench.measure import distribution, error, quality, task_files, throughput
-from qbench.measure.statistics import paired
+from qbench.measure.statistics import nll_difference
 from qbench.model import devices, quantizing
 from qbench.model.selection import coverage, linear_layers, replace, weight_of
 from qbench.report import wording
@@ -311,7 +311,7 @@ class Experiment:
             scores = quality.evaluate(self.model, self.held_out, self.baseline.logits, advance=advance)
         return {
             **scores.metrics(self.baseline.scores),
-            "against_unmerged": paired(scores.nll, self.tuned.nll),
+            "against_unmerged": nll_difference(scores.nll, self.tuned.nll),
             "bits": {"model": 8 * held / self.parameters},
             "bytes": held,
         }

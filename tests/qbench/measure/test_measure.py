@@ -94,6 +94,31 @@ def test_the_standard_error_covers_the_truth():
     assert 0.92 < hits / 400 < 0.98
 
 
+@pytest.mark.parametrize("shape", [(1, 30), (4, 12), (1, 9, 50), (3, 20, 7)])
+def test_paired_difference_against_a_sum_by_hand(shape):
+    generator = np.random.default_rng(0)
+    ours = (generator.normal(size=shape) + 0.3).astype(np.float32)
+    theirs = generator.normal(size=shape).astype(np.float32)
+    rows = ours.astype(np.float64) - theirs
+    rows = rows if rows.ndim == 2 else rows.mean(2)
+    seeds, windows = rows.shape
+    variance = rows.mean(0).var(ddof=1) / windows + (rows.mean(1).var(ddof=1) / seeds if seeds > 1 else 0)
+    delta, stderr, p = statistics.paired_difference(ours, theirs)
+    assert delta == pytest.approx(rows.mean(), rel=1e-12)
+    assert stderr == pytest.approx(variance**0.5, rel=1e-12)
+    assert p == pytest.approx(2 * stats.t.sf(abs(rows.mean()) / variance**0.5, windows - 1), rel=1e-12)
+    if seeds == 1:
+        assert p == pytest.approx(stats.ttest_1samp(rows[0], 0).pvalue, rel=1e-12)
+
+
+def test_paired_difference_without_variance():
+    zeros, ones = np.zeros((1, 5)), np.ones((1, 5))
+    assert statistics.paired_difference(zeros, zeros) == (0, 0, 1)
+    assert statistics.paired_difference(ones, zeros) == (1, 0, 0)
+    delta, stderr, p = statistics.paired_difference(ones[:, :1], zeros[:, :1])
+    assert delta == 1 and math.isnan(stderr) and math.isnan(p)
+
+
 def test_error_against_float64(llama):
     layers = linear_layers(llama)
     fmt = formats.get("nf4", block=32)
