@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import qbench.cli.api
 import qbench.cli.quantize as quantizing
-from qbench.checkpoint import loading, packed
+from qbench.checkpoint import loading, packed_checkpoint
 from qbench.checkpoint.location import BUNDLED
 from qbench.errors import InputError
 from qbench.measure import quality
@@ -205,7 +205,7 @@ def _quantize(row: Row, folder: Path, scratch: Path) -> None:
     """What is quantized a tensor at a time is what is quantized in memory."""
     out = scratch / "quantized"
     quantizing.quantize({"format": NF4, "model": {"path": str(folder)}, "out": str(out), "layout": "qbench"})
-    _same(_packed(folder), packed.load(out, torch.device("cpu"), torch.float32).model)
+    _same(_packed(folder), packed_checkpoint.load(out, torch.device("cpu"), torch.float32).model)
 
 
 def _save(row: Row, folder: Path, scratch: Path) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from qbench.system import import_hooks
 
 if TYPE_CHECKING:
-    from qbench.checkpoint.packed import pack
+    from qbench.checkpoint.packed_checkpoint import pack
     from qbench.checkpoint.transformers_plugin import QBenchConfig
     from qbench.cli.api import Result, run
     from qbench.results.dataframe import load
@@ -42,7 +42,7 @@ _LAZY = {
     "QBenchConfig": "qbench.checkpoint.transformers_plugin",
     "Result": "qbench.cli.api",
     "load": "qbench.results.dataframe",
-    "pack": "qbench.checkpoint.packed",
+    "pack": "qbench.checkpoint.packed_checkpoint",
     "run": "qbench.cli.api",
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import formats
-from qbench.model.selection import QuantLinear
+from qbench.model.quant_linear import QuantLinear
 
 bnb_nn = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is in the test extra")
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is in the test extra")

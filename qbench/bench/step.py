@@ -25,7 +25,8 @@ import formats
 from qbench.errors import InputError
 from qbench.measure.memory import PeakMemory
 from qbench.model import quantizing
-from qbench.model.selection import linear_layers, replace
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 from qbench.results.provenance import environment
 from qbench.settings import SCHEDULES, TuneSettings
 from qbench.system.extras import install

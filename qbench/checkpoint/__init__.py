@@ -7,7 +7,7 @@ from, `packed` loads and saves packed folders, `streaming` writes one without th
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .packed import find, load, save
+    from .packed_checkpoint import find, load, save
 
 __all__ = ["find", "load", "save"]
 
@@ -15,6 +15,6 @@ __all__ = ["find", "load", "save"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import packed  # late: `transformers_plugin` is imported while transformers is half imported
+    from . import packed_checkpoint  # late: `transformers_plugin` is imported while transformers is half imported
 
-    return getattr(packed, name)
+    return getattr(packed_checkpoint, name)

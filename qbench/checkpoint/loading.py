@@ -13,10 +13,10 @@ from qbench.errors import InputError
 from qbench.model.devices import DTYPES
 from qbench.model.quantizing import held_bytes
 
-from . import packed, sixteen_bit
+from . import packed_checkpoint, sixteen_bit
 from .location import BUNDLED as BUNDLED
 from .location import commit, locate
-from .packed import LoadedModel
+from .packed_checkpoint import LoadedModel
 from .sixteen_bit import Opened
 
 
@@ -26,7 +26,7 @@ def open(path: str | None, revision: str | None = None, trust: bool = False) -> 
     path: a folder as `save_pretrained` writes it, a hub id (the one case in which the network is used), None for the
     bundled model. revision: of a hub id. trust: run the code that it brings along. Raises InputError, in one line.
     """
-    if found := packed.find(locate(path, revision, trust)):
+    if found := packed_checkpoint.find(locate(path, revision, trust)):
         instead = "qbench.checkpoint.load brings it into Python, and qbench.measure.quality.evaluate scores it there"
         raise InputError(
             f"model.path: {path!r} is packed already, as {found}; accepted: a 16-bit checkpoint. {instead}"
@@ -108,6 +108,6 @@ def load(
     it cannot be loaded, or is not whole.
     """
     source = locate(path, revision, trust)
-    if packed.find(source):
-        return packed.load(source, device, dtype)
+    if packed_checkpoint.find(source):
+        return packed_checkpoint.load(source, device, dtype)
     return loaded(sixteen_bit.open(path, revision, trust), dtype, device)

@@ -24,7 +24,8 @@ from . import safetensors_io
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qbench.model.selection import Coverage, QuantLinear
+    from qbench.model.quant_linear import QuantLinear
+    from qbench.model.selection import Coverage
 
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"

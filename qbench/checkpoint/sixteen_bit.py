@@ -20,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import logging as transformers_logging
 
 from qbench.errors import InputError
-from qbench.model.selection import hold_still
+from qbench.model.replacement import hold_still
 from qbench.system.messages import OURS
 
-from . import auto_classes, location, safetensors_io, skeleton, tensor_names
+from . import auto_classes, empty_model, location, safetensors_io, tensor_names
 from .recipe import KEY, plain_config
 from .safetensors_io import Contents, Spec
 
@@ -93,7 +93,7 @@ class Opened:
                 model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
         model.config.name_or_path = vars(model)["name_or_path"] = str(self.folder if self.path is None else self.path)
         for name, tensor in model.named_parameters():
-            if not skeleton.finite(tensor):
+            if not empty_model.finite(tensor):
                 raise InputError(f"model.path: {name} of {self.path!r} holds NaN or Inf; finite weights are accepted")
         hold_still(model)
         model.to(device)  # type: ignore[arg-type]  # a wrapper hides its arguments
@@ -115,7 +115,7 @@ def open(path: str | None, revision: str | None = None, trust: bool = False) -> 
     specs = safetensors_io.merged(contents)
     with reading(what):
         config = auto_classes.config(folder, len(specs), sum(spec.shape.numel() for spec in specs.values()), trust)
-        empty = skeleton.bare(config, torch.bfloat16, buffers=False, trust=trust)
+        empty = empty_model.bare(config, torch.bfloat16, buffers=False, trust=trust)
         undone = _wrapped(specs, empty)
         for _ in tensor_names.each(empty, contents, undone):
             pass  # it raises

@@ -77,9 +77,10 @@ class QBenchQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from qbench.model.selection import hold_still, warn_of_left
+        from qbench.model.replacement import hold_still
+        from qbench.model.selection import warn_of_left
 
-        from . import skeleton, tensor_names
+        from . import empty_model, tensor_names
 
         if not checkpoint_files:
             raise InputError("a state_dict is not accepted; a checkpoint in safetensors is")
@@ -90,10 +91,10 @@ class QBenchQuantizer(HfQuantizer):
                 raise InputError(f"{self.where}: {file} is in another folder; files of the same are accepted")
         contents = safetensors_io.headers(files)
         if self.pre_quantized:
-            skeleton.place(model, self.recipe.layers(model))
+            empty_model.place(model, self.recipe.layers(model))
         _, found = tensor_names.named(model, contents)
-        skeleton.match(model, found, self.where)
-        self.waiting: set[str] = set() if self.pre_quantized else set(skeleton.layers_of(model, self.where, found))
+        empty_model.match(model, found, self.where)
+        self.waiting: set[str] = set() if self.pre_quantized else set(empty_model.layers_of(model, self.where, found))
         if not self.pre_quantized:
             hold_still(model)
             warn_of_left(model)
@@ -115,7 +116,8 @@ class QBenchQuantizer(HfQuantizer):
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         """Put a weight that has been read in its place, packed."""
-        from qbench.model.selection import replace, weight_of
+        from qbench.model.replacement import replace
+        from qbench.model.selection import weight_of
 
         ((name, weight),) = input_dict.items()
         layer = name.removesuffix(".weight")
@@ -131,12 +133,12 @@ class QBenchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from qbench.model.selection import coverage, packed_layers
 
-        from . import skeleton
+        from . import empty_model
 
         if self.refused:
             raise self.refused
         for name, tensor in model.state_dict().items():
-            if not tensor.is_meta and not skeleton.finite(tensor):
+            if not tensor.is_meta and not empty_model.finite(tensor):
                 raise InputError(f"{self.where}: {name} holds NaN or Inf; finite values are accepted")
         layers = packed_layers(model)
         on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
@@ -147,8 +149,8 @@ class QBenchQuantizer(HfQuantizer):
                     "disk, or a packed checkpoint, which `python -m qbench.quantize` writes"
                 )
             if layer.codes.is_meta and on_disk:
-                skeleton.check_offloaded(model, name, layer)
-            skeleton.settle(f"{self.where}: {name}", layer, self.recipe.format)
+                empty_model.check_offloaded(model, name, layer)
+            empty_model.settle(f"{self.where}: {name}", layer, self.recipe.format)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}
             self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes, coverage=coverage(model))
@@ -156,14 +158,14 @@ class QBenchQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
         """What is saved. Raises InputError where it could not be read back."""
-        from . import skeleton
+        from . import empty_model
 
         if getattr(model, "_hf_peft_config_loaded", False):  # the adapters alone are saved
             return None, {}
-        return skeleton.checked(model, self.recipe), {}
+        return empty_model.checked(model, self.recipe), {}
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
-        from qbench.model.selection import unpack_all
+        from qbench.model.replacement import unpack_all
 
         unpack_all(model, dtype)
         return model

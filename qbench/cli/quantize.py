@@ -85,10 +85,10 @@ def quantize(config: dict) -> None:
     fmt = check(config)
     out = Path(config["out"]).expanduser()
     with interruptible(), stderr.status("starting"):  # transformers takes seconds to import
-        from qbench.checkpoint import packed, safetensors_io
+        from qbench.checkpoint import packed_checkpoint, safetensors_io
         from qbench.checkpoint.streaming import source, stream
 
-        layout = packed.layout_of(config["layout"])
+        layout = packed_checkpoint.layout_of(config["layout"])
         found = source.read(config["model"]["path"])
     recipe = layout.of(config["format"], found.dtypes)
     columns = [BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]

@@ -39,7 +39,8 @@ from formats import Format, QuantizedTensor
 from qbench import ops
 from qbench.errors import InputError
 from qbench.measure.live_tensors import DECODED, LiveBytes
-from qbench.model.selection import linear_layers, replace, weight_of
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import TuneSettings
 from qbench.training import losses, optim
 from qbench.training.adapters import add as add_adapters

@@ -13,11 +13,12 @@ import formats
 from formats import QuantizedTensor
 from qbench import checkpoint
 from qbench.checkpoint import loading, location
-from qbench.checkpoint.skeleton import layers_of
+from qbench.checkpoint.empty_model import layers_of
 from qbench.measure import distribution, error, quality, task_files, throughput
 from qbench.measure.statistics import nll_difference
 from qbench.model import devices, quantizing
-from qbench.model.selection import coverage, linear_layers, replace, weight_of
+from qbench.model.replacement import replace
+from qbench.model.selection import coverage, linear_layers, weight_of
 from qbench.report import wording
 from qbench.report.run import card, page
 from qbench.results import provenance, store

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from formats import Format, QuantizedTensor
 from formats.contract import expect
 from formats.registry import lent
-from qbench.checkpoint import auto_classes, location, packed
+from qbench.checkpoint import auto_classes, location, packed_checkpoint
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear, linear_layers, replace
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: of norms, relative
 CPU = torch.device("cpu")
@@ -45,8 +47,8 @@ def saved(fmt: Format, w: Tensor) -> None:
     replace(model, quantizing.quantize(linear_layers(model), fmt))
     with TemporaryDirectory() as folder, lent(fmt):
         arguments = {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
-        packed.save(model, Path(folder) / "model", auto_classes.tokenizer(location.BUNDLED), arguments)
-        loaded = packed.load(Path(folder) / "model", CPU, torch.float32).model
+        packed_checkpoint.save(model, Path(folder) / "model", auto_classes.tokenizer(location.BUNDLED), arguments)
+        loaded = packed_checkpoint.load(Path(folder) / "model", CPU, torch.float32).model
     after = _packed(loaded)
     for name, q in _packed(model).items():
         stored = after[name].stored

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from formats.contract import first_line
 from qbench.errors import InputError
-from qbench.model.selection import QuantLinear, linear_layers, unpack_all, weight_of
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import unpack_all
+from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import FULL, METHODS, PROMPTS, TuneSettings
 from qbench.system.messages import OURS
 
@@ -62,8 +64,8 @@ def add(
 
 
 def check(model: PreTrainedModel, settings: TuneSettings, seq: int) -> dict[str, str]:
-    """Whether a fine-tune on windows of `seq` tokens can work, of a model without its weights (`skeleton.bare`): a step of
-    it is tried on the meta device.
+    """Whether a fine-tune on windows of `seq` tokens can work, of a model without its weights (`empty_model.bare`): a step
+    of it is tried on the meta device.
 
     Returns the linear layers that get no adapter, by name, and why; the first is named in a warning. Raises InputError for
     what the model does not have, or what PEFT and the model refuse.

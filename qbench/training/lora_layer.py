@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from qbench.model.parameter_count import not_counted
-from qbench.model.selection import QuantLinear, packed_layers
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.selection import packed_layers
 
 
 class LoraQuantLinear(LoraLinear):

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from formats import Format
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear, replace, to_conv1d, unpack
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import replace, to_conv1d, unpack
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def decoded() -> list[Tensor]:
 
 
 def trained() -> list[Tensor]:
-    from qbench.model.selection import QuantLinear
+    from qbench.model.quant_linear import QuantLinear
     from qbench.training.optim import PagedAdamW
 
     found, w = [], WEIGHTS[0]

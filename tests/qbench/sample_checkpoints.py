@@ -16,7 +16,9 @@ from qbench.checkpoint.recipe import Recipe
 from qbench.checkpoint.safetensors_io import Contents
 from qbench.checkpoint.streaming import source, stream
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear, linear_layers, replace
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 
 CPU = torch.device("cpu")
 NF4 = {"name": "nf4", "block": 32, "dq": True}

@@ -31,7 +31,8 @@ from qbench.checkpoint import recipe, safetensors_io, tensor_names
 from qbench.checkpoint.recipe import CONFIG, KEY, word
 from qbench.checkpoint.safetensors_io import Contents, Spec
 from qbench.errors import InputError
-from qbench.model.selection import Coverage, QuantLinear, replaceable, weight_of
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.selection import Coverage, replaceable, weight_of
 
 from .base import Foreign, Held
 

@@ -29,7 +29,8 @@ from formats.packing import pack
 from qbench.checkpoint import auto_classes
 from qbench.checkpoint.safetensors_io import Spec
 from qbench.errors import InputError
-from qbench.model.selection import QuantLinear, linear_layers, weight_of
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.selection import linear_layers, weight_of
 from qbench.system.extras import install
 
 from .base import Foreign, Held

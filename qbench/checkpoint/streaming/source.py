@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qbench.checkpoint import loading, location, safetensors_io, skeleton, tensor_names
+from qbench.checkpoint import empty_model, loading, location, safetensors_io, tensor_names
 from qbench.checkpoint.safetensors_io import Contents
 from qbench.errors import InputError
 from qbench.model.selection import Coverage, coverage
@@ -46,7 +46,9 @@ def read(path: str | None) -> Source:
     found = loading.open(path)
     contents = safetensors_io.contents(found.folder)
     called, specs = tensor_names.named(found.model, contents, found.undone)
-    skeleton.match(found.model, specs, found.folder)
-    layers = {f"{name}.weight": layer for name, layer in skeleton.layers_of(found.model, found.folder, specs).items()}
+    empty_model.match(found.model, specs, found.folder)
+    layers = {
+        f"{name}.weight": layer for name, layer in empty_model.layers_of(found.model, found.folder, specs).items()
+    }
     by_tensor = {tensor: layers[name] for tensor, name in called.items() if name in layers}
     return Source(found.folder, found.plain, contents, called, by_tensor, coverage(found.model))

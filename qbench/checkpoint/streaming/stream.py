@@ -16,11 +16,12 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from formats import QuantizedTensor
-from qbench.checkpoint import packed, safetensors_io, skeleton
+from qbench.checkpoint import empty_model, packed_checkpoint, safetensors_io
 from qbench.checkpoint.recipe import CONFIG, Recipe
 from qbench.checkpoint.safetensors_io import Contents, Spec
 from qbench.errors import InputError
-from qbench.model.selection import QuantLinear, weight_of
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.selection import weight_of
 from qbench.results import json_files, provenance
 from qbench.system import files
 
@@ -75,7 +76,7 @@ def run(
             after = sum(spec.nbytes for spec in contents[target].values())
             tell(f"{target.name}  {decimal(before)} to {decimal(after)}  {time.perf_counter() - started:.1f} s")
         _copy_along(source.folder, out)
-        packed.finish(out, source.config, recipe, contents)
+        packed_checkpoint.finish(out, source.config, recipe, contents)
     return contents
 
 
@@ -162,7 +163,7 @@ def _tensors(
             yield from _packed(source, recipe, tensor, packed).items()
             del weight, packed
         else:
-            if not skeleton.finite(values):
+            if not empty_model.finite(values):
                 raise InputError(f"{file}: {tensor} holds NaN or Inf; finite weights are accepted")
             yield source.names[tensor], values
         del values

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 import qbench
-from qbench.checkpoint import loading, packed  # api, so that no child has to import it
+from qbench.checkpoint import loading, packed_checkpoint  # api, so that no child has to import it
 from qbench.checkpoint.recipe import Recipe
 from qbench.checkpoint.streaming import source, stream
 from qbench.cli import api  # api, so that no child has to import it
@@ -214,7 +214,7 @@ def load(folder: Path, out: Path) -> None:
 
 
 def load_packed(folder: Path, out: Path) -> None:
-    check_finite(packed.load(folder, CPU, torch.float32).model)
+    check_finite(packed_checkpoint.load(folder, CPU, torch.float32).model)
 
 
 def quantize(folder: Path, out: Path) -> None:

@@ -11,10 +11,10 @@ import transformers
 from safetensors import safe_open
 
 import formats
-from qbench.checkpoint import loading, safetensors_io, skeleton
+from qbench.checkpoint import empty_model, loading, safetensors_io
 from qbench.errors import InputError
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear
+from qbench.model.quant_linear import QuantLinear
 from tests.conftest import ARCHITECTURES, make_model
 from tests.qbench.sample_checkpoints import (
     CPU,
@@ -165,7 +165,7 @@ def test_loading_never_holds_the_model_in_16_bit(packed, tmp_path):
     )
     folder = make_model("llama", tmp_path / "model")  # its tokenizer
     config.save_pretrained(folder)
-    expected = skeleton.bare(config, torch.bfloat16).state_dict()
+    expected = empty_model.bare(config, torch.bfloat16).state_dict()
     specs = {name: safetensors_io.Spec.of(tensor) for name, tensor in expected.items()}
     zeros = ((name, torch.zeros_like(tensor, device="cpu")) for name, tensor in expected.items())
     safetensors_io.write(folder / safetensors_io.SINGLE, specs, zeros)

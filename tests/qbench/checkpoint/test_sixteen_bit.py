@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qbench
-from qbench.checkpoint import loading, location, packed
+from qbench.checkpoint import loading, location, packed_checkpoint
 from qbench.checkpoint.streaming import source
 from qbench.errors import InputError
 from qbench.model.selection import packed_layers
@@ -259,10 +259,10 @@ def test_tables_out_of_proportion_are_not_computed(tmp_path):
 
 def test_a_packed_checkpoint_asks_for_no_more_than_it_holds(folder, tmp_path):
     model = loading.load(str(folder), torch.bfloat16, CPU).model
-    packed.save(qbench.pack(model, "nf4"), tmp_path / "packed")
+    packed_checkpoint.save(qbench.pack(model, "nf4"), tmp_path / "packed")
     reconfigure(tmp_path / "packed", num_hidden_layers=10**7)
     with pytest.raises(InputError, match="num_hidden_layers: 10000000 is not accepted"):
-        packed.load(tmp_path / "packed", CPU, torch.bfloat16, tokenizer=folder)
+        packed_checkpoint.load(tmp_path / "packed", CPU, torch.bfloat16, tokenizer=folder)
 
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "dev": "c" * 40}
@@ -334,7 +334,7 @@ def test_only_one_module_asks_transformers_to_read_a_checkpoint():
 
 def test_the_readme_of_a_packed_folder_says_how_it_is_loaded(folder, tmp_path):
     model = qbench.pack(loading.load(str(folder), torch.bfloat16, CPU).model, "nf4", dq=True)
-    packed.save(model, tmp_path / "packed")
+    packed_checkpoint.save(model, tmp_path / "packed")
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "nf4(block=64, dq=True)" in card and "100.0% of the weights" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
@@ -351,11 +351,11 @@ print(float(sum(layer.packed.dequantize().float().sum() for layer in packed_laye
     assert total == float(sum(layer.packed.dequantize().float().sum() for layer in packed_layers(model).values()))
 
 
-@pytest.mark.parametrize("layout", packed.LAYOUTS)
+@pytest.mark.parametrize("layout", packed_checkpoint.LAYOUTS)
 def test_finite_scales_that_decode_to_infinity_are_refused(layout, folder, tmp_path):
     model = qbench.pack(loading.load(str(folder), torch.bfloat16, CPU).model, "nf4")
-    packed.save(model, tmp_path / "packed", loading.open(str(folder)).tokenizer, layout=layout)
+    packed_checkpoint.save(model, tmp_path / "packed", loading.open(str(folder)).tokenizer, layout=layout)
     key = "model.layers.0.mlp.up_proj." + {"qbench": "scale", "bitsandbytes": "weight.absmax"}[layout]
     rewrite(tmp_path / "packed", lambda tensors: tensors | {key: torch.full_like(tensors[key], 3.4e38)})
     with pytest.raises(InputError, match=r"model.layers.0.mlp.up_proj decodes to NaN or Inf in bfloat16"):
-        packed.load(tmp_path / "packed", CPU, torch.bfloat16)
+        packed_checkpoint.load(tmp_path / "packed", CPU, torch.bfloat16)

@@ -23,7 +23,7 @@ from qbench import QBenchConfig
 from qbench.checkpoint import location, safetensors_io
 from qbench.errors import InputError
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear
+from qbench.model.quant_linear import QuantLinear
 from qbench.system.import_hooks import after
 from qbench.training import merging
 from qbench.training.lora_layer import LoraQuantLinear

@@ -15,7 +15,8 @@ from qbench.checkpoint import loading
 from qbench.measure import distribution, error, quality, statistics, throughput
 from qbench.measure.live_tensors import DECODED, LiveBytes
 from qbench.model import quantizing
-from qbench.model.selection import linear_layers, replace
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 
 CPU = torch.device("cpu")
 

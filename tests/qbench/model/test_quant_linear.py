@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import formats
-from qbench.model.quant_linear import PackedParameter
-from qbench.model.selection import QuantLinear, weight_of
+from qbench.model.quant_linear import PackedParameter, QuantLinear
+from qbench.model.selection import weight_of
 from qbench.ops import cuda
 from qbench.testing.harness import TOLERANCE
 

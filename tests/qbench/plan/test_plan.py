@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen2M
 import formats
 from qbench.errors import InputError
 from qbench.model import quantizing
-from qbench.model.selection import linear_layers, replace
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 from qbench.plan import advice, check, paper, step, wording
 from qbench.plan.count import count
 from qbench.plan.settings import Dtypes, PlanSettings, size

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import formats
 import qbench
-from qbench.checkpoint import loading, location, skeleton
+from qbench.checkpoint import empty_model, loading, location
 from qbench.errors import InputError
 from qbench.measure import quality, throughput
 from qbench.model.selection import packed_layers
@@ -123,7 +123,7 @@ def test_what_is_merged_into_a_tied_head_is_not_in_the_embeddings(targets, toget
 
 def unread(config: transformers.PreTrainedConfig):
     """A model before its weights are read."""
-    return skeleton.bare(config, torch.float32)
+    return empty_model.bare(config, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 import formats
 import qbench
 from qbench.checkpoint.location import BUNDLED
-from qbench.model.selection import QuantLinear
+from qbench.model.quant_linear import QuantLinear
 from qbench.training import data
 from qbench.training.lora_layer import LoraQuantLinear
 

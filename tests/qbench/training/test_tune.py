@@ -11,7 +11,9 @@ import formats
 from qbench.checkpoint import loading
 from qbench.errors import InputError
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear, linear_layers, replace, weight_of
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import METHODS, TuneSettings
 from qbench.training import adapters, lora_init, merging
 from qbench.training.loop import _order, train

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import formats
 from qbench import QBenchConfig
-from qbench.checkpoint import loading, packed, sixteen_bit
+from qbench.checkpoint import loading, packed_checkpoint, sixteen_bit
 from qbench.checkpoint.location import BUNDLED
 from qbench.cli.quantize import main
 from qbench.errors import InputError
 from qbench.measure import quality
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear, linear_layers, replace
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 from qbench.settings import TuneSettings
 from qbench.training import adapters, data
 from qbench.training.loop import train
@@ -77,7 +79,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def load(folder: Path) -> transformers.PreTrainedModel:
-    return packed.load(folder, CPU, torch.bfloat16).model
+    return packed_checkpoint.load(folder, CPU, torch.bfloat16).model
 
 
 @pytest.mark.parametrize(("name", "dq"), EVERY)
@@ -100,7 +102,7 @@ def test_in_and_out_again(plain, tmp_path, name, dq):
 @pytest.mark.parametrize("block", [32, 128])
 def test_out_and_in_again(plain, tmp_path, name, dq, block):
     expected = in_memory(plain, {"name": name, "block": block, "dq": dq})
-    packed.save(expected, tmp_path / "ours", AutoTokenizer.from_pretrained(plain), layout="bitsandbytes")
+    packed_checkpoint.save(expected, tmp_path / "ours", AutoTokenizer.from_pretrained(plain), layout="bitsandbytes")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert layers.keys() == {name for name, module in expected.named_modules() if isinstance(module, QuantLinear)}
@@ -116,7 +118,7 @@ def test_streamed(plain, tmp_path, monkeypatch, capfd, dq):
     monkeypatch.setattr(sys, "argv", ["qbench", *arguments])
     assert main() == 0, capfd.readouterr().err
     expected = in_memory(plain, {"name": "nf4", "block": 64, "dq": dq})
-    packed.save(expected, tmp_path / "saved", layout="bitsandbytes")
+    packed_checkpoint.save(expected, tmp_path / "saved", layout="bitsandbytes")
     streamed, whole = tensors(tmp_path / "out"), tensors(tmp_path / "saved")
     for found in (streamed, whole):  # what is written before the weights are known has blanks after its JSON
         for key in found:
@@ -135,7 +137,7 @@ def test_any_architecture(any_model, tmp_path):
     folder = saved(theirs(any_model), tmp_path / "theirs")
     found = load(folder)
     assert_same(found, in_memory(any_model, {"name": "nf4", "block": 64, "dq": True}))
-    packed.save(found, tmp_path / "ours", AutoTokenizer.from_pretrained(folder), layout="bitsandbytes")
+    packed_checkpoint.save(found, tmp_path / "ours", AutoTokenizer.from_pretrained(folder), layout="bitsandbytes")
     assert_equal_files(folder, tmp_path / "ours")
     assert_same(load(tmp_path / "ours"), found)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
@@ -180,13 +182,13 @@ def test_bytes_kept_as_another_dtype(plain, tmp_path):
     assert tensors(folder)[f"{UP}.weight"].dtype == torch.bfloat16
     found = load(folder)
     assert_same(found, in_memory(plain, {"name": "nf4", "block": 64, "dq": True}))
-    packed.save(found, tmp_path / "ours", layout="bitsandbytes")
+    packed_checkpoint.save(found, tmp_path / "ours", layout="bitsandbytes")
     assert_equal_files(folder, tmp_path / "ours")
 
 
 def test_perplexity_is_that_of_the_format_quantized_here(tmp_path):
     folder = saved(theirs(BUNDLED), tmp_path / "theirs")
-    loaded = packed.load(folder, CPU, torch.bfloat16)
+    loaded = packed_checkpoint.load(folder, CPU, torch.bfloat16)
     text = data.read("kjv").held_out
     windows = data.windows(text, loaded.tokenizer, loaded.model.config.vocab_size, 128, 4, seed=0)
     ours = loading.load(None, torch.bfloat16, CPU).model
@@ -229,7 +231,7 @@ from qbench import checkpoint
 model = checkpoint.load(Path({str(folder)!r}), torch.device("cpu"), torch.bfloat16).model
 checkpoint.save(model, Path({str(tmp_path / "ours")!r}), layout="bitsandbytes")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(packed.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(packed_checkpoint.__file__).parent.parent)
     assert_equal_files(folder, tmp_path / "ours")
 
 
@@ -332,9 +334,9 @@ def test_what_bitsandbytes_does_not_keep_is_named(plain, tmp_path):
         with pytest.raises(
             InputError, match=rf"does not keep {arguments['name']}\(block=.*; accepted: nf4 or fp4, block 32"
         ):
-            packed.save(in_memory(plain, arguments), tmp_path / "out", layout="bitsandbytes")
+            packed_checkpoint.save(in_memory(plain, arguments), tmp_path / "out", layout="bitsandbytes")
     with pytest.raises(InputError, match=r"layout: 'what' is unknown; accepted: qbench, bitsandbytes"):
-        packed.save(in_memory(plain), tmp_path / "out", layout="what")
+        packed_checkpoint.save(in_memory(plain), tmp_path / "out", layout="what")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,12 +13,14 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import formats
-from qbench.checkpoint import loading, packed
+from qbench.checkpoint import loading, packed_checkpoint
 from qbench.checkpoint.layouts.gguf import tensors
 from qbench.checkpoint.location import BUNDLED
 from qbench.errors import InputError
 from qbench.model import quantizing
-from qbench.model.selection import QuantLinear, linear_layers, replace
+from qbench.model.quant_linear import QuantLinear
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers
 from tests.qbench.sample_checkpoints import CPU, logits
 
 gguf = pytest.importorskip("gguf", reason="gguf is in the test extra")
@@ -111,7 +113,7 @@ def theirs(path: Path) -> PreTrainedModel:
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return packed.load(path, CPU, dtype, tokenizer=BUNDLED).model
+    return packed_checkpoint.load(path, CPU, dtype, tokenizer=BUNDLED).model
 
 
 def close(found: PreTrainedModel, expected: PreTrainedModel) -> None:
@@ -136,7 +138,7 @@ def test_a_llama(llama, tmp_path, kind):
     assert {layer.packed.bits_per_parameter for layer in layers.values()} == {bits}
     found.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(tmp_path / "packed")
-    again = packed.load(tmp_path / "packed", CPU, torch.float32).model
+    again = packed_checkpoint.load(tmp_path / "packed", CPU, torch.float32).model
     assert torch.equal(logits(again), logits(found))
 
 
@@ -144,11 +146,11 @@ def test_the_tokenizer_is_that_of_the_file(llama, tmp_path):
     path = write(tmp_path / "model.gguf", llama, {"": "Q8_0"}, tokenizer=True)
     text = "In the beginning God created the heaven and the earth."
     ids = AutoTokenizer.from_pretrained(BUNDLED)(text, add_special_tokens=False).input_ids
-    assert packed.load(path, CPU, torch.float32).tokenizer(text, add_special_tokens=False).input_ids == ids
+    assert packed_checkpoint.load(path, CPU, torch.float32).tokenizer(text, add_special_tokens=False).input_ids == ids
     bare = write(tmp_path / "bare.gguf", llama, {"": "Q8_0"})
     with pytest.raises(InputError, match=r"bare.gguf brings no tokenizer; accepted: the folder of one, as `tokenizer`"):
-        packed.load(bare, CPU, torch.float32)
-    loaded = packed.load(bare, CPU, torch.float32, tokenizer=BUNDLED)
+        packed_checkpoint.load(bare, CPU, torch.float32)
+    loaded = packed_checkpoint.load(bare, CPU, torch.float32, tokenizer=BUNDLED)
     assert loaded.tokenizer(text, add_special_tokens=False).input_ids == ids
     assert loaded.model.config.vocab_size == 4096
 
@@ -201,8 +203,8 @@ def test_the_scaled_positions_of_llama_3(tmp_path):
     found = load(path)
     close(found, model)
     replace(found, quantizing.quantize(linear_layers(found), formats.get("q4_0", block=32)))
-    packed.save(found, tmp_path / "packed", AutoTokenizer.from_pretrained(BUNDLED))
-    again = packed.load(tmp_path / "packed", CPU, torch.float32).model
+    packed_checkpoint.save(found, tmp_path / "packed", AutoTokenizer.from_pretrained(BUNDLED))
+    again = packed_checkpoint.load(tmp_path / "packed", CPU, torch.float32).model
     assert torch.equal(logits(again), logits(found))
 
 

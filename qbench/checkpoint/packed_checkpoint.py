@@ -33,11 +33,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from qbench.errors import InputError
+from qbench.model.quant_linear import QuantLinear
 from qbench.model.quantizing import quantize
-from qbench.model.selection import QuantLinear, coverage, hold_still, packed_layers, replace, warn_of_left, weight_of
+from qbench.model.replacement import hold_still, replace
+from qbench.model.selection import coverage, packed_layers, warn_of_left, weight_of
 from qbench.system import files
 
-from . import auto_classes, safetensors_io, skeleton
+from . import auto_classes, empty_model, safetensors_io
 from .layouts import bitsandbytes, gguf
 from .layouts.base import Foreign, Held, Packed
 from .recipe import CARD, CONFIG, KEY, Recipe
@@ -100,20 +102,20 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path |
 
 def _filled(found: Foreign, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint in the layout of others."""
-    model = skeleton.bare(found.config(), dtype)
+    model = empty_model.bare(found.config(), dtype)
     for module in model.modules():
         vars(module)["_is_hf_initialized"] = False
     model.initialize_weights()  # the buffers once more: some are computed in the default dtype, here not `dtype`
     if (found.path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.path, local_files_only=True)
     held = found.hold(model)
-    skeleton.place(model, held.layers)
-    missing = skeleton.match(model, safetensors_io.merged(held.contents), found.path, held.called)
+    empty_model.place(model, held.layers)
+    missing = empty_model.match(model, safetensors_io.merged(held.contents), found.path, held.called)
     _fill(model, held, device, dtype)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     layers = packed_layers(model)
     for name, layer in layers.items():
-        skeleton.settle(f"{found.path}: {name}", layer, held.layers[name][0])
+        empty_model.settle(f"{found.path}: {name}", layer, held.layers[name][0])
     if layers:
         tell(model, _recipe(model, layers, found.recipe))
     return model
@@ -121,7 +123,7 @@ def _filled(found: Foreign, device: torch.device, dtype: torch.dtype) -> PreTrai
 
 def _fill(model: PreTrainedModel, held: Held, device: torch.device, dtype: torch.dtype) -> None:
     expected = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    packed = skeleton.packed_names(model)
+    packed = empty_model.packed_names(model)
     # what a model computes in fp32, whatever the rest; an attribute in transformers 5.0
     plan: Any = getattr(model, "_get_dtype_plan", None)
     for pattern, kept in (plan(dtype) if plan else vars(model)["dtype_plan"]).items():
@@ -129,7 +131,7 @@ def _fill(model: PreTrainedModel, held: Held, device: torch.device, dtype: torch
     for file, specs in held.contents.items():
         for name in [name for name in specs if name in expected]:
             tensor = held.read(file, name)
-            if not skeleton.finite(tensor):
+            if not empty_model.finite(tensor):
                 raise InputError(f"{file}: {held.called.get(name, name)} holds NaN or Inf; finite values are accepted")
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
@@ -226,7 +228,7 @@ def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False,
     linear layer that computes something else than a product is left, and named in a warning.
     """
     recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
-    layers = skeleton.layers_of(model, type(model).__name__)
+    layers = empty_model.layers_of(model, type(model).__name__)
     warn_of_left(model)
     dtypes = {name: weight_of(layer).dtype for name, layer in layers.items()}
     hold_still(model)

@@ -13,8 +13,9 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from formats import Format
 from qbench.errors import InputError
-from qbench.model.quant_linear import PackedParameter
-from qbench.model.selection import QuantLinear, hold_still, linear_layers, packed_layers, replace, weight_of
+from qbench.model.quant_linear import PackedParameter, QuantLinear
+from qbench.model.replacement import hold_still, replace
+from qbench.model.selection import linear_layers, packed_layers, weight_of
 
 from .recipe import Recipe, word
 from .safetensors_io import SINGLE, Spec
