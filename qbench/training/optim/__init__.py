@@ -1,4 +1,10 @@
-"""Optimizers by name; `paged_adamw` and the 8-bit ones are QLoRA's fourth part."""
+"""Optimizers by name: PyTorch's, and AdamW with paged and 8-bit states, as in QLoRA. Read adamw.py first.
+
+adamw    PagedAdamW, the optimizer
+paging   moves pages of states between device and host memory
+states   how the moments are stored: as floats or in 8 bits
+streams  the CUDA streams that copy pages
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -15,7 +21,7 @@ __all__ = ["OPTIMIZERS", "PAGE", "PAGED", "PYTORCH", "PagedAdamW", "build", "foo
 Optimizers = dict[str, Callable[..., torch.optim.Optimizer]]
 
 PYTORCH: Optimizers = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-#: those that take a budget
+#: the ones with a memory budget
 PAGED: Optimizers = {"paged_adamw": PagedAdamW, "paged_adamw_8bit": partial(PagedAdamW, bits=8)}
 OPTIMIZERS: Optimizers = {**PYTORCH, "adamw_8bit": partial(PagedAdamW, bits=8), **PAGED}
 
@@ -28,13 +34,13 @@ def build(
     budget: int | str | None = None,
     page: int | str = PAGE,
 ) -> torch.optim.Optimizer:
-    """budget, page: bytes that states may take on a device, and that move at once; for the paged ones alone."""
+    """Build an optimizer. For paged ones, budget: bytes of states on each device; page: bytes that move at once."""
     paging = {"budget": budget, "page": page} if name in PAGED else {}
     return OPTIMIZERS[name](parameters, lr=lr, weight_decay=weight_decay, **paging)
 
 
 def footprint(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """`peak_bytes`: most that the states took on the device; and what else `Paging` tells, where they lie in pages."""
+    """`peak_bytes`: the most that the states took on the device; for a PagedAdamW all of `PagingStats`."""
     if isinstance(optimizer, PagedAdamW):
         return asdict(optimizer.paging)
     states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]

@@ -1,9 +1,9 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) on states that are paged, in 8 bits, both or neither."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose states are paged, in 8 bits, both or neither."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 
 from qbench.keys import SMALLEST_PAGE, check_paging
 
-from .paging import PAGE, Pager, Paging, Piece
-from .states import MIN_8BIT, Dynamic8, Plain, States
-from .streams import lanes_of
+from .paging import PAGE, Pager, PageSlice, PagingStats
+from .states import MIN_8BIT, Moments, QuantizedMoments
+from .streams import open_streams
 
 
 def update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: float, group: dict) -> None:
-    """One step of AdamW, in place, on tensors of one shape and dtype; step: counts from 1.
+    """One step of AdamW, in place, on tensors of one shape and dtype. step: counts from 1.
 
-    The operations are those of torch.optim.AdamW(foreach=False), in its order, hence its bits.
+    It runs the operations of torch.optim.AdamW(foreach=False) in the same order, so the results have the same bits.
     """
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     if group["weight_decay"]:
@@ -31,25 +31,48 @@ def update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: f
 
 
 @dataclass
-class Place:
-    """How the states of a parameter are stored, and where."""
+class ParameterState:
+    """How the moments of a parameter are stored, and in which slices of which pages."""
 
-    states: States
+    moments: Moments
     pager: Pager
-    pieces: list[Piece]
+    slices: list[PageSlice]
+
+
+class SliceUpdate(NamedTuple):
+    """The update of one slice of a parameter. parameter, grad: [n], the whole parameter, flat. step: counts from 1."""
+
+    page_slice: PageSlice
+    moments: Moments
+    parameter: Tensor
+    grad: Tensor
+    step: float
+    group: dict
+
+    def run(self, page: Tensor) -> None:
+        """Update the slice's elements; its moments are in `page`, uint8."""
+        elements = slice(self.page_slice.start, self.page_slice.stop)
+        arrays = self.moments.arrays(page[self.page_slice.offset :], self.page_slice.stop - self.page_slice.start)
+        moments = self.moments.load(arrays)
+        p = self.parameter[elements].to(self.moments.dtype)  # no copy if it has that dtype
+        update(p, self.grad[elements].to(self.moments.dtype), *moments, self.step, self.group)
+        self.moments.store(arrays, *moments)
+        self.parameter[elements].copy_(p)
 
 
 class PagedAdamW(Optimizer):
     """AdamW whose moments take at most `budget` bytes of each device; the other pages are in host memory (`paging`).
 
-    bits: 32, the moments in the parameter's dtype, as torch.optim.AdamW has them, with its results to the last bit
-    (foreach=False, which is the default on a CPU); or 8, block-wise (`states`), computed in fp32. budget, page: bytes, an
-    integer or text such as "64MB"; a budget of None has no end, and then nothing moves. Whatever the budget, the results
-    are the same to the last bit. The step counts are on the host, as PyTorch's are. Beside the budget, a step needs room
-    for the piece that it is at, no more than a page of elements: the root of a moment, and with 8 bits both in fp32.
+    bits: 32 or 8. With 32 the moments have the parameter's dtype, as in torch.optim.AdamW, and the results are the same to
+    the last bit (foreach=False, the default on a CPU). With 8 they are block-wise 8-bit (`states`), computed in fp32.
+    budget, page: bytes, an integer or text such as "64MB". A budget of None is unlimited, and then nothing moves. The
+    budget does not change the results, to the last bit.
 
-    A state_dict is one of torch.optim.AdamW, with whole tensors on the CPU, and either loads the other's; 8-bit states
-    are told in fp32, with the absmax of their blocks, so that they come back as they were.
+    Step counts are on the host, as PyTorch's are. Beyond the budget, a step needs room for one slice, at most a page of
+    elements: the root of a moment, and with 8 bits both moments in fp32.
+
+    A state_dict has the form of torch.optim.AdamW's, with whole tensors on the CPU, and each class loads the other's. It
+    holds 8-bit states as fp32, with the absmax of their blocks, so that loading restores them exactly.
 
     Raises InputError for a budget below one page.
     """
@@ -74,17 +97,24 @@ class PagedAdamW(Optimizer):
             raise ValueError(f"bits: {bits} is not accepted; 8 and 32 are")
         self._bits, (self._budget, self._page) = bits, check_paging(budget, page)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self.paging = Paging()  #: what the states take, and what moved
+    def _reset(self) -> None:
+        self.paging = PagingStats()
         self._pagers: dict[torch.device, Pager] = {}
-        self._places: dict[Tensor, Place] = {}
+        self._states: dict[Tensor, ParameterState] = {}
         self.state.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient. On a GPU it returns before the work is done.
+
+        A page holds the moments of several small parameters, or a slice of a large one. The pages are visited in turn:
+
+            host, pinned                     device                  current stream
+            page 5   ──── stream "in" ────▶  slot 0: page 5
+                                             slot 1: page 2  ──────▶ update the slices whose moments are in page 2
+            page 1   ◀─── stream "out" ───   slot 2: page 1
 
         Raises ValueError for a complex parameter or a sparse gradient.
         """
@@ -95,132 +125,127 @@ class PagedAdamW(Optimizer):
         active = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(p.is_complex() or p.grad.is_sparse for p, _ in active):
             raise ValueError("a complex parameter or a sparse gradient is not accepted; dense real ones are")
-        self._place([p for p, _ in active])
-        work: dict[Pager, dict[int, list[tuple]]] = {pager: {} for pager in self._pagers.values()}
-        copies = []
-        for p, group in active:
-            self.state[p]["step"] += 1
-            place, flat = self._places[p], _flat(p)
-            told = place.states, flat, _flat(p.grad, like=p), self.state[p]["step"].item(), group
-            for piece in place.pieces:
-                work[place.pager].setdefault(piece.page, []).append((piece, *told))
-            if flat.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
-                copies.append((p, flat))
-        for pager, pages in work.items():
+        self._create_states([p for p, _ in active])
+        flat = {p: _flatten(p) for p, _ in active}
+        for pager, pages in self._updates_by_page(active, flat).items():
             for page, memory in pager.visit(pages):
-                for task in pages[page]:
-                    _update_piece(memory, *task)
-        for p, flat in copies:
-            _put(p, flat, like=p)
+                for slice_update in pages[page]:
+                    slice_update.run(memory)
+        for p, elements in flat.items():
+            if elements.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():  # it is a copy
+                _unflatten(elements, p, like=p)
         return loss
 
-    def _place(self, parameters: list[Tensor]) -> None:
-        """Make states, of zeros, for those of the parameters that have none."""
-        new: dict[torch.device, list[tuple[Tensor, States]]] = {}
+    def _updates_by_page(
+        self, active: list[tuple[Tensor, dict]], flat: dict[Tensor, Tensor]
+    ) -> dict[Pager, dict[int, list[SliceUpdate]]]:
+        """Count a step of each active parameter, and list the updates of its slices by pager and page."""
+        updates: dict[Pager, dict[int, list[SliceUpdate]]] = {pager: {} for pager in self._pagers.values()}
+        for p, group in active:
+            self.state[p]["step"] += 1
+            state, step = self._states[p], self.state[p]["step"].item()
+            grad = _flatten(p.grad, like=p)
+            for page_slice in state.slices:
+                slice_update = SliceUpdate(page_slice, state.moments, flat[p], grad, step, group)
+                updates[state.pager].setdefault(page_slice.page, []).append(slice_update)
+        return updates
+
+    def _create_states(self, parameters: list[Tensor]) -> None:
+        """Create states of zeros for the parameters that have none."""
+        new: dict[torch.device, list[tuple[Tensor, Moments]]] = {}
         for p in parameters:
-            if p not in self._places:
-                new.setdefault(p.device, []).append((p, self._states(p)))
+            if p not in self._states:
+                new.setdefault(p.device, []).append((p, self._moments_for(p)))
         for device, pairs in new.items():
             if device not in self._pagers:
-                all_here = (p for group in self.param_groups for p in group["params"] if p.device == device)
-                total = sum(self._states(p).nbytes(p.numel()) for p in all_here)
-                page = min(self._page, max(total, SMALLEST_PAGE))  # a small model does not fill one
-                self._pagers[device] = Pager(lanes_of(device), page, self._budget, self.paging)
+                on_device = (p for group in self.param_groups for p in group["params"] if p.device == device)
+                total = sum(self._moments_for(p).nbytes(p.numel()) for p in on_device)
+                page = min(self._page, max(total, SMALLEST_PAGE))  # a small model does not fill a page
+                self._pagers[device] = Pager(open_streams(device), page, self._budget, self.paging)
             pager = self._pagers[device]
-            placed = pager.place([(states, p.numel()) for p, states in pairs])
-            for (p, states), pieces in zip(pairs, placed, strict=True):
-                self._places[p] = Place(states, pager, pieces)
-                self.state[p]["step"] = _step(0)
+            slices_of_each = pager.allocate([(moments, p.numel()) for p, moments in pairs])
+            for (p, moments), slices in zip(pairs, slices_of_each, strict=True):
+                self._states[p] = ParameterState(moments, pager, slices)
+                self.state[p]["step"] = _step_tensor(0)
 
-    def _states(self, p: Tensor) -> States:
+    def _moments_for(self, p: Tensor) -> Moments:
         if self._bits == 32:
-            return Plain(p.dtype)
-        wide = torch.promote_types(p.dtype, torch.float32)
-        return Dynamic8(wide) if p.numel() >= MIN_8BIT else Plain(wide)
+            return Moments(p.dtype)
+        compute_dtype = torch.promote_types(p.dtype, torch.float32)
+        return QuantizedMoments(compute_dtype) if p.numel() >= MIN_8BIT else Moments(compute_dtype)
 
     def state_dict(self) -> dict:
-        """As torch.optim.AdamW's, the tensors on the CPU."""
-        kept = self.state
+        """As torch.optim.AdamW's, with the tensors on the CPU."""
+        counts = self.state
         try:
-            self.state = defaultdict(dict, {p: self._told(p) for p in kept})
+            self.state = defaultdict(dict, {p: self._export(p) for p in counts})
             return super().state_dict()
         finally:
-            self.state = kept
+            self.state = counts
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over groups and states, of this class or torch.optim.AdamW; `paging` counts from zero again.
+        """Load groups and states of this class or torch.optim.AdamW; `paging` counts from zero again.
 
-        Raises ValueError where the groups are others, or ask for what is not done here.
+        Raises ValueError if the groups differ, or ask for amsgrad or maximize.
         """
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(f"{name}: true is not accepted")
         super().load_state_dict({**state_dict, "state": {}})
-        self._forget()
+        self._reset()
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
-        told = {p: state_dict["state"][i] for i, p in zip(saved, own, strict=True) if i in state_dict["state"]}
-        self._place(list(told))
-        for p, entries in told.items():
-            self.state[p]["step"] = _step(float(entries["step"]))
-            self._retell(p, entries)
+        states = state_dict["state"]
+        entries_of = {p: states[i] for i, p in zip(saved, own, strict=True) if i in states}
+        self._create_states(list(entries_of))
+        for p, entries in entries_of.items():
+            self.state[p]["step"] = _step_tensor(float(entries["step"]))
+            self._import(p, entries)
 
-    def _told(self, p: Tensor) -> dict[str, Tensor]:
-        place, parts = self._places[p], []
-        for piece in place.pieces:
-            end = piece.offset + place.states.nbytes(piece.stop - piece.start)
-            memory = place.pager.read(piece.page, piece.offset, end)
-            parts.append(place.states.told(place.states.views(memory, piece.stop - piece.start)))
-        found = {
-            name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else Plain.names) if parts
-        }
-        for name in Plain.names:
-            whole = torch.empty_like(p, dtype=place.states.dtype, device="cpu", requires_grad=False)
-            found[name] = _put(whole, found[name], like=p) if parts else whole
-        return {"step": self.state[p]["step"].clone(), **found}
+    def _export(self, p: Tensor) -> dict[str, Tensor]:
+        """The state_dict entries of a parameter: its step and its whole moments, on the CPU."""
+        state, parts = self._states[p], []
+        for page_slice in state.slices:
+            n = page_slice.stop - page_slice.start
+            memory = state.pager.read(page_slice.page, page_slice.offset, page_slice.offset + state.moments.nbytes(n))
+            parts.append(state.moments.to_entries(state.moments.arrays(memory, n)))
+        entries = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        for name in Moments.names:
+            whole = torch.empty_like(p, dtype=state.moments.dtype, device="cpu", requires_grad=False)
+            entries[name] = _unflatten(entries[name], whole, like=p) if parts else whole
+        return {"step": self.state[p]["step"].clone(), **entries}
 
-    def _retell(self, p: Tensor, entries: dict[str, Tensor]) -> None:
-        place = self._places[p]
-        told = {name: value.cpu() for name, value in entries.items() if name != "step"}
-        told |= {name: _flat(told[name].view_as(p), like=p) for name in Plain.names}
-        for piece in place.pieces:
-            n = piece.stop - piece.start
-            memory = torch.empty(place.states.nbytes(n), dtype=torch.uint8, device="cpu")
-            place.states.retell(place.states.views(memory, n), told, piece.start, piece.stop)
-            place.pager.write(piece.page, piece.offset, memory)
+    def _import(self, p: Tensor, entries: dict[str, Tensor]) -> None:
+        """Write state_dict entries into the pages of a parameter, whose states are new."""
+        state = self._states[p]
+        flat = {name: value.cpu() for name, value in entries.items() if name != "step"}
+        flat |= {name: _flatten(flat[name].view_as(p), like=p) for name in Moments.names}
+        for page_slice in state.slices:
+            n = page_slice.stop - page_slice.start
+            memory = torch.empty(state.moments.nbytes(n), dtype=torch.uint8, device="cpu")
+            state.moments.from_entries(state.moments.arrays(memory, n), flat, page_slice.start, page_slice.stop)
+            state.pager.write(page_slice.page, page_slice.offset, memory)
 
 
-def _step(count: float) -> Tensor:
+def _step_tensor(count: float) -> Tensor:
     return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
-def _update_piece(
-    memory: Tensor, piece: Piece, states: States, flat: Tensor, grad: Tensor, step: float, group: dict
-) -> None:
-    """Update elements start … stop − 1 of a flat parameter, whose states lie in `memory`, uint8, of their page."""
-    elements = slice(piece.start, piece.stop)
-    stored = states.views(memory[piece.offset :], piece.stop - piece.start)
-    moments = states.moments(stored)
-    p = flat[elements].to(states.dtype)  # no copy, where it is that dtype
-    update(p, grad[elements].to(states.dtype), *moments, step, group)
-    states.store(stored, *moments)
-    flat[elements].copy_(p)
+def _flatten(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """The elements [n] of `t`, in the memory order of `like`, or of `t` itself. It is a view where possible."""
+    return t.detach().permute(_memory_order(t if like is None else like)).reshape(-1)
 
 
-def _flat(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """The elements [n] of `t`, in the order in which those of `like`, or its own, lie in memory; a view if it can be."""
-    return t.detach().permute(_order(t if like is None else like)).reshape(-1)
-
-
-def _put(to: Tensor, flat: Tensor, like: Tensor) -> Tensor:
-    """Undo `_flat`, into `to`."""
-    permuted = to.detach().permute(_order(like))
+def _unflatten(flat: Tensor, target: Tensor, like: Tensor) -> Tensor:
+    """Undo `_flatten`, into `target`."""
+    permuted = target.detach().permute(_memory_order(like))
     permuted.copy_(flat.view(permuted.shape))
-    return to
+    return target
 
 
-def _order(t: Tensor) -> list[int]:
+def _memory_order(t: Tensor) -> list[int]:
+    """The dimensions of `t`, from the largest stride to the smallest."""
     strides = t.stride()
     return sorted(range(t.dim()), key=lambda dim: -strides[dim])

@@ -1,16 +1,18 @@
-"""How the two moments of AdamW are stored: as they are, or in 8 bits a number.
+"""How AdamW's two moments are stored: as floats, or in 8 bits a number.
 
 8 bits (Dettmers et al., arXiv 2110.02861): each moment is a tensor in a block-wise format, `m[i] = s[i // 256] · L[c[i]]`,
-the one equation of `formats`, with bitsandbytes' tables: exp_avg in the signed dynamic map, exp_avg_sq, never negative, in
-the unsigned one, each number to the level nearest to it. That is 2 · (8 + 32/256) = 16.25 bits a parameter, not 64.
+with bitsandbytes' tables. exp_avg uses the signed dynamic map; exp_avg_sq is never negative and uses the unsigned one.
+Each number takes the nearest level. That is 2 · (8 + 32/256) = 16.25 bits a parameter instead of 64.
 
-One thing is not as in the paper: **a second moment that is not zero is not stored as zero.** The smallest level but zero
-is 3.25e-7 of the largest number in the block, and what is below half of it would become zero, step after step, while its
-first moment, as small as the root of it, is still told from zero. The update then divides by a √v that knows of the last
-gradient only. Coordinates whose gradients are 1e-4 of the largest in their block move by 20 lr a step then, and where one
-of those gradients is zero by thousands (measured: 20 000 lr; in fp32 never more than 1.3). arXiv 2309.01507 calls it the
-zero-point problem and takes zero out of the table. Here the table stays and its first threshold moves, from half of the
-smallest level to zero: the error is then a step too short.
+One thing differs from the paper: **a second moment that is not zero is never stored as zero.**
+
+The problem: the smallest level above zero is 3.25e-7 of the block's maximum, so a v below half of that rounds to zero at
+every step. The first moment of the same coordinate is about √v, large enough to survive. The update then divides by a √v
+that holds only the last gradient. Coordinates whose gradients are 1e-4 of the largest in their block then move by 20 lr
+a step. If one of those gradients is zero they move by thousands (measured: 20 000 lr; in fp32 never more than 1.3).
+
+arXiv 2309.01507 calls this the zero-point problem and removes zero from the table. Here the table stays, but its first
+threshold moves from half of the smallest level to zero. The remaining error makes a step too short, never too long.
 """
 
 from collections.abc import Sequence
@@ -24,103 +26,100 @@ from formats.modes import kept
 from formats.scales import dynamic_map
 
 BLOCK = 256
-#: a tensor is cut at multiples of so many elements: at the ends of blocks; and of vector registers too, for PyTorch's
-#: loops take the elements that fill none one by one, which on some machines (clang, ARM) rounds otherwise
+#: Tensors are cut at multiples of this many elements: at block ends, and at ends of vector registers. PyTorch computes the
+#: elements that fill no vector register one by one, which on some machines (clang, ARM) rounds differently.
 GRAIN = 256
 ALIGN = 16  # bytes that a GPU loads at once
-MIN_8BIT = 4096  #: elements below which a tensor's moments stay fp32, as bitsandbytes has it
+MIN_8BIT = 4096  #: the moments of a tensor with fewer elements stay fp32, as in bitsandbytes
 
-Stored = list[Tensor]
+Arrays = list[Tensor]  #: the arrays that hold the moments of one slice
 
 
-class Plain:
-    """Two moments as they are, of any float dtype."""
+class Moments:
+    """Two moments, exp_avg and exp_avg_sq, stored as they are in a float dtype."""
 
     names = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
-    def arrays(self, n: int) -> list[tuple[torch.dtype, int]]:
-        """Dtype and length of each of the arrays `names` for `n` elements."""
+    def array_specs(self, n: int) -> list[tuple[torch.dtype, int]]:
+        """Dtype and length of each array that stores the moments of `n` elements."""
         return [(self.dtype, n), (self.dtype, n)]
 
     def nbytes(self, n: int) -> int:
-        return sum(_aligned(dtype.itemsize * count) for dtype, count in self.arrays(n))
+        """Bytes that the moments of `n` elements take, with alignment."""
+        return sum(_aligned(dtype.itemsize * count) for dtype, count in self.array_specs(n))
 
-    def views(self, memory: Tensor, n: int) -> Stored:
-        """The arrays, for `n` elements, in the first bytes of uint8 `memory`."""
-        found, start = [], 0
-        for dtype, count in self.arrays(n):
+    def arrays(self, memory: Tensor, n: int) -> Arrays:
+        """Views of the arrays for `n` elements at the start of uint8 `memory`."""
+        views, start = [], 0
+        for dtype, count in self.array_specs(n):
             nbytes = dtype.itemsize * count
-            found.append(memory[start : start + nbytes].view(dtype))
+            views.append(memory[start : start + nbytes].view(dtype))
             start += _aligned(nbytes)
-        return found
+        return views
 
-    def moments(self, stored: Stored) -> tuple[Tensor, Tensor]:
-        """exp_avg and exp_avg_sq [n]: here the memory itself."""
-        return stored[0], stored[1]
+    def load(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
+        """exp_avg and exp_avg_sq [n]; here the arrays themselves, not copies."""
+        return arrays[0], arrays[1]
 
-    def store(self, stored: Stored, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """Store moments [n], those that `moments` gave or others."""
-        for to, values in zip(stored, (exp_avg, exp_avg_sq), strict=True):
-            if to is not values:
-                to.copy_(values)
+    def store(self, arrays: Arrays, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """Write moments [n] into the arrays. Moments that `load` returned are already there."""
+        for target, values in zip(arrays, (exp_avg, exp_avg_sq), strict=True):
+            if target is not values:
+                target.copy_(values)
 
-    def told(self, stored: Stored) -> dict[str, Tensor]:
-        """The entries of a state_dict, flat: the moments, and what else it takes to store the same again."""
-        return dict(zip(self.names, self.moments(stored), strict=True))
+    def to_entries(self, arrays: Arrays) -> dict[str, Tensor]:
+        """Flat entries for a state_dict: the moments, and what is needed to store them again unchanged."""
+        return dict(zip(self.names, self.load(arrays), strict=True))
 
-    def retell(self, stored: Stored, told: dict[str, Tensor], start: int, stop: int) -> None:
-        """Store elements start … stop − 1 of what `told` once told of a tensor, or of another optimizer's moments."""
-        self.store(stored, *(told[name][start:stop].to(self.dtype) for name in self.names))
+    def from_entries(self, arrays: Arrays, entries: dict[str, Tensor], start: int, stop: int) -> None:
+        """Store elements start … stop − 1 of a tensor's flat state_dict entries, whichever optimizer wrote them."""
+        self.store(arrays, *(entries[name][start:stop].to(self.dtype) for name in self.names))
 
 
-class Dynamic8(Plain):
-    """Both moments in 8 bits: codes uint8 [n] and absmax fp32 [ceil(n/256)] of the first, then of the second.
+class QuantizedMoments(Moments):
+    """Both moments in 8 bits: for each, codes uint8 [n] and absmax fp32 [ceil(n/256)]. dtype: what they decode to."""
 
-    dtype: what they are decoded to.
-    """
-
-    def arrays(self, n: int) -> list[tuple[torch.dtype, int]]:
+    def array_specs(self, n: int) -> list[tuple[torch.dtype, int]]:
         return [(torch.uint8, n), (torch.float32, block_count(n, BLOCK))] * 2
 
-    def moments(self, stored: Stored) -> tuple[Tensor, Tensor]:
-        return self._decode(*stored[:2], signed=True), self._decode(*stored[2:], signed=False)
+    def load(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
+        return self._decode(*arrays[:2], signed=True), self._decode(*arrays[2:], signed=False)
 
     def store(
-        self, stored: Stored, exp_avg: Tensor, exp_avg_sq: Tensor, *, scales: Sequence[Tensor | None] = (None, None)
+        self, arrays: Arrays, exp_avg: Tensor, exp_avg_sq: Tensor, *, scales: Sequence[Tensor | None] = (None, None)
     ) -> None:
         for moment, (values, scale) in enumerate(zip((exp_avg, exp_avg_sq), scales, strict=True)):
             book = codebook(values.device, moment == 0)
-            found = torch.ops.qbench.quantize(values, book.boundaries, book.order, 8, BLOCK, scale, None)
-            for to, part in zip(stored[2 * moment :], found, strict=False):
-                to.copy_(part)
+            codes, absmax = torch.ops.qbench.quantize(values, book.boundaries, book.order, 8, BLOCK, scale, None)
+            arrays[2 * moment].copy_(codes)
+            arrays[2 * moment + 1].copy_(absmax)
 
-    def told(self, stored: Stored) -> dict[str, Tensor]:
-        # the signed map has no −1: a block whose largest number is negative would not find its scale again
-        return super().told(stored) | {f"{name}_absmax": stored[i] for name, i in zip(self.names, (1, 3), strict=True)}
+    def to_entries(self, arrays: Arrays) -> dict[str, Tensor]:
+        # The signed map has no −1, so the scale of a block whose largest number is negative cannot be recomputed.
+        absmax = {f"{name}_absmax": arrays[i] for name, i in zip(self.names, (1, 3), strict=True)}
+        return super().to_entries(arrays) | absmax
 
-    def retell(self, stored: Stored, told: dict[str, Tensor], start: int, stop: int) -> None:
+    def from_entries(self, arrays: Arrays, entries: dict[str, Tensor], start: int, stop: int) -> None:
         blocks = slice(start // BLOCK, block_count(stop, BLOCK))
-        scales = [told[f"{name}_absmax"][blocks] if f"{name}_absmax" in told else None for name in self.names]
-        self.store(stored, *(told[name][start:stop].float() for name in self.names), scales=scales)
+        absmax = [entries.get(f"{name}_absmax") for name in self.names]
+        scales = [None if values is None else values[blocks] for values in absmax]
+        self.store(arrays, *(entries[name][start:stop].float() for name in self.names), scales=scales)
 
     def _decode(self, codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
         levels = codebook(codes.device, signed).levels
         return torch.ops.qbench.dequantize(codes, levels, [absmax], [], 8, BLOCK, list(codes.shape), self.dtype)
 
 
-States = Plain  #: either of the two
-
-
 @kept
 def codebook(device: torch.device, signed: bool) -> Codebook:
-    """Table and thresholds of the first moment, signed, or of the second."""
+    """Levels and thresholds of the first moment (signed) or the second."""
     load_kernels()
     book = Codebook.of(dynamic_map(signed=signed))
     if not signed:
-        book.boundaries[0] = 0  # what is above is level 1 or more
+        book.boundaries[0] = 0  # anything above zero becomes level 1 or more
     return book.to(device)
 
 

@@ -1,8 +1,8 @@
-"""What copies pages beside the computing: two streams of a GPU, or nobody.
+"""Where pages are copied while the device computes: on two CUDA streams, or, without a GPU, at once.
 
-A lane does its work in order. `compute` is whatever stream the caller works on; `"in"` and `"out"` are lanes of their
-own, so that pages go both ways at once, as PCIe can. An event tells that a lane has come so far; work that needs a page
-waits for events, never for time, and the caller's thread waits for none.
+A stream runs its work in order. "in" copies pages to the device, "out" copies them back, and updates run on the caller's
+current stream. So copies run both ways at once, as PCIe can, beside the updates. An event marks a point of a stream.
+Streams wait for events of others; the caller's thread does not wait.
 """
 
 from collections.abc import Callable
@@ -11,69 +11,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Event = Any  #: what a lane hands out and waits for: a torch.cuda.Event, or None where all is done at once
+Event = Any  #: a torch.cuda.Event, or None where work is done at once
 
 
-class Inline:
-    """Where there is no second stream, all is done at once: the same pages move, none of them meanwhile."""
+class Synchronous:
+    """Copies at once, on a device without streams. The same pages move, but nothing overlaps."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
-    def now(self) -> Event:
-        """What has been given to `compute` up to here."""
+    def record(self) -> Event:
+        """An event after all work given to the current stream so far."""
 
     def wait(self, event: Event) -> None:
-        """Let `compute` go on once `event` has happened."""
+        """Make the current stream wait for `event`."""
 
-    def beside(self, lane: str, work: Callable[[], object], *after: Event) -> Event:
-        """Do `work` on a lane, "in" or "out", once the events `after` have happened; returns when it is done."""
+    def run(self, stream: str, work: Callable[[], object], *after: Event) -> Event:
+        """Run `work` on stream "in" or "out", after the events `after`; returns the event of its end."""
         work()
 
-    def finish(self, event: Event) -> None:
-        """Let the caller's thread wait until `event` has happened."""
+    def synchronize(self, event: Event) -> None:
+        """Make the caller's thread wait for `event`."""
 
     def device_memory(self, nbytes: int) -> Tensor:
-        """Uninitialised uint8 [nbytes] where the states are used."""
+        """Uninitialised uint8 [nbytes] on the device."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_memory(self, nbytes: int) -> Tensor:
-        """Uninitialised uint8 [nbytes] where pages go."""
+        """Uninitialised uint8 [nbytes] in host memory."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-class Streams(Inline):
-    """Two streams of a CUDA device, and pinned memory, which alone is copied while the thread goes on.
+class CudaStreams(Synchronous):
+    """Two streams of a CUDA device. Host memory is pinned: other memory is not copied asynchronously.
 
-    Memory handed out may be freed while a copy is under way: of the device's, `record_stream` tells the allocator who
-    else uses it; of pinned memory, PyTorch's copy tells by itself.
+    Memory may be freed while a copy uses it. `record_stream` tells the allocator which streams use device memory; for
+    pinned memory PyTorch's copy does so itself.
     """
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.lanes = {"in": torch.cuda.Stream(device), "out": torch.cuda.Stream(device)}
+        self.streams = {"in": torch.cuda.Stream(device), "out": torch.cuda.Stream(device)}
 
-    def now(self) -> Event:
+    def record(self) -> Event:
         return torch.cuda.current_stream(self.device).record_event()
 
     def wait(self, event: Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def beside(self, lane: str, work: Callable[[], object], *after: Event) -> Event:
-        stream = self.lanes[lane]
+    def run(self, stream: str, work: Callable[[], object], *after: Event) -> Event:
+        cuda_stream = self.streams[stream]
         for event in after:
             if event is not None:
-                stream.wait_event(event)
-        with torch.cuda.stream(stream):
+                cuda_stream.wait_event(event)
+        with torch.cuda.stream(cuda_stream):
             work()
-        return stream.record_event()
+        return cuda_stream.record_event()
 
-    def finish(self, event: Event) -> None:
+    def synchronize(self, event: Event) -> None:
         event.synchronize()
 
     def device_memory(self, nbytes: int) -> Tensor:
         memory = super().device_memory(nbytes)
-        for stream in self.lanes.values():
+        for stream in self.streams.values():
             memory.record_stream(stream)
         return memory
 
@@ -81,5 +81,5 @@ class Streams(Inline):
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
-def lanes_of(device: torch.device) -> Inline:
-    return Streams(device) if device.type == "cuda" else Inline(device)
+def open_streams(device: torch.device) -> Synchronous:
+    return CudaStreams(device) if device.type == "cuda" else Synchronous(device)

@@ -1,4 +1,4 @@
-"""Steps on random gradients, and what it is to be the same to the last bit."""
+"""Optimizer steps on random gradients, and comparison to the last bit."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ def parameters(shapes, dtype=torch.float32, device="cpu", seed=0):
 
 
 def train(optimizer, steps, seed=1, skip=False):
-    """`steps` steps on random gradients of very different sizes; with `skip`, each parameter sits out every third."""
+    """`steps` steps on random gradients of very different sizes; with `skip`, each parameter skips every third."""
     generator = torch.Generator().manual_seed(seed)
     all_parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""The 8-bit states: bitsandbytes' maps, steps against float64, and no coordinate that runs away."""
+"""The 8-bit states: the maps of bitsandbytes, steps against float64, and no coordinate that runs away."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def test_8_bit_steps_against_float64(dtype, device):
             absmax, stored = state[f"{name}_absmax"].double()[:, None], state[name].double()
             torch.testing.assert_close(absmax, blocks.abs().amax(1, keepdim=True), rtol=1e-6, atol=0)
             errors = (blocks[..., None] / absmax[..., None] - (levels if name == "exp_avg" else levels[1:])).abs()
-            found = (torch.nn.functional.pad(stored, (0, -n % 256)).view(-1, 256) - blocks).abs() / absmax
-            assert (found <= errors.amin(2) + 1e-6).view(-1)[:n].all(), "not the nearest level"
+            distance = (torch.nn.functional.pad(stored, (0, -n % 256)).view(-1, 256) - blocks).abs() / absmax
+            assert (distance <= errors.amin(2) + 1e-6).view(-1)[:n].all(), "not the nearest level"
         m, v = state["exp_avg"].double(), state["exp_avg_sq"].double()
 
 
 def test_against_bitsandbytes():
-    """Its CPU rounds to a grid before it looks for a level: near the middle of two, and near zero, levels differ."""
+    """Its CPU code rounds to a grid before it picks a level, so levels near a midpoint or near zero differ."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     shapes = [(5000,), (100,)]  # the second stays fp32
     ours = PagedAdamW(parameters(shapes), **NUMBERS, bits=8, page=4500, budget=9000)
@@ -57,13 +57,13 @@ def test_against_bitsandbytes():
         ps, qs = ours.param_groups[0]["params"], theirs.param_groups[0]["params"]
         if step == 1:
             assert same(ps[:1], qs[:1])
-            told, state = ours.state_dict()["state"][0], theirs.state[qs[0]]
+            saved, state = ours.state_dict()["state"][0], theirs.state[qs[0]]
             for i, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
-                assert torch.equal(told[f"{name}_absmax"], state[f"absmax{i}"])
+                assert torch.equal(saved[f"{name}_absmax"], state[f"absmax{i}"])
                 scale = state[f"absmax{i}"].repeat_interleave(256)[:5000]
                 normal = state[f"qmap{i}"][state[f"state{i}"].int()]
-                assert (normal * scale == told[name]).float().mean() > 0.96
-                assert (normal - told[name] / scale).abs().max() < 0.0145, "more than one level apart"
+                assert (normal * scale == saved[name]).float().mean() > 0.96
+                assert (normal - saved[name] / scale).abs().max() < 0.0145, "more than one level apart"
         for p, q, x in zip(ps, qs, start, strict=True):
             assert (p - q).norm() <= 0.01 * (q - x).norm()
     torch.testing.assert_close(ps[1], qs[1], rtol=1e-6, atol=1e-6)
@@ -71,7 +71,7 @@ def test_against_bitsandbytes():
 
 @pytest.mark.parametrize("quiet", [1e-3, 1e-4, 1e-5])
 def test_a_quiet_coordinate_among_loud_ones_does_not_run_away(quiet):
-    """With a zero for its second moment it would move thousands of lr in one step."""
+    """If its second moment were stored as zero, it would move thousands of lr in one step."""
     p = torch.nn.Parameter(torch.zeros(4096))
     ours = PagedAdamW([p], lr=1.0, weight_decay=0, bits=8)
     generator, loud = torch.Generator().manual_seed(0), torch.arange(4096) % 256 == 0

@@ -1,4 +1,4 @@
-"""AdamW in pages and in 8 bits as an optimizer of PyTorch's: its bits under any budget, its states, its settings."""
+"""PagedAdamW gives the bits of PyTorch's AdamW under any budget, loads its states, and checks its settings."""
 
 from functools import partial
 from io import BytesIO
@@ -63,7 +63,7 @@ def test_any_shapes_pages_and_budgets(shapes, page, over, dtype, betas, decay, s
 
 @settings(max_examples=15, deadline=None)
 @given(n=st.integers(4000, 30000), page=st.integers(4096, 30000), over=st.integers(0, 60000), seed=st.integers(0, 99))
-def test_8_bit_states_do_not_know_of_pages(n, page, over, seed):
+def test_8_bit_states_do_not_depend_on_pages(n, page, over, seed):
     shapes = [(n,), (64, 64), (5,)]
     whole = PagedAdamW(parameters(shapes), bits=8)
     paged = PagedAdamW(parameters(shapes), bits=8, page=page, budget=page + over)
@@ -72,7 +72,7 @@ def test_8_bit_states_do_not_know_of_pages(n, page, over, seed):
 
 
 def test_elementwise_kernels_round_alike_in_any_slice():
-    """What the pages rest on: one piece or many, PyTorch's operations give an element the same bits."""
+    """Paging relies on this: PyTorch gives an element the same bits, whatever slice it is in."""
     generator = torch.Generator().manual_seed(0)
     p, grad, m, v = (torch.randn(5000, generator=generator) for _ in range(4))
     group = {"lr": 1.37e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.013}
@@ -90,13 +90,13 @@ def test_a_state_dict_comes_back_as_it_was(bits, dtype):
     shapes = [*SHAPES, (90, 70)]
     first = PagedAdamW(parameters(shapes, dtype), **NUMBERS, bits=bits, page=PAGE, budget=3 * PAGE)
     train(first, 7, skip=True)
-    told = first.state_dict()
+    saved = first.state_dict()
     second = PagedAdamW(parameters(shapes, dtype), lr=1, bits=bits, page=5000, budget=None)
     for p, q in zip(second.param_groups[0]["params"], first.param_groups[0]["params"], strict=True):
         p.data.copy_(q)
-    second.load_state_dict(torch.load(_saved(told), weights_only=True))
+    second.load_state_dict(torch.load(_saved(saved), weights_only=True))
     assert second.param_groups[0]["lr"] == NUMBERS["lr"]
-    assert same_states(second.state_dict(), told) and same_states(first.state_dict(), told)
+    assert same_states(second.state_dict(), saved) and same_states(first.state_dict(), saved)
     assert same(train(first, 5, seed=9), train(second, 5, seed=9))
 
 
@@ -149,7 +149,7 @@ def test_groups_schedules_layouts_and_late_parameters():
     assert same(trained[0][0], trained[1][0]) and same_states(trained[0][1], trained[1][1])
 
 
-def test_what_is_not_done_is_said():
+def test_unsupported_inputs_are_refused():
     ours = PagedAdamW(parameters([(4, 4)]))
     for grad in (torch.eye(4).to_sparse(), None):
         if grad is None:
@@ -206,10 +206,10 @@ def test_a_budget_below_a_page_is_refused_in_a_notebook_too():
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_every_optimizer_is_built_and_tells_its_footprint(name):
+def test_every_optimizer_is_built_and_has_a_footprint(name):
     paged = "paged" in name
     optimizer = optim.build(name, parameters([(100, 100)]), 0.1, 0.01, budget=8192 if paged else None, page=PAGE)
     train(optimizer, 2)
     whole = (0 if name == "sgd" else 2) * 10000 * (1 if "8bit" in name else 4)
-    told = optim.footprint(optimizer)["peak_bytes"]
-    assert told == 8192 if paged else whole <= told <= 1.02 * whole
+    peak = optim.footprint(optimizer)["peak_bytes"]
+    assert peak == 8192 if paged else whole <= peak <= 1.02 * whole
