@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import formats
-from qbench.cli.command_line import CONF
+from qbench.cli.commands import CONF
 from qbench.cli.main import COMMANDS
 from qbench.cli.run import main
 from qbench.system import import_hooks

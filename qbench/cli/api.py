@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose as compose_files
+from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,7 @@ from qbench.report.comparison import tasks
 from qbench.runs import experiment
 from qbench.runs import trackers as trackers
 
-from . import command_line, format_group, jobs
+from . import commands, compose, format_group, jobs
 
 Keys = Mapping[str, Any]
 
@@ -113,9 +114,9 @@ def _composed(format: str, tune: str, given: Keys) -> dict[str, Any]:
             raise InputError(keys.unknown(key, keys.RUN))
     format_group.store()
     try:
-        with initialize_config_dir(str(command_line.CONF), version_base="1.3"):
-            config = compose("config", [f"+format={format}", f"tune={tune}"])
+        with initialize_config_dir(str(commands.CONF), version_base="1.3"):
+            config = compose_files("config", [f"+format={format}", f"tune={tune}"])
         config.merge_with(OmegaConf.create(dict(given)))
-        return command_line.plain(config)
+        return compose.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(command_line.one_line(error)) from error
+        raise InputError(compose.describe_error(error)) from error

@@ -13,7 +13,7 @@ from qbench import keys
 from qbench.errors import InputError
 from qbench.keys import shown
 
-from .command_line import GROUP, NO_FORMAT
+from .commands import GROUP, NO_FORMAT
 
 CUSTOM = "custom"
 _PLAIN = bool | int | float | str | None  #: what a config can hold of the defaults of options

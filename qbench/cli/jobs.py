@@ -1,18 +1,15 @@
 """What Hydra runs, once or for each point of a sweep, here or in another process."""
 
-import _thread
 import gc
 import hashlib
 import json
 import mmap
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -26,8 +23,10 @@ from qbench.system import files, messages
 from qbench.system.files import Busy
 from qbench.system.interrupts import interruptible
 
-from .command_line import INTERRUPTED, plain, stderr
+from .compose import resolve
+from .console import INTERRUPTED, stderr
 from .format_group import format_of
+from .time_limit import time_limit, too_long
 
 if TYPE_CHECKING:
     from qbench.settings import Settings
@@ -39,7 +38,7 @@ GRACE = 5.0  #: seconds that a run has, beyond its timeout, to tell of it itself
 
 def config_hash(*, _root_: DictConfig) -> str:
     """`${config_hash:}` tells a configuration from others, in the name of its folder."""
-    return short_hash(plain(_root_))
+    return short_hash(resolve(_root_))
 
 
 def short_hash(config: dict) -> str:
@@ -95,7 +94,7 @@ def job(config: DictConfig) -> Outcome:
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     try:
         with messages.aside(folder):
-            outcome = _Attempt(plain(config), folder, sweep).outcome()
+            outcome = _Attempt(resolve(config), folder, sweep).outcome()
     finally:
         if not sweep:
             _discard(folder)
@@ -145,7 +144,7 @@ class _Attempt:
         try:
             code = isolated.call(self._run, limit)
         except TimeoutError:
-            return self._ended(RunTimeout(_too_long(timeout)))
+            return self._ended(RunTimeout(too_long(timeout)))
         finally:
             gc.unfreeze()
         if code < 0:
@@ -233,64 +232,3 @@ def _by_signal(number: int) -> Exception:
     if number == signal.SIGKILL:
         return MemoryError(f"{name} ended the process, as the system does to one for which memory does not suffice")
     return RuntimeError(f"{name} ended the process")
-
-
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise RunTimeout inside after so many seconds; None sets no limit."""
-    if seconds is None:
-        yield
-        return
-    with (_alarm if hasattr(signal, "setitimer") else _interrupt)(seconds):
-        yield
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise RunTimeout(_too_long(seconds))
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def _interrupt(seconds: float) -> Iterator[None]:
-    """`_alarm` for a system without alarms, such as Windows: a thread interrupts this one, as Ctrl-C does."""
-    before: Any = signal.getsignal(signal.SIGINT)
-    lock, over, expired = threading.Lock(), False, False
-
-    def expire() -> None:
-        nonlocal expired
-        with lock:
-            if not over:
-                expired = True
-                _thread.interrupt_main()
-
-    def stop(number: int, frame: Any) -> None:
-        if expired:
-            if not over:
-                raise RunTimeout(_too_long(seconds))
-        elif callable(before):
-            before(number, frame)
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    signal.signal(signal.SIGINT, stop)
-    timer.start()
-    try:
-        yield
-    finally:
-        with lock:
-            over = True
-        timer.cancel()
-        signal.signal(signal.SIGINT, before)
-
-
-def _too_long(seconds: float) -> str:
-    return f"the run took longer than timeout={seconds} s"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from qbench.plan.settings import PlanSettings
 
-    from .command_line import Check, Job
+    from .commands import Check, Job
 
 
 def main() -> int:
@@ -24,9 +24,9 @@ def main() -> int:
     codes.clear()
     try:
         with interruptible():
-            from . import command_line  # Hydra, which takes a while to import
+            from . import command_line, commands  # Hydra, which takes a while to import
 
-        return command_line.start(command_line.PLAN, load) or max(codes, default=0)
+        return command_line.start(commands.PLAN, load) or max(codes, default=0)
     except KeyboardInterrupt:
         sys.stderr.write("qbench: interrupted\n")
         return 130
@@ -45,10 +45,11 @@ codes: list[int] = []  #: what came of the job: 0 done, 2 bad input
 
 def job(config: "DictConfig") -> None:
     """What Hydra runs; bad input is told here, for Hydra would add lines of its own."""
-    from .command_line import plain, stderr
+    from .compose import resolve
+    from .console import stderr
 
     try:
-        answer(plain(config))
+        answer(resolve(config))
         codes.append(0)
     except InputError as error:
         stderr.print(f"qbench: {error}")
@@ -59,7 +60,7 @@ def answer(asked: dict) -> None:
     """Count, print, and write what is asked for. Raises InputError."""
     from rich.console import Console
 
-    from .command_line import stderr
+    from .console import stderr
 
     with interruptible(), stderr.status("counting"):  # transformers and PEFT take seconds to import
         from qbench.plan import advice, check, paper, wording

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from formats import Format
 
-    from .command_line import Check, Job
+    from .commands import Check, Job
 
 AGAIN = "what is done is kept; the same command goes on from there"
 
@@ -24,7 +24,7 @@ def main() -> int:
     codes: list[int] = []
 
     def job(config: "DictConfig") -> None:
-        codes.append(attempt(command_line.plain(config)))  # what it raised, Hydra would speak of as well
+        codes.append(attempt(compose.resolve(config)))  # what it raised, Hydra would speak of as well
 
     def load() -> tuple["Job", "Check"]:
         from . import format_group
@@ -34,9 +34,9 @@ def main() -> int:
 
     try:
         with interruptible():
-            from . import command_line  # Hydra, which takes a while to import
+            from . import command_line, commands, compose  # Hydra, which takes a while to import
 
-        return command_line.start(command_line.QUANTIZE, load) or max(codes, default=0)
+        return command_line.start(commands.QUANTIZE, load) or max(codes, default=0)
     except KeyboardInterrupt:
         sys.stderr.write("qbench: interrupted\n")
         return 130
@@ -56,7 +56,7 @@ def attempt(config: dict) -> int:
     """Quantize what a configuration names. Returns the exit code."""
     from qbench.system.files import Busy
 
-    from .command_line import INTERRUPTED, stderr
+    from .console import INTERRUPTED, stderr
 
     try:
         quantize(config)
@@ -80,7 +80,7 @@ def quantize(config: dict) -> None:
     from rich.filesize import decimal
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from .command_line import stderr
+    from .console import stderr
 
     fmt = check(config)
     out = Path(config["out"]).expanduser()

@@ -12,8 +12,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from rich.console import Console
-
 from qbench.errors import InputError
 from qbench.report import wording
 from qbench.report.comparison import findings, page, table
@@ -21,8 +19,9 @@ from qbench.report.wording import escaped
 from qbench.system import messages
 from qbench.system.messages import visible
 
+from .console import stderr
+
 TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
-stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from qbench.system import files, messages
 from qbench.system.interrupts import interruptible
 
 if TYPE_CHECKING:
-    from .command_line import Check, Job
+    from .commands import Check, Job
     from .jobs import Outcome
 
 
@@ -43,12 +43,12 @@ def main() -> int:
 
             return format_list.show()
         with interruptible():
-            from . import command_line  # Hydra, which takes a while to import
+            from . import command_line, commands, overrides  # Hydra, which takes a while to import
 
         sweep = sweep_folder(sys.argv[1:])
-        told = [f"hydra.sweep.dir={command_line.quoted(str(sweep))}"] if sweep else []
+        told = [f"hydra.sweep.dir={overrides.quoted(str(sweep))}"] if sweep else []
         with messages.aside():
-            if code := command_line.start(command_line.RUN, load, told):
+            if code := command_line.start(commands.RUN, load, told):
                 return code
         if sweep and outcomes:
             return summary(sweep, outcomes)
@@ -69,14 +69,14 @@ def sweep_folder(arguments: list[str]) -> Path | None:
 
     None where the arguments ask for no sweep.
     """
-    from .command_line import text_of
+    from .overrides import unquoted
 
     named = [argument.removeprefix("+experiments=") for argument in arguments if argument.startswith("+experiments=")]
     if not named and not {"-m", "--multirun"} & set(arguments):
         return None
     for argument in arguments:
         if argument.startswith("hydra.sweep.dir="):
-            return Path(text_of(argument.removeprefix("hydra.sweep.dir=")))
+            return Path(unquoted(argument.removeprefix("hydra.sweep.dir=")))
     decisive = sorted(
         a for a in arguments if "=" in a and not a.lstrip("+").startswith(("hydra", "timeout=", "track="))
     )
@@ -88,7 +88,7 @@ def summary(folder: Path, outcomes: list["Outcome"]) -> int:
     from qbench.runs import baseline
 
     from . import jobs
-    from .command_line import stderr
+    from .console import stderr
 
     baseline.clear(folder / jobs.BASELINES)
     asked = {outcome.folder: outcome for outcome in outcomes}  # 16 bit is one run for every block

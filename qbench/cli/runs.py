@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from qbench.errors import InputError
@@ -23,6 +22,8 @@ from qbench.results import store
 from qbench.system import files, messages
 from qbench.system.messages import visible
 
+from .console import stderr
+
 HYDRAS = ".hydra"
 NAMED = re.compile(r"_block.*_dq-.*_seed")  #: in the names that conf/config.yaml gives
 #: what a run leaves, by name
@@ -30,7 +31,6 @@ OURS = re.compile(
     r"\.hydra|\.lock|\..+\.[0-9a-f]{16}|warnings\.log|result(-\w+)?\.json|report\.md|\w+\.png|adapter|lm_eval"
     r"|qbench|mlruns|mlartifacts|mlflow\.db|wandb"
 )
-stderr = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)

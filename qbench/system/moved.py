@@ -3,7 +3,7 @@
 MOVED = {
     "adapters": "training.adapters",
     "api": "cli.api",
-    "arguments": "cli.command_line",
+    "arguments": "cli.command_line cli.commands cli.overrides cli.compose",
     "auto": "checkpoint.auto_classes",
     "baseline": "runs.baseline",
     "bench.clock": "bench.timing",
@@ -22,7 +22,7 @@ MOVED = {
     "interop.bitsandbytes": "checkpoint.layouts.bitsandbytes",
     "interop.gguf": "checkpoint.layouts.gguf",
     "interop.packed": "checkpoint.layouts.base",
-    "jobs": "cli.jobs",
+    "jobs": "cli.jobs cli.time_limit",
     "layers": "model.selection model.replacement",
     "lora": "training.lora_layer",
     "manual": "cli.help_page",

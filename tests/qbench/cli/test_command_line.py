@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 import qbench
 from qbench import keys
-from qbench.cli import command_line, help_page
-from qbench.cli.command_line import CONF, PLAN, QUANTIZE, RUN
+from qbench.cli import command_line, compose, help_page
+from qbench.cli.commands import CONF, PLAN, QUANTIZE, RUN
 from qbench.cli.plan import main as plan_main
 from qbench.cli.quantize import main as quantize_main
 from qbench.cli.run import main as run_main
@@ -210,7 +210,8 @@ def test_nothing_heavy_is_imported_before_arguments_are_checked(tmp_path):
 import importlib, sys
 for module, *line in {MISTAKES}:
     sys.argv = [module, *line]
-    print(importlib.import_module(module + ".__main__").main(), {heavy} & set(sys.modules))
+    command = module.partition(".")[2] or "run"
+    print(importlib.import_module("qbench.cli." + command).main(), {heavy} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     told = [line for line in done.stdout.splitlines() if line.endswith("set()")]
@@ -234,8 +235,8 @@ def test_help_has_every_key_with_meaning_default_and_range(command, module, monk
         explained |= help_page.read(file, f"{group}.")
     composed = command_line.read(asked, VALID[module])
     assert composed and set(explained) == set(asked.keys), "the table and conf/ have the same keys"
-    config = command_line._composed(asked, composed.asked, [])
-    leaves = keys.leaves({k: v for k, v in command_line.plain(config).items() if k != "format"})
+    config = compose.compose_config(asked, composed.asked, [])
+    leaves = keys.leaves({k: v for k, v in compose.resolve(config).items() if k != "format"})
     assert set(leaves) == set(asked.keys)
     for key, (default, meaning) in explained.items():
         assert meaning, f"{key} is not explained"
@@ -305,7 +306,7 @@ def test_ctrl_c_before_a_run_begins_is_one_line(module, tmp_path):
     script = f"""
 import os, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may run where it is ignored
-from {module}.__main__ import main
+from {MAINS[module].__module__} import main
 sys.argv = {[module, *VALID[module]]}
 threading.Timer(float(sys.stdin.read()), os.kill, (os.getpid(), signal.SIGINT)).start()
 sys.exit(main())

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import formats
-from qbench.cli.command_line import CONF
+from qbench.cli.commands import CONF
 from qbench.cli.plan import main
 
 GB = 10**9

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qbench.cli import jobs
 from qbench.cli import run as command
+from qbench.cli import time_limit
 
 KILLS = int(os.environ.get("QBENCH_KILLS", 2))  # 20 for the full test
 pytestmark = pytest.mark.slow
@@ -202,6 +202,6 @@ def test_the_same_command_has_the_same_folder():
 
 
 def test_time_limit_is_lifted():
-    with jobs.time_limit(0.2):
+    with time_limit.time_limit(0.2):
         pass
     time.sleep(0.3)

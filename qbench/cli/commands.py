@@ -1,0 +1,90 @@
+"""The commands that Hydra composes a configuration for: where their files are, and which keys they accept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from qbench import keys
+
+from .overrides import GROUP, quoted
+
+HERE = Path(__file__).parents[1]
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
+NO_FORMAT = (
+    f"{GROUP}: none is given; accepted: +{GROUP}=NAME, such as +{GROUP}=nf4; python -m qbench --formats lists the names"
+)
+Job = Callable[[DictConfig], object]
+Check = Callable[[dict], object]  #: of a resolved config; raises InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command with a Hydra configuration.
+
+    module: its name after `python -m`.
+    folder, config: the folder and the name of its main configuration file.
+    keys: what each key accepts.
+    groups: the config groups, each with the file that documents its keys.
+    added: the groups without a default, which are named with a plus.
+    no_sweep: why it takes no -m; None if it does.
+    check: checks a resolved config without its format, before PyTorch is imported. Raises InputError.
+    """
+
+    module: str
+    folder: Path
+    config: str
+    keys: Mapping[str, keys.Accepted]
+    groups: Mapping[str, Path] = field(default_factory=dict)
+    added: tuple[str, ...] = (GROUP,)
+    no_sweep: str | None = None
+    check: Check = lambda config: None
+
+    def search_path(self, *folders: str) -> list[str]:
+        """The override that makes Hydra look for configurations in `folders` and in experiments/ too."""
+        paths = [*folders, *([str(EXPERIMENTS.parent)] if "experiments" in self.added else [])]
+        return [f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in paths)}]"] if paths else []
+
+
+def _check_run(config: dict) -> None:
+    from qbench import settings
+    from qbench.runs import trackers
+
+    settings.parts(config)
+    trackers.checked(config["track"])
+
+
+def _check_values(table: Mapping[str, keys.Accepted]) -> Check:
+    return lambda config: keys.check(table, keys.leaves({k: v for k, v in config.items() if k != GROUP}))
+
+
+RUN = Command(
+    "qbench",
+    CONF,
+    "config",
+    keys.RUN,
+    {
+        name: CONF / name / ("lora.yaml" if name == "tune" else "default.yaml")
+        for name in ("model", "data", "tune", "eval")
+    },
+    (GROUP, "experiments"),
+    check=_check_run,
+)
+QUANTIZE = Command(
+    "qbench.quantize",
+    CONF,
+    "quantize",
+    keys.QUANTIZE,
+    no_sweep="--multirun is not accepted; one checkpoint at a time is",
+    check=_check_values(keys.QUANTIZE),
+)
+PLAN = Command(
+    "qbench.plan",
+    CONF / "plan",  # beside the group `model`, Hydra would take `model=` for a choice of that
+    "config",
+    keys.PLAN,
+    no_sweep="--multirun: a plan is one at a time; accepted: sweep=true, which compares formats",
+    check=_check_values(keys.PLAN),
+)

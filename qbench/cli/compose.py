@@ -1,0 +1,55 @@
+"""Composed configurations: what Hydra makes of a command's files and the overrides, as plain data.
+
+`format.block` and `format.dq` of a composed config point at `block` and `dq`. The top-level keys are what a user types;
+those of `format` make that block, with the name and the format's own options, the arguments of `formats.get`.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from qbench.system.extras import install
+
+from .commands import GROUP, Command
+
+#: launchers that Hydra knows once an extra is installed
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+
+
+def compose_config(command: Command, flags: Namespace, overrides: Iterable[Override]) -> DictConfig:
+    """The configuration, including Hydra's own part. Raises Hydra's exceptions."""
+    folders = [os.path.abspath(flags.config_dir)] if flags.config_dir else []
+    main_folder = os.path.abspath(flags.config_path) if flags.config_path else str(command.folder)
+    with initialize_config_dir(main_folder, version_base="1.3", job_name=command.module):
+        lines = [*command.search_path(*folders), *(str(override.input_line) for override in overrides)]
+        return compose(flags.config_name or command.config, lines, return_hydra_config=True)
+
+
+def resolve(config: DictConfig) -> dict:
+    """The config as plain data, without Hydra's own part; `format` holds the arguments of `formats.get`."""
+    names = [str(key) for key in config if key != "hydra"]
+    resolved: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
+    if isinstance(resolved.get(GROUP), dict):
+        resolved[GROUP].pop("target", None)  # of +format=custom, whose name is the target; others ignore it
+    return resolved
+
+
+def describe_error(error: Exception) -> str:
+    """Hydra's message as one line that names the input and what is accepted."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == GROUP:
+            from .format_group import unknown
+
+            return unknown(name)
+        extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
+        brings = f"; {install(extra)} brings it" if extra else ""
+        return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{brings}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("full_key"))
