@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(file for top in ("formats", "qbench", "experiments", "docs", "tests") for file in (ROOT / top).rglob("*.py"))
+FILES = sorted(
+    file for top in ("formats", "qbench", "experiments", "docs", "tests") for file in (ROOT / top).rglob("*.py")
+)
 #: say nothing of what a thing is
 EMPTY = re.compile(r"(told|found|one|some|what)(_\w+)?")
 LONGEST = 30  #: words of a sentence

@@ -1,8 +1,9 @@
-"""python -m qbench.runs [PATH…]: what runs have left, and with --clean an end to what holds no finished result.
+"""python -m qbench.runs [PATH…]: list what runs have left; --clean removes what holds no finished result.
 
 The paths are folders of runs or sweeps, by default runs/. A line a run: its folder, when it began, what it was of, what
 came of it, its last perplexity, its size. --clean names the folders that would go, and asks; --yes does not ask. A folder
-stays where a run is in progress, or where something lies that no run leaves.
+stays where a run is in progress, or where something lies that no run leaves. --archive copies every result below each
+path, unchanged, into one small file, PATH/results.jsonl.xz, which reports and `qbench.load` read as they read the folders.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.filesize import decimal
 
 from qbench.errors import InputError
 from qbench.report import wording
-from qbench.results import store
+from qbench.results import archive, dataframe, store
 from qbench.system import files, messages
 from qbench.system.messages import visible
 
@@ -76,6 +77,7 @@ def main() -> int:
         "paths", nargs="*", type=Path, metavar="PATH", help="folders of runs or sweeps; by default runs"
     )
     parser.add_argument("--clean", action="store_true", help="remove folders that hold no finished result")
+    parser.add_argument("--archive", action="store_true", help="copy all results of a path into PATH/results.jsonl.xz")
     parser.add_argument("--yes", action="store_true", help="with --clean: do not ask")
     arguments = parser.parse_args()
     paths = arguments.paths or [Path("runs")]
@@ -86,6 +88,8 @@ def main() -> int:
         if not path.is_dir():
             stderr.print(f"qbench: {visible(str(path))} is no folder; accepted: folders of runs or sweeps")
             return 2
+    if arguments.archive:
+        return max(map(archived, paths))
     try:
         left = [read(folder) for path in paths for folder in find(path)]
         if not arguments.clean:
@@ -95,6 +99,19 @@ def main() -> int:
     except KeyboardInterrupt:
         stderr.print("qbench: interrupted")
         return 130
+    return 0
+
+
+def archived(path: Path) -> int:
+    """Copy all results below a path into its archive, and say so. Returns 0, or 1 where that cannot be done."""
+    try:
+        count = archive.write(path, [file for file in dataframe.find(path) if not archive.is_archive(file)])
+    except (InputError, OSError) as error:
+        stderr.print(f"qbench: nothing was archived: {error}")
+        return 1
+    file = path / archive.FILE
+    print(f"{visible(str(file))} has {wording.count(count, 'result')} in {decimal(file.stat().st_size)}")
+    print("remove the folders of these runs, or a report counts each run twice")
     return 0
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from qbench.errors import InputError
 from qbench.system.messages import visible
 
+from . import archive
 from .store import FILE, read_file
 
 if TYPE_CHECKING:
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 
 
 def find(*paths: Path | str, refused: Callable[[OSError], None] = lambda error: None) -> list[Path]:
-    """Every result.json at or under the paths, each once, sorted. Links to folders are not followed.
+    """Every result.json and archive at or under the paths, each once, sorted. Links to folders are not followed.
 
     refused: is told of each folder that cannot be looked into. Raises InputError for a path that is not there.
     """
     found: set[Path] = set()
     for path in map(Path, paths):
         if not os.path.lexists(path):
-            raise InputError(f"{visible(str(path))} does not exist; accepted: result.json files or folders above them")
+            accepted = f"{FILE} or {archive.FILE} files, or folders above them"
+            raise InputError(f"{visible(str(path))} does not exist; accepted: {accepted}")
         found |= set(_under(path, refused)) if path.is_dir() else {path}
     return sorted(found)
 
@@ -37,7 +39,7 @@ def _under(top: Path, refused: Callable[[OSError], None]) -> Iterator[Path]:
         try:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
-                    if entry.name == FILE:
+                    if entry.name in (FILE, archive.FILE):
                         yield Path(entry.path)
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
@@ -46,7 +48,9 @@ def _under(top: Path, refused: Callable[[OSError], None]) -> Iterator[Path]:
 
 
 def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
-    """Every result at or under the paths, by its file; and, by file or folder, why one could not be read.
+    """Every result at or under the paths, by its path; and, by file or folder, why one could not be read.
+
+    The path of a result in an archive is that of the archive and, below it, that of the run.
 
     To hold ten thousand, lists of numbers become arrays, and lists of records (layers) records of arrays, but in `config`;
     texts are `whole`. Raises InputError for a path that is not there.
@@ -60,7 +64,11 @@ def collect(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]:
 
     for file in find(*paths, refused=refused):
         try:
-            results[file] = {whole(key): _compact(item, key != "config") for key, item in read_file(file).items()}
+            for path, result in archive.read(file) if archive.is_archive(file) else [(file, read_file(file))]:
+                if isinstance(result, InputError):
+                    unreadable[path] = str(result)
+                else:
+                    results[path] = {whole(key): _compact(item, key != "config") for key, item in result.items()}
         except InputError as problem:
             unreadable[file] = str(problem)
         except OSError as error:

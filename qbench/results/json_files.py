@@ -24,17 +24,28 @@ def write_json(path: Path, content: dict | list) -> Path:
 
 def read_json(file: Path, **numbers: Any) -> Any:
     """numbers: of `json.loads`. Raises InputError if it is no whole JSON file, and OSError."""
+    size = check_regular(file)
+    if size > LARGEST:
+        raise InputError(f"{visible(str(file))} has {size:,} bytes; up to {LARGEST:,} are accepted")
+    return parse_json(file.read_bytes(), str(file), **numbers)
+
+
+def check_regular(file: Path) -> int:
+    """The size of a file in bytes. Raises InputError for a pipe, a device or a folder, and OSError."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for who writes into it
         raise InputError(f"{visible(str(file))} is no file, but {_kind(about.st_mode)}")
-    if about.st_size > LARGEST:
-        raise InputError(f"{visible(str(file))} has {about.st_size:,} bytes; up to {LARGEST:,} are accepted")
+    return about.st_size
+
+
+def parse_json(content: bytes, place: str, **numbers: Any) -> Any:
+    """Parse JSON in UTF-8. place: names it in messages. numbers: of `json.loads`. Raises InputError if it is not whole."""
     try:
-        return json.loads(file.read_text("utf-8"), **numbers)
+        return json.loads(content.decode("utf-8"), **numbers)
     except RecursionError:
-        raise InputError(f"{visible(str(file))} is not a whole JSON file: it is nested too deep") from None
+        raise InputError(f"{visible(place)} is not whole JSON: it is nested too deep") from None
     except ValueError as error:  # JSON or UTF-8 cut short
-        raise InputError(f"{visible(str(file))} is not a whole JSON file: {visible(str(error), 200)}") from error
+        raise InputError(f"{visible(place)} is not whole JSON: {visible(str(error), 200)}") from error
 
 
 def _kind(mode: int) -> str:

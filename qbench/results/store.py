@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,12 +104,16 @@ def read(path: Path | str) -> dict:
 
 
 def read_file(file: Path) -> dict:
-    result = read_json(file, parse_int=_integer, parse_constant=_no_number)
+    return checked(read_json(file, **NUMBERS), str(file))
+
+
+def checked(result: Any, place: str) -> dict:
+    """A result that holds to the schema. place: names it in messages. Raises InputError."""
     number = result.get("schema", SCHEMA) if isinstance(result, dict) else SCHEMA
     if number != SCHEMA:
-        raise InputError(f"{visible(str(file))} has schema {visible(repr(number), 40)}; {SCHEMA} is accepted")
+        raise InputError(f"{visible(place)} has schema {visible(repr(number), 40)}; {SCHEMA} is accepted")
     if found := schema.problem(result):
-        raise InputError(f"{visible(str(file))} is not a result of qbench's: {found}")
+        raise InputError(f"{visible(place)} is not a result of qbench's: {found}")
     return result
 
 
@@ -120,6 +125,10 @@ def _integer(text: str) -> int:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON's")
+
+
+#: how the numbers of a result are parsed: arguments of `json.loads`
+NUMBERS: dict[str, Any] = {"parse_int": _integer, "parse_constant": _no_number}
 
 
 def now() -> str:

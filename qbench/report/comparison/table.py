@@ -6,6 +6,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qbench.report.wording import number, plus_minus
+from qbench.results import archive
+from qbench.system.messages import visible
 
 from .configurations import Configuration, Setting
 from .differences import Difference
@@ -139,11 +141,29 @@ def filled(table: Table, columns: list[str] | None = None) -> Table:
     return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
 
 
-def sources(c: Configuration, folder: Path) -> list[tuple[int, str]]:
-    """Seed and `link` of the result.json behind each run of a row."""
-    return [(seed, link(file, folder)) for seed, (file, _) in sorted(c.runs.items())]
+@dataclass(frozen=True)
+class Source:
+    """Where the result of a run lies. link: from the page to the file. run: names it in an archive of many; or empty."""
+
+    seed: int
+    link: str
+    run: str
+
+
+def sources(c: Configuration, folder: Path) -> list[Source]:
+    """The result behind each run of a row, for a page in `folder`."""
+    return [
+        Source(seed, link(file, folder), _run_in_archive(file) if archive.on_disk(file) != file else "")
+        for seed, (file, _) in sorted(c.runs.items())
+    ]
+
+
+def _run_in_archive(file: Path) -> str:
+    """The name of a run as a link in Markdown takes it for its title, between quotation marks."""
+    return visible(file.parent.name, 100).replace('"', "'")
 
 
 def link(file: Path, folder: Path) -> str:
-    """To a file from a page in `folder`."""
-    return quote(os.fsencode(os.path.relpath(file, folder)).replace(os.fsencode(os.sep), b"/"))
+    """To the file of a result, or to the archive that it is in, from a page in `folder`."""
+    path = os.path.relpath(archive.on_disk(file), folder)
+    return quote(os.fsencode(path).replace(os.fsencode(os.sep), b"/"))

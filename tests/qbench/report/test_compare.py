@@ -138,7 +138,7 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
     assert main() == 0
     said = capsys.readouterr()
     assert "| nf4 + dq, block 64 (2 seeds) |" in said.out and "| 16 bit (2 seeds) | 16.000 |" in said.out
-    for name, why in (("cut", "not a whole JSON file"), ("new", "schema 2; 1 is accepted"), ("odd", "lacks what")):
+    for name, why in (("cut", "not whole JSON"), ("new", "schema 2; 1 is accepted"), ("odd", "lacks what")):
         assert re.search(rf"skipped: .*{name}/result.json.*{why}", said.err)
     out = sweep / "report"
     html, twin = (out / "report.html").read_text(), (out / "report.md").read_text()

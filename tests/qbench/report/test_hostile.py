@@ -342,7 +342,7 @@ def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
     assert len(results) == 1 and all("File name too long" in reason for reason in unreadable.values())
     for path in ("nowhere", "no\x1bwhere"):
         with pytest.raises(
-            InputError, match=r"does not exist; accepted: result\.json files or folders above them"
+            InputError, match=r"does not exist; accepted: result\.json or results\.jsonl\.xz files, or folders"
         ) as told:
             qbench.load(path)
         assert str(told.value).isprintable()

@@ -1,0 +1,124 @@
+"""Many results in one file, results.jsonl.xz: a line a run, with its path and the whole content of its result.json.
+
+    {"path": "nf4_block64_seed0/result.json", "result": {"schema": 1, "status": "done", ...}}
+
+A sweep of a hundred runs takes 350 kB instead of 5 MB, and no number changes. `xz -dc results.jsonl.xz` prints the lines.
+The path of a result in an archive is FOLDER/results.jsonl.xz/nf4_block64_seed0/result.json.
+"""
+
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from qbench.errors import InputError
+from qbench.system import files
+from qbench.system.messages import visible
+
+from . import json_files, store
+
+FILE = "results.jsonl.xz"
+ENDING = ".jsonl.xz"
+LARGEST = 4 << 30  #: bytes of an archive once it is decompressed; ten thousand results have some 400 MB
+MOST = 100_000  #: lines of an archive
+MEMORY = 256 << 20  #: bytes that decompression may use; `xz -9` needs 65 MiB
+PIECE = 1 << 20
+
+
+def write(folder: Path, results: Iterable[Path]) -> int:
+    """Archive result.json files below a folder in `folder`/results.jsonl.xz; returns how many it then holds.
+
+    Results that the archive already has stay, unless one of the files has the same path. The files stay too. Raises
+    InputError where a file or the old archive is not whole.
+    """
+    new = {file.relative_to(folder).as_posix(): file for file in results}
+    names = set(new)
+    with files.replaced(folder / FILE) as partial, lzma.open(partial, "wb") as out:
+        if (folder / FILE).exists():
+            for path, result in read(folder / FILE):
+                if isinstance(result, InputError):
+                    raise result
+                name = path.relative_to(folder / FILE).as_posix()
+                if name not in new:
+                    names.add(name)
+                    out.write(_line(name, result))
+        for name, file in sorted(new.items()):
+            out.write(_line(name, store.read_file(file)))
+    return len(names)
+
+
+def _line(name: str, result: dict) -> bytes:
+    try:
+        return json.dumps({"path": name, "result": result}, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    except ValueError:  # JSON has 1e999 for a number that Python reads as infinite
+        raise InputError(f"{visible(name)} has a number that is not finite; null is accepted") from None
+
+
+def read(file: Path) -> Iterator[tuple[Path, dict | InputError]]:
+    """Each result of an archive with its path, or where a line holds none, ARCHIVE:LINE with the error.
+
+    Reads a line at a time. Raises OSError, and InputError where the rest of the archive cannot be read.
+    """
+    seen: set[str] = set()
+    for number, line in enumerate(_lines(file), 1):
+        place = Path(f"{file}:{number}")
+        try:
+            name, result = _parsed(line, str(place))
+            if name in seen:
+                raise InputError(f"{visible(str(place))} has the path of an earlier line: {visible(name, 100)}")
+        except InputError as error:
+            yield place, error
+        else:
+            seen.add(name)
+            yield file / name, result
+
+
+def _parsed(line: bytes, place: str) -> tuple[str, dict]:
+    """The path and the result in a line. place: names the line in messages. Raises InputError."""
+    entry = json_files.parse_json(line, place, **store.NUMBERS)
+    if not isinstance(entry, dict) or entry.keys() != {"path", "result"} or not isinstance(entry["path"], str):
+        raise InputError(f'{visible(place)} is not {{"path": "RUN/result.json", "result": {{...}}}}')
+    name = PurePosixPath(entry["path"])
+    if not name.name or ".." in name.parts or not Path("a", name).is_relative_to("a"):
+        raise InputError(f"{visible(place)} has the path {visible(entry['path'], 100)}; RUN/result.json is accepted")
+    return str(name), store.checked(entry["result"], place)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed a piece at a time and within limits. Raises OSError and InputError."""
+    json_files.check_regular(file)
+    shown = visible(str(file))
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MEMORY)
+    rest, size, count = b"", 0, 0
+    with file.open("rb") as compressed:
+        while not unpacker.eof:
+            data = compressed.read(PIECE) if unpacker.needs_input else b""
+            if unpacker.needs_input and not data:
+                raise InputError(f"{shown} is cut short after line {count}")
+            try:
+                piece = unpacker.decompress(data, PIECE)
+            except lzma.LZMAError as error:
+                raise InputError(f"{shown} is damaged after line {count}: {visible(str(error), 200)}") from error
+            size += len(piece)
+            *whole, rest = (rest + piece).split(b"\n") if b"\n" in piece else (rest + piece,)
+            count += len(whole)
+            if size > LARGEST or count > MOST or len(rest) > json_files.LARGEST:
+                raise InputError(
+                    f"{shown} is too large, after line {count}; up to {MOST:,} lines of {json_files.LARGEST:,} bytes,"
+                    f" {LARGEST:,} in all, are accepted"
+                )
+            yield from whole
+        if unpacker.unused_data or compressed.read(1):
+            raise InputError(f"{shown} has other data after the compressed results")
+    if rest:
+        yield rest
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is an archive, by its name."""
+    return path.name.endswith(ENDING)
+
+
+def on_disk(path: Path) -> Path:
+    """The file that a result was read from: its result.json, or the archive that it is in."""
+    return next((parent for parent in path.parents if is_archive(parent) and parent.is_file()), path)
