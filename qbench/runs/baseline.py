@@ -1,4 +1,4 @@
-"""The 16-bit model's scores, and its logits token by token: measured once for all runs of a sweep that share them."""
+"""The measurements of a 16-bit model, shared by the runs of a sweep: its scores, and its logits for each token."""
 
 import os
 import shutil
@@ -14,16 +14,19 @@ from filelock import FileLock, Timeout
 from qbench.measure.quality import BaselineLogits, Scores
 from qbench.results import json_files
 
-FOUND = "found.json"
+COSTS = "costs.json"  #: beside it: nll.npy, logits, and the files that `measure` left
 
 
 @dataclass
 class Baseline:
-    """found: what was measured beside the scores, as JSON. folder: where files that go with it lie. reused: whether
-    measured by another run."""
+    """The measurements of a 16-bit model.
+
+    costs: its speed and memory peaks, as JSON. folder: holds further files, such as the scores of tasks.
+    reused: whether another run measured it.
+    """
 
     scores: Scores
-    found: dict
+    costs: dict
     logits: BaselineLogits
     folder: Path
     reused: bool
@@ -32,12 +35,12 @@ class Baseline:
 def obtain(
     key: str, store: Path | None, scratch: Path, measure: Callable[[BaselineLogits, Path], tuple[Scores, dict]]
 ) -> Baseline:
-    """The baseline `key` from the folder `store`, or measured, and left there for the next who asks.
+    """Returns the baseline `key` from the folder `store`, or measures it and saves it there for the next run.
 
-    measure: gets the file for the logits, and a folder for others; without a store that is `scratch`.
+    measure: receives the file for the logits and a folder for other files. Returns scores and costs.
 
-    Where another process is measuring it, this one waits. Without a store the logits lie nameless in the folder `scratch`,
-    and go with the process however that ends. Raises OSError where the disk is full.
+    Waits while another process measures the same baseline. Without a store, other files go into `scratch`, and the logits
+    are written to an unlinked temporary file there, which disappears with the process. Raises OSError if the disk is full.
     """
     if store is None:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -46,32 +49,32 @@ def obtain(
     place = store / key
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
-        if reused := (place / FOUND).is_file():
-            return _opened(place, reused)
+        if reused := (place / COSTS).is_file():
+            return _read(place, reused)
         partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=store))
         try:
             with (partial / "logits").open("w+b") as file:
                 logits = BaselineLogits(file)
-                scores, found = measure(logits, partial)
+                scores, costs = measure(logits, partial)
             np.save(partial / "nll.npy", scores.nll)
-            json_files.write_json(partial / FOUND, {**found, "logits": logits.kind})
+            json_files.write_json(partial / COSTS, {**costs, "logits": logits.kind})
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        return _opened(place, reused)
+        return _read(place, reused)
 
 
-def _opened(place: Path, reused: bool) -> Baseline:
-    found = json_files.read_json(place / FOUND)
-    dtype, shape = found.pop("logits")
+def _read(place: Path, reused: bool) -> Baseline:
+    costs = json_files.read_json(place / COSTS)
+    dtype, shape = costs.pop("logits")
     logits = BaselineLogits((place / "logits").open("rb"), getattr(torch, dtype), shape)
-    return Baseline(Scores(np.load(place / "nll.npy")), found, logits, place, reused)
+    return Baseline(Scores(np.load(place / "nll.npy")), costs, logits, place, reused)
 
 
 def clear(store: Path) -> None:
-    """Remove a store, unless a process is measuring for it."""
+    """Remove the folder of shared baselines, unless a process is measuring one."""
     locks = [FileLock(file) for file in store.glob("*.lock")]
     try:
         for lock in locks:

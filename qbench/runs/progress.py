@@ -1,4 +1,4 @@
-"""The phases of a run: for a person a bar each, for the record the seconds and the peak memory each took."""
+"""The phases of a run: a progress bar for each, and the seconds and the peak memory that it took."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +14,10 @@ console = Console(stderr=True, markup=False)
 
 
 class Phases:
-    """`with phases("quantize", "what a person reads", total) as advance:` draws a bar that `advance(n, note)` moves.
+    """`with phases("quantize", "quantize to nf4", total) as advance:` draws a bar, which `advance(n, note)` moves.
 
-    seconds, peak_bytes: by phase, also of one that fails. Where the output is no terminal a finished phase is one line.
+    seconds, peak_bytes: of each phase by its name, also of one that failed. Where the output is not a terminal, a finished
+    phase prints one line.
     """
 
     def __init__(self, device: torch.device):

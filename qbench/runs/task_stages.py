@@ -1,52 +1,61 @@
-"""lm-eval's tasks in a run: on the 16-bit baseline, the quantized model, the tuned one."""
+"""lm-eval tasks in a run: scored on the baseline, the quantized model and the fine-tuned one."""
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qbench.settings import EvalSettings
+from .context import RunContext
 
-from .progress import Phases
+if TYPE_CHECKING:
+    from qbench.measure.task_scores import TaskScores
 
-FOLDER = "lm_eval"  #: in a run's, what lm-eval found: a JSON file a stage, and the samples of each task
+FOLDER = "lm_eval"  #: in a run's folder: a JSON file for each stage, and the samples of each task
 
 
 class TaskStages:
-    """The tasks of a run with their documents, and what the baseline scored on them.
+    """The tasks of a run with their documents.
 
-    To make one takes seconds: it imports lm-eval. Raises InputError.
+    A stage is `baseline`, `quantized` or `tuned`. Creating an instance takes seconds: it imports lm-eval.
+    Raises InputError.
     """
 
-    def __init__(self, settings: EvalSettings, folder: Path, phases: Phases, tokenizer: PreTrainedTokenizerBase):
-        self.settings, self.folder, self.phases = settings, folder, phases
-        with phases("tasks", "load the tasks"):
-            from qbench.measure import tasks  # not above: most runs do without lm-eval
+    def __init__(self, context: RunContext, tokenizer: PreTrainedTokenizerBase):
+        self.context, self.tokenizer = context, tokenizer
+        with context.phases("tasks", "load the tasks"):
+            from qbench.measure import tasks  # here, because most runs need no lm-eval
 
             self.lm_eval = tasks
             tasks.check(tokenizer)
-            self.tasks = tasks.load(settings.tasks, folder)
+            self.tasks = tasks.load(context.settings.eval.tasks, context.folder)
 
-    def score(
-        self, stage: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
-    ) -> None:
-        """Run the tasks on a model, and leave what lm-eval found in `folder`, by default the run's."""
-        place = (folder or self.folder) / FOLDER
-        if stage == "baseline":
-            shutil.rmtree(place, ignore_errors=True)  # of a run before
-        count, settings = self.tasks.documents(self.settings.limit), self.settings
-        with self.phases(f"tasks_{stage}", f"tasks of the {stage} model", count) as advance:
-            found = self.lm_eval.evaluate(model, tokenizer, self.tasks, settings.limit, settings.batch, advance)
-        found.save(place, stage)
+    def score_baseline(self, model: nn.Module, folder: Path) -> None:
+        """Score the 16-bit model, and save its scores in `folder`, from which `take_baseline` reads them."""
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of an earlier run
+        self._score("baseline", model, folder)
 
     def take_baseline(self, folder: Path) -> None:
-        """Have what `score` left of the baseline in another run's folder in this one's."""
-        if folder != self.folder:
-            shutil.rmtree(self.folder / FOLDER, ignore_errors=True)  # of a run before
-            shutil.copytree(folder / FOLDER, self.folder / FOLDER)
+        """Take the baseline's scores from `folder`, which may be another run's, into this run."""
+        own = self.context.folder
+        if folder != own:
+            shutil.rmtree(own / FOLDER, ignore_errors=True)  # of an earlier run
+            shutil.copytree(folder / FOLDER, own / FOLDER)
+        self.context.metrics["tasks"] = {"baseline": self._read("baseline").metrics(self.tasks, None)}
 
-    def metrics(self, stage: str) -> dict:
-        """What was scored at a stage, and after the baseline against it."""
-        found, baseline = (self.lm_eval.TaskScores.read(self.folder / FOLDER, name) for name in (stage, "baseline"))
-        return found.metrics(self.tasks, None if stage == "baseline" else baseline)
+    def measure(self, stage: str, model: nn.Module) -> None:
+        """Score a model, and compare it with the baseline."""
+        self._score(stage, model, self.context.folder)
+        scores = self._read(stage).metrics(self.tasks, self._read("baseline"))
+        self.context.metrics["tasks"][stage] = scores
+
+    def _score(self, stage: str, model: nn.Module, folder: Path) -> None:
+        settings = self.context.settings.eval
+        count = self.tasks.documents(settings.limit)
+        with self.context.phases(f"tasks_{stage}", f"tasks of the {stage} model", count) as advance:
+            scores = self.lm_eval.evaluate(model, self.tokenizer, self.tasks, settings.limit, settings.batch, advance)
+        scores.save(folder / FOLDER, stage)
+
+    def _read(self, stage: str) -> "TaskScores":
+        return self.lm_eval.TaskScores.read(self.context.folder / FOLDER, stage)

@@ -1,7 +1,7 @@
-"""A run in TensorBoard, MLflow or Weights & Biases as well, by their own libraries, through accelerate.
+"""Send the losses and metrics of a run to TensorBoard, MLflow or Weights & Biases too, through accelerate.
 
-Without a word to the contrary in their own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_DIR) they write
-into the folder of the run, and send nothing.
+Unless their own environment variables say otherwise (MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_DIR), they write into the
+folder of the run and send nothing over the network.
 """
 
 import os
@@ -22,40 +22,42 @@ PROJECT = "qbench"
 
 
 def checked(names: object) -> tuple[str, ...]:
-    """The trackers that `track` names. Raises InputError for one that is unknown or not installed."""
+    """Returns the trackers that the key `track` names. Raises InputError if one is unknown or not installed."""
     keys.RUN["track"].check("track", names)
-    found = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
-    for name in found:
+    checked_names = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
+    for name in checked_names:
         if find_spec(name) is None:
             raise InputError(f"track: {name} is not installed; {install(name)} brings it")
-    return found
+    return checked_names
 
 
 class Tracks:
-    """What a run tells its trackers: the loss step by step, and in the end every number of the result."""
+    """Passes a run on to its trackers: the loss of each step, and at the end every number of the result."""
 
     def __init__(self, accelerator: Any = None):
         self._accelerator = accelerator
 
     def step(self, step: int, **values: float) -> None:
-        """Numbers of one step of the fine-tune, from 1 on."""
+        """Log the numbers of one step of the fine-tune. Steps count from 1."""
         if self._accelerator:
             self._accelerator.log({f"tune/{name}": value for name, value in values.items()}, step=step)
 
     def result(self, metrics: dict, step: int) -> None:
-        """The metrics of a result, each number under its place in them."""
+        """Log every number of a result's metrics, under its path such as `quality/tuned/perplexity`."""
         if self._accelerator:
             import pandas  # seconds to import
 
             flat = pandas.json_normalize(metrics, sep="/").iloc[0].to_dict()
             numbers = {k: v for k, v in flat.items() if isinstance(v, Number) and not isinstance(v, bool)}
-            numbers = {re.sub(r"[^\w/. -]", "-", k): v for k, v in numbers.items()}  # MLflow takes no other names
+            numbers = {
+                re.sub(r"[^\w/. -]", "-", k): v for k, v in numbers.items()
+            }  # the characters that MLflow accepts
             self._accelerator.log(numbers, step=step)
 
 
 @contextmanager
-def tracks(names: Sequence[str], folder: Path, config: dict) -> Iterator[Tracks]:
-    """Open the trackers, tell them the configuration, and close them, whatever happens."""
+def open_trackers(names: Sequence[str], folder: Path, config: dict) -> Iterator[Tracks]:
+    """Start the trackers with the configuration of the run, and close them at the end, also after an exception."""
     if not names:
         yield Tracks()
         return
@@ -72,7 +74,7 @@ def tracks(names: Sequence[str], folder: Path, config: dict) -> Iterator[Tracks]
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update({name: value for name, value in settings.items() if before[name] is None})
     accelerator = Accelerator(log_with=list(names), project_dir=folder)
-    flat = {name: _told(value) for name, value in pandas.json_normalize(config).iloc[0].to_dict().items()}
+    flat = {name: _to_flat_value(value) for name, value in pandas.json_normalize(config).iloc[0].to_dict().items()}
     options = {"wandb": {"name": folder.name, "dir": str(folder)}, "mlflow": {"run_name": folder.name}}
     accelerator.init_trackers(PROJECT, flat, {name: options[name] for name in names if name in options})
     try:
@@ -83,6 +85,6 @@ def tracks(names: Sequence[str], folder: Path, config: dict) -> Iterator[Tracks]
             del os.environ[name]
 
 
-def _told(value: object) -> object:
-    """A value of the configuration as all trackers take one."""
+def _to_flat_value(value: object) -> object:
+    """Convert a value of the configuration to a type that every tracker accepts."""
     return value if isinstance(value, bool | int | float | str) else str(value)

@@ -10,7 +10,7 @@ import pytest
 
 from qbench.cli import run as main
 from qbench.results import provenance, store
-from qbench.runs import experiment
+from qbench.runs import experiment, fine_tuning, inputs
 from qbench.system import files
 
 SHORT = ["eval.tokens=100", "data.seq=32", "tune.steps=2", "tune.batch=2", "tune.rank=2"]
@@ -44,7 +44,7 @@ def test_a_single_run_is_found_again(command, monkeypatch):
     assert code == 130 and said.endswith("qbench: interrupted; nothing had been measured\n")
     assert left() == [], "a run that never began leaves nothing"
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "train", interrupt)
+        patch.setattr(fine_tuning, "train", interrupt)
         code, said = command("+format=nf4")
     (file,) = Path().glob("runs/*/result.json")
     assert code == 130 and f"interrupted; what was measured is in {file}; the same command does this run again" in said
@@ -97,7 +97,7 @@ def test_a_failure_beside_a_finished_result_is_told_and_undoes_nothing(command, 
     def refused(*_):
         raise OSError("no such luck")
 
-    monkeypatch.setattr(experiment.Experiment, "load", refused)
+    monkeypatch.setattr(inputs, "load_model", refused)
     code, said = command(*sweep)
     assert code == 1 and file.read_bytes() == before and list(file.parent.glob("result*")) == [file]
     assert f"{file.parent}: OSError: no such luck; the result that had finished there stays" in said
@@ -106,14 +106,14 @@ def test_a_failure_beside_a_finished_result_is_told_and_undoes_nothing(command, 
 NATIVE = """
 import ctypes, sys
 from qbench.cli import jobs, run
-from qbench.runs import experiment
+from qbench.runs import scoring
 
 def native(*_):
     mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     for _ in range(2):  # the second time it waits for the first, whatever signal comes
         library.pthread_mutex_lock(mutex)
 
-experiment.Experiment.measure = native
+scoring.measure_quantized = native
 jobs.GRACE = 1
 sys.exit(run.main())
 """

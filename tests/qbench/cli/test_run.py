@@ -230,7 +230,7 @@ def test_an_interrupt_keeps_what_was_measured(command, tiny_llama, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qbench.runs.experiment.train", interrupt)
+    monkeypatch.setattr("qbench.runs.fine_tuning.train", interrupt)
     code, stderr, result = command("+format=nf4", f"model.path={tiny_llama}", *SHORT)
     assert code == 130 and "interrupted" in stderr
     assert result["error"]["type"] == "KeyboardInterrupt" and "quantized" in result["metrics"]["quality"]

@@ -38,7 +38,7 @@ def test_tensorboard(tiny_llama, tmp_path, monkeypatch):
 def test_a_metric_with_a_filter_has_a_name_that_all_accept(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with trackers.tracks(("tensorboard",), tmp_path, {"seed": 0}) as tracks:
+    with trackers.open_trackers(("tensorboard",), tmp_path, {"seed": 0}) as tracks:
         tracks.result({"tasks": {"tuned": {"cases": {"exact_match,first": {"value": 0.5, "documents": [0, 1]}}}}}, 3)
     found = EventAccumulator(str(tmp_path / "qbench"))
     found.Reload()

@@ -1,0 +1,96 @@
+"""The step of a run that quantizes the model, and measures what that loses and saves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from formats import QuantizedTensor
+from qbench.measure import distribution, error, throughput
+from qbench.model import quantizing
+from qbench.model.replacement import replace
+from qbench.model.selection import linear_layers, weight_of
+from qbench.report import wording
+from qbench.settings import TuneSettings
+from qbench.training import lora_init
+
+from .context import ADAPTER, BASE, RunContext
+from .inputs import Inputs
+
+ERROR_WINDOWS = 4  #: windows of held-out text whose activations weigh the error of a layer's output
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What later steps need to know of the quantized model.
+
+    layers: names of the quantized layers. parameters: of the whole model, before it was quantized.
+    starts: where LoRA starts on each layer; empty where it starts from zero, as `tune.init=default` does.
+    """
+
+    layers: list[str]
+    parameters: int
+    starts: dict[str, lora_init.Start]
+
+
+def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) -> Quantized:
+    """Quantize the linear layers of `model` in place, and measure the error, the speed and the size."""
+    settings, metrics = context.settings, context.metrics
+    layers = linear_layers(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(weight_of(layer).numel() for layer in layers.values())
+    bytes_before = sum(weight_of(layer).nbytes for layer in layers.values())
+    with context.phases("quantize", f"quantize to {wording.title(context.result['config'])}", weights) as advance:
+        packed = quantizing.quantize(layers, settings.format, advance)
+    with context.phases("error", "measure the error", len(layers)) as advance:
+        metrics["error"] = error.layer_errors(model, layers, packed, inputs.held_out[:ERROR_WINDOWS], advance)
+        metrics["weights"] = distribution.normalized_weights(layers, packed)
+    with context.phases("time_format", "time the format"):
+        metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, context.dtype)
+    starts: dict[str, lora_init.Start] = {}
+    if settings.tune and settings.tune.init != "default":
+        trained = {name: layer for name, layer in layers.items() if name not in inputs.without_adapter}
+        starts = _start_lora(context, settings.tune, trained, packed)
+    replace(model, packed)
+    stored = sum(q.nbytes for q in packed.values())
+    metrics["memory"]["weights_bytes"] = stored
+    metrics["bits"] = {
+        "per_parameter": 8 * stored / weights,
+        "baseline": 8 * bytes_before / weights,
+        "model": 8 * quantizing.held_bytes(model) / parameters,
+        "compression": 16 * weights / (8 * stored),
+        "quantized_parameters": weights,
+        "parameters": parameters,
+        "eligible_parameters": inputs.coverage.eligible,
+        "left": inputs.coverage.left,
+    }
+    return Quantized(list(packed), parameters, starts)
+
+
+def _start_lora(
+    context: RunContext, tune: TuneSettings, layers: Mapping[str, nn.Module], packed: Mapping[str, QuantizedTensor]
+) -> dict[str, lora_init.Start]:
+    """Compute where LoRA starts on each layer. Measures the error that is left there, beside that of `packed` alone."""
+    starts: dict[str, lora_init.Start] = {}
+    quantized: dict[str, error.Sums] = {}
+    initial: dict[str, error.Sums] = {}
+    with context.phases("init", f"initialise by {tune.init}", len(layers)) as advance:
+        for name, layer in layers.items():
+            w = weight_of(layer)
+            start = lora_init.find(w, context.settings.format, tune.rank, tune.init, tune.init_rounds, f"{name}.weight")
+            starts[name] = start
+            quantized[name] = error.compare_weights(w, packed[name].dequantize())
+            initial[name] = error.compare_weights(w, start.dequantize())
+            advance()
+    context.metrics["init"] = {
+        "method": tune.init,
+        "base": f"{ADAPTER}/{BASE}",
+        "quantized": sum(quantized.values(), error.Sums()).weights(),
+        "initial": sum(initial.values(), error.Sums()).weights(),
+        "layers": [
+            {"name": name, "quantized": quantized[name].weights(), "initial": initial[name].weights()}
+            for name in starts
+        ],
+    }
+    return starts
