@@ -11,7 +11,7 @@ mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv | tee "$out/device.csv"
 $python -m pytest tests/qbench/ops tests/formats/test_bitsandbytes.py tests/qbench/training/optim tests/qbench/runs/test_isolated.py --hypothesis-seed=0 2>&1 | tee "$out/tests.txt"
 for checkpointing in false true; do
-  $python -m qbench.plan model=smollm-135m +format=nf4 dq=true checkpointing=$checkpointing check=true \
+  $python -m qbench plan model=smollm-135m +format=nf4 dq=true tune.checkpointing=$checkpointing check=true \
     "json=$out/plan-$checkpointing.json" 2>&1 | tee "$out/plan-$checkpointing.txt"
 done
 $python -m qbench.bench products --models 7B --rows 1 16 128 1024 --formats nf4 --out "$out/untuned"

@@ -96,14 +96,14 @@ def _list_of(item: Accepted, words: str) -> Accepted:
     return Accepted(words, allows, item.names, item.text)
 
 
-def _bytes(least: int) -> Accepted:
+def _bytes(least: int, examples: str = "67108864, 64MB or 1.5GiB") -> Accepted:
     def allows(value: object) -> bool:
         try:
             return byte_count("", value, least) <= 2**63
         except (InputError, ValueError):  # as of an integer of more than 4,300 digits
             return False
 
-    return Accepted(f"bytes, {least} or more, such as 67108864, 64MB or 1.5GiB,", allows)
+    return Accepted(f"bytes, {least} or more, such as {examples},", allows)
 
 
 NULL = Accepted("null", lambda value: value is None, names=True)
@@ -115,7 +115,7 @@ TASK = _text("a task")
 LAYER = _text("all, the end of a layer's name")
 
 #: python -m qbench
-RUN: Mapping[str, Accepted] = {
+RUN: dict[str, Accepted] = {
     "block": BLOCK,
     "dq": FLAG,
     "seed": _integer(0, 2**32 - 1),  # NumPy's range
@@ -166,32 +166,40 @@ QUANTIZE: Mapping[str, Accepted] = {
     "out": NULL | _text("a new or empty folder"),
 }
 
-SIZE = _matching("a number with a unit, such as 24GB, 24GiB, 800MB", r"\s*\d{1,9}(\.\d+)?\s*[KMGTkmgt]?[Ii]?[Bb]\s*")
-#: python -m qbench.plan
-PLAN: Mapping[str, Accepted] = {
-    "model": NULL | _text("a name, a folder, a config.json or a hub id owner/name"),
-    "block": BLOCK,
-    "dq": FLAG,
-    "gpu": NULL | SIZE,
-    "device": _one_of(("cuda", "cpu")),
-    "method": _one_of(("lora", "full", "none")),
-    "rank": COUNT,
+#: the keys of a run that decide what a training step holds in memory; a plan accepts the others, and ignores them
+MEMORY_KEYS = (
+    "block",
+    "dq",
+    "device",
+    "model.path",
+    "model.dtype",
+    "model.revision",
+    "model.trust_remote_code",
+    "data.seq",
+    "tune.method",
+    "tune.batch",
+    "tune.accumulate",
+    "tune.checkpointing",
+    "tune.rank",
+    "tune.dropout",
+    "tune.optimizer",
+    "tune.optimizer_budget",
+    "tune.optimizer_page",
+)
+#: python -m qbench plan: the keys of a run, and its own
+PLAN: Mapping[str, Accepted] = RUN | {
+    "model.path": NULL | _text("a name, a folder, a config.json or a hub id owner/name"),
+    "gpu": NULL | _bytes(10**6, "24GB, 24GiB or 800MB"),
     "targets": LAYER | _list_of(LAYER, "a list of them, such as [q_proj,v_proj],"),
-    "dropout": _number(0, 1, below=True),
-    "batch": COUNT,
-    "accumulate": COUNT,
-    "seq": _integer(2, 10_000_000),
-    "checkpointing": FLAG,
     "attention": _one_of(("sdpa", "flash", "eager")),
-    "optimizer": _one_of(OPTIMIZERS),
-    "dtype.compute": DTYPE,
+    "dtype.compute": NULL | DTYPE,
     "dtype.embeddings": NULL | DTYPE,
     "dtype.head": NULL | DTYPE,
     "dtype.norms": NULL | DTYPE,
     "dtype.adapters": DTYPE,
     "dtype.gradients": NULL | DTYPE,
     "dtype.states": DTYPE,
-    "context": NULL | SIZE,
+    "context": NULL | _bytes(0, "500MB"),
     "fragmentation": NULL | _number(0, 100, below=True),
     "sweep": FLAG,
     "blocks": _list_of(BLOCK, "a list of integers of at least 1, such as [32,64],"),
@@ -199,6 +207,17 @@ PLAN: Mapping[str, Accepted] = {
     "check": FLAG,
     "figure": NULL | _text("a file"),
     "json": NULL | _text("a file"),
+}
+#: keys that a plan once had, and those of the run that have taken their place
+PLAN_RENAMED = {
+    "method": "tune",
+    "rank": "tune.rank",
+    "batch": "tune.batch",
+    "accumulate": "tune.accumulate",
+    "seq": "data.seq",
+    "checkpointing": "tune.checkpointing",
+    "optimizer": "tune.optimizer",
+    "dropout": "tune.dropout",
 }
 
 

@@ -52,12 +52,12 @@ def commit(path: str | None, revision: str | None = None) -> str | None:
     return locate(path, revision).name if path and not Path(path).expanduser().exists() else None
 
 
-def hub_config(path: str) -> Path:
+def hub_config(path: str, revision: str | None = None) -> Path:
     """The config.json of a hub id, without its weights. Raises InputError."""
     try:
-        return Path(hf_hub_download(path, CONFIG))
+        return Path(hf_hub_download(path, CONFIG, revision=revision))
     except Exception as error:
-        raise InputError(_not_there(path, MAIN, error)) from error
+        raise InputError(_not_there(path, revision or MAIN, error)) from error
 
 
 @lru_cache  # what a branch is when a command begins, it is to its end

@@ -72,7 +72,8 @@ def start(command: Command, load: Callable[[], tuple[Job, Check]], settings: Seq
             check(resolve(compose_config(command, line.asked, line.overrides)))
         _check_choices(command, line, [GROUP])
         # flags last: --info takes an override that follows it for its own argument
-        sys.argv[1:] = [*command.search_path(), *settings, *(str(o.input_line) for o in line.overrides), *line.flags]
+        overrides = [*settings, *command.first_overrides, *(str(o.input_line) for o in line.overrides)]
+        sys.argv[1:] = [*command.search_path(), *overrides, *line.flags]
         hydra.main(version_base="1.3", config_path=str(command.folder), config_name=command.config)(job)()
     except InputError as error:
         stderr.print(f"qbench: {error}")
@@ -166,18 +167,26 @@ def _is_of_format(override: Override) -> bool:
     return override.key_or_group.partition(".")[0] == GROUP
 
 
+def explain_keys(command: Command) -> dict[str, tuple[str, str]]:
+    """Default and meaning of every key, from the comments in conf/."""
+    meanings = {}
+    for file in command.files:
+        meanings |= help_page.read(file)
+    for group, file in command.groups.items():
+        meanings |= help_page.read(file, f"{group}.")
+    return meanings
+
+
 def show_help(command: Command) -> None:
     """Print every key with its meaning, its default and what it accepts."""
-    page = OmegaConf.load(command.folder / f"{command.config}.yaml").hydra.help
-    explained = help_page.read(command.folder / f"{command.config}.yaml")
-    for group, file in command.groups.items():
-        explained |= help_page.read(file, f"{group}.")
+    page = OmegaConf.load(command.files[-1]).hydra.help
     groups = {f"+{GROUP}": ("", "the format, which has no default", "a name that python -m qbench --formats lists")}
-    if "experiments" in command.added:
+    if "experiments" in command.added and command.no_sweep is None:
         names = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("*.yaml")))
         groups["+experiments"] = ("", "a named sweep", names)
     for group, file in command.groups.items():
         names = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
         if names != file.stem:
             groups[group] = (file.stem, "the fine-tune: what its keys are where nothing is said", names)
-    help_page.show(page.header, groups, explained, command.keys, page.footer)
+    listed = {key: accepted for key, accepted in command.keys.items() if key not in command.hidden}
+    help_page.show(page.header, groups, explain_keys(command), listed, page.footer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from qbench import keys
+from qbench.errors import InputError
 
 from .overrides import GROUP, quoted
 
@@ -31,6 +32,9 @@ class Command:
     added: the groups without a default, which are named with a plus.
     no_sweep: why it takes no -m; None if it does.
     check: checks a resolved config without its format, before PyTorch is imported. Raises InputError.
+    overlay: the subfolder of a second configuration file, which is laid over the main one.
+    translate: respells an argument as the configuration has it. Raises InputError.
+    hidden: keys that --help does not list.
     """
 
     module: str
@@ -41,6 +45,20 @@ class Command:
     added: tuple[str, ...] = (GROUP,)
     no_sweep: str | None = None
     check: Check = lambda config: None
+    overlay: str | None = None
+    translate: Callable[[str], str] = str
+    hidden: frozenset[str] = frozenset()
+
+    @property
+    def files(self) -> list[Path]:
+        """The main configuration file, and the one that is laid over it."""
+        main = self.folder / f"{self.config}.yaml"
+        return [main] if self.overlay is None else [main, self.folder / self.overlay / "config.yaml"]
+
+    @property
+    def first_overrides(self) -> list[str]:
+        """The override that lays the second configuration file over the main one."""
+        return [] if self.overlay is None else [f"+{self.overlay}=config"]
 
     def search_path(self, *folders: str) -> list[str]:
         """The override that makes Hydra look for configurations in `folders` and in experiments/ too."""
@@ -60,18 +78,34 @@ def _check_values(table: Mapping[str, keys.Accepted]) -> Check:
     return lambda config: keys.check(table, keys.leaves({k: v for k, v in config.items() if k != GROUP}))
 
 
-RUN = Command(
-    "qbench",
-    CONF,
-    "config",
-    keys.RUN,
-    {
-        name: CONF / name / ("lora.yaml" if name == "tune" else "default.yaml")
-        for name in ("model", "data", "tune", "eval")
-    },
-    (GROUP, "experiments"),
-    check=_check_run,
-)
+def _check_plan(config: dict) -> None:
+    from qbench import settings
+
+    _check_values(keys.PLAN)(config)
+    settings.parts(config)
+
+
+def _respell_plan(argument: str) -> str:
+    """An argument of a plan as a run spells it: `model=llama-65b` is `model.path=llama-65b`.
+
+    Raises InputError for the name that a key of the plan had before.
+    """
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+~")
+    if name in keys.PLAN_RENAMED:
+        new = keys.PLAN_RENAMED[name]
+        shown = value if value.isprintable() and 0 < len(value) < 100 else "VALUE"
+        raise InputError(f"plan: {name} is now {new}; type {new}={shown}")
+    if name == "model" and equals and value not in {file.stem for file in (CONF / "model").glob("*.yaml")}:
+        return f"model.path={value}"
+    return argument
+
+
+GROUPS = {
+    name: CONF / name / ("lora.yaml" if name == "tune" else "default.yaml")
+    for name in ("model", "data", "tune", "eval")
+}
+RUN = Command("qbench", CONF, "config", keys.RUN, GROUPS, (GROUP, "experiments"), check=_check_run)
 QUANTIZE = Command(
     "qbench.quantize",
     CONF,
@@ -82,9 +116,14 @@ QUANTIZE = Command(
 )
 PLAN = Command(
     "qbench.plan",
-    CONF / "plan",  # beside the group `model`, Hydra would take `model=` for a choice of that
+    CONF,
     "config",
     keys.PLAN,
+    GROUPS,
+    (GROUP, "experiments"),
     no_sweep="--multirun: a plan is one at a time; accepted: sweep=true, which compares formats",
-    check=_check_values(keys.PLAN),
+    check=_check_plan,
+    overlay="plan",
+    translate=_respell_plan,
+    hidden=frozenset(keys.RUN) - frozenset(keys.MEMORY_KEYS),
 )

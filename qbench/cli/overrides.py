@@ -30,6 +30,7 @@ def check_override(command: "Command", argument: str) -> Override:
     Several values of a key are accepted as they are: each run checks its own. Raises InputError for an unknown key,
     however it is spelled, and for a value that the key does not accept.
     """
+    argument = command.translate(argument)
     before, equals, value = argument.partition("=")
     if (accepted := command.keys.get(before.lstrip("+"))) and accepted.text:
         argument = f"{before}{equals}{_quote_numbers(value)}"

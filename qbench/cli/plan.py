@@ -1,27 +1,48 @@
-"""python -m qbench.plan model=llama-65b +format=nf4 dq=true gpu=48GB: will it fit, and what would make it?"""
+"""python -m qbench plan model=llama-65b +format=nf4 dq=true gpu=48GB: will it fit, and what would make it fit?
+
+A plan takes the command line of a run, and a few keys of its own (conf/plan/config.yaml).
+"""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qbench.errors import InputError
+from qbench.errors import InputError, byte_count
+from qbench.settings import FULL, parts
 from qbench.system import messages
 from qbench.system.interrupts import interruptible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from rich.console import Console
 
+    from qbench.plan.count import Plan
     from qbench.plan.settings import PlanSettings
+    from qbench.plan.shapes import Shape
 
     from .commands import Check, Job
 
+DOES_NOT_FIT, BAD_INPUT = 1, 2  #: exit codes
+
 
 def main() -> int:
-    """Print the plan that the command line asks for. 0: done, whether it fits or not; 2: bad input; 130: interrupted."""
+    """Print the plan that the command line asks for. Returns the exit code.
+
+    0: the step fits, or no gpu is given; 1: it does not fit; 2: bad input; 130: interrupted.
+    """
     messages.printable()
-    # PEFT would import it: 3 s; the stub does not know that None bars an import
+    # PEFT would import it, which takes 3 s; the stub does not know that None bars an import
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    codes.clear()
+    codes: list[int] = []
+
+    def load() -> tuple["Job", "Check"]:
+        from . import format_group
+
+        format_group.store()
+        return lambda config: codes.append(run_plan(config)), settings_of
+
     try:
         with interruptible():
             from . import command_line, commands  # Hydra, which takes a while to import
@@ -32,95 +53,149 @@ def main() -> int:
         return 130
 
 
-def load() -> tuple["Job", "Check"]:
-    """The job, and what is known to be wrong before it."""
-    from . import format_group
+def run_plan(config: "DictConfig") -> int:
+    """Print the plan of a composed configuration. Returns the exit code.
 
-    format_group.store()
-    return job, settings_of
+    It reports bad input itself, as Hydra would add lines of its own to an exception.
+    """
+    from rich.console import Console
 
-
-codes: list[int] = []  #: what came of the job: 0 done, 2 bad input
-
-
-def job(config: "DictConfig") -> None:
-    """What Hydra runs; bad input is told here, for Hydra would add lines of its own."""
     from .compose import resolve
     from .console import stderr
 
     try:
-        answer(resolve(config))
-        codes.append(0)
+        resolved, console = resolve(config), Console(highlight=False, markup=False)
+        plans, content = print_answer(resolved, console)
+        if files := write_files(resolved, plans, content):
+            console.print(f"\nWritten: {', '.join(files)}")
     except InputError as error:
         stderr.print(f"qbench: {error}")
-        codes.append(2)
+        return BAD_INPUT
+    return 0 if resolved["paper"] or any(plan.fits for plan in plans) else DOES_NOT_FIT
 
 
-def answer(asked: dict) -> None:
-    """Count, print, and write what is asked for. Raises InputError."""
-    from rich.console import Console
+def print_answer(config: dict, console: "Console") -> tuple[list["Plan"], list | dict]:
+    """Count and print what a resolved config asks for. Returns the plans, and the content for `json=`.
 
+    Raises InputError.
+    """
+    if config["paper"]:
+        return print_paper(console)
+    return print_sweep(config, console) if config["sweep"] else print_plan(config, console)
+
+
+def print_paper(console: "Console") -> tuple[list["Plan"], list]:
+    """The plan beside QLoRA's memory table."""
+    with counting():
+        from qbench.plan import paper
+
+        comparisons = paper.compare_with_paper()
+    paper.print_comparisons(comparisons, console)
+    return [comparison.plan for comparison in comparisons], paper.to_json(comparisons)
+
+
+def print_sweep(config: dict, console: "Console") -> tuple[list["Plan"], list]:
+    """Every registered format. Raises InputError."""
+    with counting():
+        from qbench.plan import advice, wording
+
+        shape = shape_of(config)
+        plans = advice.compare_formats(shape, settings_of(config, shape), tuple(config["blocks"]))
+    wording.print_sweep(plans, console)
+    return plans, [wording.to_json(plan) for plan in plans]
+
+
+def print_plan(config: dict, console: "Console") -> tuple[list["Plan"], dict]:
+    """One plan, and with `check=true` a real step beside it. Raises InputError."""
+    with counting():
+        from qbench.plan import advice, check, wording
+        from qbench.plan.count import count_memory
+
+        shape = shape_of(config)
+        settings, measured = settings_of(config, shape), None
+        plan = count_memory(shape, settings)
+        if config["check"]:
+            expected = check.comparable_plan(shape, settings).needed
+            measured = {"expected": expected, "measured": check.measure_step(shape, settings)}
+        remedies = advice.find_remedies(plan) if not plan.fits else []
+    wording.print_plan(plan, remedies, console)
+    if measured:
+        console.print(f"\n{wording.describe_check(settings, **measured)}")
+    return [plan], wording.to_json(plan) | {"check": measured}
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Say that memory is counted, and let Ctrl-C end it: transformers and PEFT alone take seconds to import."""
     from .console import stderr
 
-    with interruptible(), stderr.status("counting"):  # transformers and PEFT take seconds to import
-        from qbench.plan import advice, check, paper, wording
-        from qbench.plan.count import count
-        from qbench.plan.shapes import find
-        from qbench.results.json_files import write_json
+    with interruptible(), stderr.status("counting"):
+        yield
 
-        content: list[dict] | dict
-        if asked["paper"]:
-            found = paper.compare()
-            plans, content = [one.plan for one in found], paper.plain(found)
-        elif asked["sweep"]:
-            settings, blocks = settings_of(asked), tuple(asked["blocks"])
-            plans = advice.sweep(find(asked["model"]), settings, blocks)
-            content = [wording.plain(plan) for plan in plans]
-        else:
-            settings = settings_of(asked)
-            shape, measured = find(asked["model"]), None
-            plans = [count(shape, settings)]
-            if asked["check"]:
-                expected = check.comparable(shape, settings).needed
-                measured = {"expected": expected, "measured": check.measure(shape, settings)}
-            remedies = advice.changes(plans[0]) if not plans[0].fits else []
-            content = wording.plain(plans[0]) | {"check": measured}
-    console = Console(highlight=False, markup=False)
-    if asked["paper"]:
-        paper.show(found, console)
-    elif asked["sweep"]:
-        wording.show_sweep(plans, console)
-    else:
-        wording.show(plans[0], remedies, console)
-        if measured:
-            console.print(f"\n{wording.checked(settings, **measured)}")
-    if asked["json"]:
+
+def write_files(config: dict, plans: list["Plan"], content: list | dict) -> list[str]:
+    """Write what `json=` and `figure=` ask for. Returns the names of the files. Raises InputError."""
+    from qbench.results.json_files import write_json
+
+    if config["json"]:
         try:
-            write_json(Path(asked["json"]), content)
+            write_json(Path(config["json"]), content)
         except OSError as error:
-            raise InputError(f"json: {asked['json']!r} cannot be written: {error}") from error
-    if asked["figure"]:
+            raise InputError(f"json: {config['json']!r} cannot be written: {error}") from error
+    if config["figure"]:
         from qbench.plan import figures
 
-        figures.draw(plans, Path(asked["figure"]))
-    written = [str(asked[key]) for key in ("json", "figure") if asked[key]]
-    if written:
-        console.print(f"\nWritten: {', '.join(written)}")
+        figures.draw_plans(plans, Path(config["figure"]))
+    return [str(config[key]) for key in ("json", "figure") if config[key]]
 
 
-def settings_of(asked: dict) -> "PlanSettings":
-    """The typed settings of a resolved config, without a format those of a sweep. Raises InputError."""
-    from qbench.plan.settings import UNQUANTIZED, Dtypes, PlanSettings, size
+def shape_of(config: dict) -> "Shape":
+    """The model that a resolved config names, without its weights. Raises InputError."""
+    from qbench.plan.shapes import find_shape
+
+    model = config["model"]
+    return find_shape(model["path"], model["revision"], model["trust_remote_code"])
+
+
+def settings_of(config: dict, shape: "Shape | None" = None) -> "PlanSettings":
+    """The settings of a plan, from a resolved config. Where formats are compared, it needs none. Raises InputError.
+
+    shape: decides `data.seq=auto`, and how many windows are scored at once with tune=none. Without it the settings are
+    only checked.
+    """
+    from qbench.plan.settings import UNQUANTIZED, Dtypes, PlanSettings
 
     from .format_group import format_of
 
-    names = set(PlanSettings.__dataclass_fields__) - {"format", "dtype", "gpu", "context", "targets"}
-    targets = asked["targets"]
+    tune, seq, targets = parts(config)["tune"], config["data"]["seq"], config["targets"]
+    seq = shape.pick_seq(seq) if shape else 256 if seq == "auto" else seq
+    device = "cpu" if config["device"] == "cpu" else "cuda"
+    if tune:
+        training = {name: value for name, value in vars(tune).items() if name in PlanSettings.__dataclass_fields__}
+    else:
+        training = {"method": "none", "batch": shape.windows_scored_at_once(seq) if shape else 1}
     return PlanSettings(
-        format=UNQUANTIZED if asked["sweep"] or asked["paper"] else format_of(asked),
-        dtype=Dtypes(**asked["dtype"]),
-        gpu=None if asked["gpu"] is None else size("gpu", asked["gpu"]),
-        context=None if asked["context"] is None else size("context", asked["context"]),
+        format=UNQUANTIZED if config["sweep"] or config["paper"] else format_of(config),
+        seq=seq,
+        device=device,
+        dtype=Dtypes(**config["dtype"] | {"compute": compute_dtype(config, device)}),
         targets=tuple(targets) if isinstance(targets, list) else targets,
-        **{name: asked[name] for name in names},
+        attention=config["attention"],
+        gpu=None if config["gpu"] is None else byte_count("gpu", config["gpu"]),
+        context=None if config["context"] is None else byte_count("context", config["context"], 0),
+        fragmentation=config["fragmentation"],
+        **training,
     )
+
+
+def compute_dtype(config: dict, device: str) -> str:
+    """dtype.compute of a resolved config: where it is null, the dtype of a run, which trains full weights in fp32."""
+    import torch
+
+    from qbench.model.devices import pick_dtype
+
+    if config["dtype"]["compute"] is not None:
+        return config["dtype"]["compute"]
+    if config["tune"]["method"] == FULL:
+        return "float32"
+    return str(pick_dtype(config["model"]["dtype"], torch.device(device))).removeprefix("torch.")

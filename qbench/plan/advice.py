@@ -7,69 +7,78 @@ from math import gcd
 import formats
 from formats import Format
 from qbench.errors import InputError, integer
+from qbench.settings import FULL
 
-from .count import Plan, count
-from .settings import PlanSettings
+from .count import Plan, count_memory
+from .settings import PlanSettings, key_of
 from .shapes import Shape
 
 
 @dataclass(frozen=True)
-class Change:
-    """words: the keys as a command line takes them. plan: what comes of it."""
+class Remedy:
+    """A change that makes a step fit. arguments: as a command line takes them. plan: the plan with them."""
 
-    words: str
+    arguments: str
     plan: Plan
 
 
-#: what a key can be changed to, the smallest change first; each as what of the settings it changes
+#: the changes of one key, each as fields of PlanSettings, from the smallest to the largest
 Ladder = list[dict]
 
 
-def changes(plan: Plan) -> list[Change]:
-    """The changes of one key, or of the format, that make a plan fit that does not. Where no single one does: those that
-    save, one after the other until they are enough, as one change; nothing where all of them are not.
+def find_remedies(plan: Plan) -> list[Remedy]:
+    """The changes of one key, or of the format, that make a plan fit.
 
-    In the order of what they cost: first nothing but time, then precision, then what is trained.
+    Where no single change does, the ones that save memory are added up until the plan fits, as one remedy. The list is
+    empty where all of them together are not enough. Cheap changes come first: those that cost only time, then those that
+    cost precision, then those of what is trained.
     """
     fitting = []
     for ladder in ladders(plan.settings):
-        if changed(plan, ladder[-1]).fits:  # what saves most is asked first: most often it is not enough
-            tried = (changed(plan, rung) for rung in ladder)
-            fitting.append(next(other for other in tried if other.fits))
-    return [Change(_words(plan.settings, other.settings), other) for other in fitting or _together(plan)]
+        if apply_change(plan, ladder[-1]).fits:  # the largest change first: most often it is not enough
+            plans = (apply_change(plan, rung) for rung in ladder)
+            fitting.append(next(other for other in plans if other.fits))
+    return [Remedy(_arguments(plan.settings, other.settings), other) for other in fitting or _add_up(plan)]
 
 
-def changed(plan: Plan, change: dict) -> Plan:
-    if "batch" in change:  # into parts that it can be taken in
+def apply_change(plan: Plan, change: dict) -> Plan:
+    """The plan with some settings changed; `accumulate` is lowered until it divides a new batch."""
+    if "batch" in change:
         change = change | {"accumulate": gcd(plan.settings.accumulate, change["batch"])}
-    return count(plan.shape, plan.settings.but(**change))
+    return count_memory(plan.shape, plan.settings.replace(**change))
 
 
-def _together(plan: Plan) -> list[Plan]:
+def _add_up(plan: Plan) -> list[Plan]:
+    """The plan with as many of the changes as it needs to fit, none where all of them are not enough."""
     for ladder in ladders(plan.settings):
-        found = changed(plan, ladder[-1])
-        plan = found if found.needed < plan.needed else plan
+        changed = apply_change(plan, ladder[-1])
+        if changed.needed < plan.needed:
+            plan = changed
         if plan.fits:
             return [plan]
     return []
 
 
-def _words(before: PlanSettings, after: PlanSettings) -> str:
-    """What changes from one to the other, as a command line takes it."""
-    said = []
-    for key in ("method", "checkpointing", "accumulate", "optimizer", "batch", "rank", "seq"):
-        if getattr(after, key) != getattr(before, key):
-            said.append(f"{key}={str(getattr(after, key)).lower()}")
+def _arguments(before: PlanSettings, after: PlanSettings) -> str:
+    """The difference of two settings, as arguments of a command line."""
+    arguments = []
+    if after.method != before.method:
+        arguments.append(f"tune={after.method}")
+    for name in ("checkpointing", "accumulate", "optimizer", "batch", "rank", "seq"):
+        if getattr(after, name) != getattr(before, name):
+            arguments.append(f"{key_of(name)}={str(getattr(after, name)).lower()}")
     if after.format is not before.format:
-        other = after.format.name != before.format.name
-        said.append(f"+format={after.format.name} " * other + f"dq={str(after.format.dq).lower()}")
-    if after.dtype.adapters != before.dtype.adapters:
-        said.append(f"dtype.adapters={after.dtype.adapters}")
-    return " ".join(said)
+        if after.format.name != before.format.name:
+            arguments.append(f"+format={after.format.name}")
+        arguments.append(f"dq={str(after.format.dq).lower()}")
+    for name in ("adapters", "compute"):
+        if getattr(after.dtype, name) != getattr(before.dtype, name):
+            arguments.append(f"dtype.{name}={getattr(after.dtype, name)}")
+    return " ".join(arguments)
 
 
 def ladders(settings: PlanSettings) -> Iterator[Ladder]:
-    """What there is to change, a ladder a key."""
+    """The changes there are to make, a ladder for each key."""
     if settings.trains and not settings.checkpointing:
         yield [{"checkpointing": True}]
     if settings.trains and settings.accumulate < settings.batch:
@@ -77,41 +86,43 @@ def ladders(settings: PlanSettings) -> Iterator[Ladder]:
     if settings.trains and settings.optimizer in ("adamw", "adam"):
         yield [{"optimizer": "paged_adamw"}]
         yield [{"optimizer": "adamw_8bit"}]
-    if settings.method != "full":
+    if settings.method != FULL:
         yield from ([{"format": smaller}] for smaller in _smaller(settings.format))
-    if settings.method == "lora" and settings.dtype.adapters == "float32":
+    if settings.low_rank and settings.dtype.adapters == "float32":
         yield [{"dtype": replace(settings.dtype, adapters="bfloat16")}]
-    if settings.method == "full":
-        yield [{"method": "lora", "format": formats.get("nf4", dq=True)}]
-    for key, least in (("batch", 1), ("rank", 8), ("seq", 128)):
-        if getattr(settings, key) > least and (key != "rank" or settings.method == "lora"):
-            yield [{key: value} for value in _halves(getattr(settings, key), least)]
+    if settings.method == FULL:
+        dtype = replace(settings.dtype, compute="bfloat16")
+        yield [{"method": "lora", "format": formats.get("nf4", dq=True), "dtype": dtype}]
+    for name, least, has_it in (("batch", 1, settings.trains), ("rank", 8, settings.low_rank), ("seq", 128, True)):
+        if has_it and getattr(settings, name) > least:
+            yield [{name: value} for value in _halves(getattr(settings, name), least)]
 
 
 def _halves(value: int, least: int) -> list[int]:
-    found = []
+    """Half of a value, half of that, and so on down to `least`."""
+    halves = []
     while value > least:
         value = max(value // 2, least)
-        found.append(value)
-    return found
+        halves.append(value)
+    return halves
 
 
 def _smaller(fmt: Format) -> list[Format]:
-    """The same format with double quantization, and NF4 with it, where they take fewer bytes."""
+    """The format with double quantization, and NF4 with it, each where it takes fewer bytes."""
     same = {**(fmt.arguments or {"name": fmt.name, "block": fmt.block}), "dq": True}
     others = [formats.get(**same), *([formats.get("nf4", block=fmt.block, dq=True)] if fmt.name != "nf4" else [])]
     return [other for other in others if other.count_bytes(2**20) < fmt.count_bytes(2**20)]
 
 
-def sweep(shape: Shape, settings: PlanSettings, blocks: tuple[int, ...]) -> list[Plan]:
-    """The plan under every registered format, with and without double quantization, at each block; the smallest first.
+def compare_formats(shape: Shape, settings: PlanSettings, blocks: tuple[int, ...]) -> list[Plan]:
+    """A plan of every registered format, with and without double quantization, at each block. The smallest comes first.
 
-    A format that knows neither is one plan, one of another package that refuses a block or cannot be used is left out.
-    Raises InputError for a block that is no positive integer.
+    A format that ignores both is one plan. A format of another package is skipped where it refuses a block or cannot be
+    used. Raises InputError for tune=full, and for a block that is no positive integer.
     """
-    if settings.method == "full":
+    if settings.method == FULL:
         raise InputError(
-            "sweep: method=full trains 16-bit weights, there are no formats to compare; accepted: lora, none"
+            "sweep: tune=full trains 16-bit weights, so there are no formats to compare; accepted: lora, rslora, none"
         )
     for block in blocks:
         integer("blocks", block)
@@ -123,7 +134,7 @@ def sweep(shape: Shape, settings: PlanSettings, blocks: tuple[int, ...]) -> list
                     fmt = formats.get(name, block=block, dq=dq)
                 except ValueError:
                     continue
-                plan = count(shape, settings.but(format=fmt))
+                plan = count_memory(shape, settings.replace(format=fmt))
                 key = name, plan.needed
                 if key not in seen:
                     seen.add(key)

@@ -1,4 +1,4 @@
-"""The plan against reality: a step taken here, with random weights and tokens, its memory measured."""
+"""A real step with random weights and tokens, and the memory that it takes, beside the plan of it."""
 
 import gc
 from dataclasses import replace
@@ -9,36 +9,33 @@ from qbench.errors import InputError
 from qbench.measure.live_tensors import LiveBytes
 from qbench.measure.memory import PeakMemory
 from qbench.model import quantizing
-from qbench.settings import TuneSettings
-from qbench.training import optim
 from qbench.training.loop import train
 
-from .count import Plan, count
+from .count import Plan, count_memory
 from .settings import ATTENTION, PlanSettings
 from .shapes import Shape
 from .step import prepare
 
-STEPS = 2  # the second finds the optimizer's states in place
+STEPS = 2  # the optimizer makes its states in the first
 
 
-def comparable(shape: Shape, settings: PlanSettings) -> Plan:
-    """The plan of what `measure` runs: no context and no fragmentation, every dtype that of PyTorch.
+def comparable_plan(shape: Shape, settings: PlanSettings) -> Plan:
+    """The plan of the step that `measure_step` takes: without context and fragmentation, and with PyTorch's dtypes.
 
-    Raises InputError for a method or an optimizer that cannot be run.
+    Raises InputError for tune=none, and for a GPU that is not there.
     """
-    if not settings.trains or settings.optimizer not in optim.OPTIMIZERS:
-        names = ", ".join(optim.OPTIMIZERS)
-        raise InputError(f"check: takes a step of method=lora or full, with optimizer={names}; not of this plan")
+    if not settings.trains:
+        raise InputError("check: tune=none trains nothing, so there is no step to take; accepted: another tune")
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("check: there is no GPU here that PyTorch can use; accepted here: device=cpu")
+        raise InputError("check: PyTorch finds no GPU on this machine; accepted here: device=cpu")
     dtype = settings.dtype
-    trained = dtype.adapters if settings.method == "lora" else dtype.compute
+    trained = dtype.adapters if settings.low_rank else dtype.compute
     dtype = replace(dtype, embeddings=None, head=None, norms=None, gradients=None, states=trained)
-    return count(shape, settings.but(dtype=dtype, context=0, fragmentation=0))
+    return count_memory(shape, settings.replace(dtype=dtype, context=0, fragmentation=0))
 
 
-def measure(shape: Shape, settings: PlanSettings) -> int:
-    """The most bytes that the tensors of a fine-tune hold: on a GPU as its allocator, on a CPU as `LiveBytes` counts."""
+def measure_step(shape: Shape, settings: PlanSettings) -> int:
+    """The most bytes that the tensors of a fine-tune hold, counted by the GPU's allocator, or on a CPU by `LiveBytes`."""
     device = torch.device(settings.device)
     torch.manual_seed(0)
     built = shape.build(settings.dtype.of("compute"), ATTENTION[settings.attention], settings.device)
@@ -47,14 +44,8 @@ def measure(shape: Shape, settings: PlanSettings) -> int:
     del built
     gc.collect()
     windows = list(torch.randint(vocabulary, (STEPS * settings.batch, settings.seq)))
-    tune = TuneSettings(
-        steps=STEPS,
-        batch=settings.batch,
-        accumulate=settings.accumulate,
-        rank=settings.rank,
-        dropout=settings.dropout,
-        optimizer=settings.optimizer,
-    )
+    # `prepare` has set checkpointing; with method=full the loop would compute under autocast, which a plan does not count
+    tune = settings.tune(steps=STEPS, checkpointing=False, method="lora")
     if device.type == "cuda":
         with PeakMemory(device) as peak:
             train(model, windows, tune, seed=0)

@@ -1,25 +1,27 @@
-"""A plan: every line of a step's memory in bytes, at each of its moments, and their sum.
+"""The memory of one training step: every line in bytes, at each moment of the step, and their sum.
 
-Weights, scales, adapters and states are arithmetic: `Format.count_bytes` of each layer that a run would quantize, and
-bytes a parameter for the rest. What comes and goes within a step is counted on the step itself (`step`). The peak of the
-plan is the largest sum over the moments, not the sum of the largest lines: the activations of the forward and the
-gradients of the backward's end are never there together.
+Weights, scales, adapters and optimizer states are arithmetic: `Format.count_bytes` of each layer that a run quantizes, and
+bytes per parameter for the rest. What a step allocates and frees is counted on the step itself (`step.py`).
+
+The peak is the largest sum over the moments, not the sum of the largest lines. The activations of the forward pass and the
+gradients at the end of the backward pass are never alive together.
 """
 
 from dataclasses import dataclass
 
 from formats.packing import packed_bytes
+from qbench import keys
 from qbench.errors import InputError
+from qbench.settings import FULL
+from qbench.training.optim.states import BLOCK as STATE_BLOCK
 from qbench.training.optim.states import MIN_8BIT
 
 from . import step
 from .settings import PlanSettings
 from .shapes import Shape, Sizes
 
-NESTED = 256  # weights under one scale of an 8-bit state, as in bitsandbytes
-
-HELD = ("weights", "scales", "embeddings", "head", "norms", "others")  #: lines of the model itself
-#: what each line is, in the order of a table
+HELD = ("weights", "scales", "embeddings", "head", "norms", "others")  #: the lines of the model itself
+#: the lines of a plan and their titles, in the order of a table
 LINES = {
     "weights": "weights of linear layers",
     "scales": "their scales and tables",
@@ -41,8 +43,10 @@ LINES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """moments: by moment of the step, the bytes of each line. paged: bytes of states that may wait in host memory, and are
-    in no line. trainable: parameters. linear: weights of the linear layers.
+    """The memory of a step.
+
+    moments: bytes of each line, by moment of the step. paged: bytes of optimizer states that may wait in host memory; no
+    line holds them. trainable: trained parameters. linear: weights of the linear layers. parameters: all of the model.
     """
 
     shape: Shape
@@ -67,99 +71,116 @@ class Plan:
 
     @property
     def margin(self) -> int | None:
-        """What the GPU has beyond what is needed; below zero where it does not fit; None without a GPU."""
+        """Bytes of the GPU beyond what is needed: negative where the step does not fit, None without a GPU."""
         return None if self.settings.gpu is None else self.settings.gpu - self.needed
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has what is needed; true without one."""
+        """Whether the GPU has what is needed. True without a GPU."""
         return self.margin is None or self.margin >= 0
 
     @property
     def in_host(self) -> int:
-        """Bytes of paged states for which the GPU has no room at the peak."""
+        """Bytes of paged states in host memory at the peak: those beyond the budget, or without one beyond the GPU."""
+        if self.settings.optimizer_budget is not None:
+            return self.paged
         return 0 if self.margin is None else min(self.paged, max(0, self.paged - self.margin))
 
     @property
     def bits(self) -> float:
-        """A parameter of the linear layers, scales and tables included."""
+        """Bits per weight of the linear layers, with scales and tables."""
         line = self.moments[self.peak]
         return 8 * (line["weights"] + line["scales"]) / self.linear
 
 
-def count(shape: Shape, settings: PlanSettings) -> Plan:
-    """The plan of a step. Raises InputError for what the model or the settings do not allow."""
+def count_memory(shape: Shape, settings: PlanSettings) -> Plan:
+    """The plan of a step. Raises InputError for settings that the model does not allow."""
     shape.check_seq(settings.seq)
     dtype, sizes = settings.dtype, shape.sizes
-    trained = _trained(sizes, settings)
-    held = _weights(sizes, settings) | {
+    trained = _trained_sizes(sizes, settings)
+    held = _weight_bytes(sizes, settings) | {
         "embeddings": sum(sizes.embeddings) * dtype.of("embeddings").itemsize,
         "head": sum(sizes.head) * dtype.of("head").itemsize,
         "norms": sum(sizes.norms) * dtype.of("norms").itemsize + sizes.buffers,
         "others": sum(sizes.others) * dtype.of("compute").itemsize,
-        "adapters": sum(trained) * dtype.of("adapters").itemsize if settings.method == "lora" else 0,
+        "adapters": sum(trained) * dtype.of("adapters").itemsize if settings.low_rank else 0,
     }
-    states = {n: _state_bytes(n, settings) for n in set(trained)}
-    paged = sum(states[n] for n in trained) if settings.paged else 0
-    held["states"] = sum(states[n] for n in trained) - paged
-    in_training = dtype.of("adapters" if settings.method == "lora" else "compute")
-    gradient = dtype.of("gradients") if dtype.gradients else in_training
+    state_bytes = {n: _state_bytes(n, settings) for n in set(trained)}
+    states = sum(state_bytes[n] for n in trained)
+    held["states"] = _states_on_device(states, settings)
     moments = {}
-    for moment, found in _within(step.peaks(shape, settings)).items():
-        moments[moment] = _lines(settings, held | found)
+    for moment, kinds in _largest_of_moments(step.peaks(shape, settings)).items():
+        moments[moment] = _all_lines(settings, held | kinds)
     if settings.trains:
-        last = {"gradients": sum(trained) * gradient.itemsize, "copies": step.copies(trained, settings)}
-        moments[step.STEP] = _lines(settings, held | last)
+        trained_dtype = dtype.of("adapters" if settings.low_rank else "compute")
+        gradient = dtype.of("gradients") if dtype.gradients else trained_dtype
+        at_step = {"gradients": sum(trained) * gradient.itemsize, "copies": step.optimizer_copies(trained, settings)}
+        moments[step.STEP] = _all_lines(settings, held | at_step)
     linear = sum(size.numel() for size in sizes.layers.values())
-    return Plan(shape, settings, moments, paged, sum(trained), linear, sum(sizes.all))
+    return Plan(shape, settings, moments, states - held["states"], sum(trained), linear, sum(sizes.all))
 
 
-def _within(peaks: step.Peaks) -> dict[str, dict[str, int]]:
-    """The most that is alive within each moment, by kind."""
-    within = {moment: [peaks[label] for label in labels if label in peaks] for moment, labels in step.MOMENTS.items()}
-    return {moment: max(found, key=lambda kinds: sum(kinds.values())) for moment, found in within.items() if found}
+def _largest_of_moments(peaks: step.Peaks) -> dict[str, dict[str, int]]:
+    """The bytes of each kind where most is alive within each moment."""
+    moments = {}
+    for moment, labels in step.MOMENTS.items():
+        if present := [peaks[label] for label in labels if label in peaks]:
+            moments[moment] = max(present, key=lambda kinds: sum(kinds.values()))
+    return moments
 
 
-def _lines(settings: PlanSettings, found: dict[str, int]) -> dict[str, int]:
-    lines = dict.fromkeys(LINES, 0) | found
+def _all_lines(settings: PlanSettings, counted: dict[str, int]) -> dict[str, int]:
+    """Every line of a moment: the counted ones, the others at 0, fragmentation and context."""
+    lines = dict.fromkeys(LINES, 0) | counted
     lines["fragmentation"] = round(sum(lines.values()) * settings.fragmentation_percent / 100)
     lines["context"] = settings.context_bytes
     return lines
 
 
-def _weights(sizes: Sizes, settings: PlanSettings) -> dict[str, int]:
-    """Bytes of codes, and of what else the format stores, as `Format.count_bytes` has it for each layer."""
+def _weight_bytes(sizes: Sizes, settings: PlanSettings) -> dict[str, int]:
+    """Bytes of the codes, and of everything else that `Format.count_bytes` counts for each layer."""
     numels, fmt = [size.numel() for size in sizes.layers.values()], settings.format
-    if settings.method == "full":
+    if settings.method == FULL:
         return {"weights": sum(numels) * settings.dtype.of("compute").itemsize, "scales": 0}
     total, codes = sum(map(fmt.count_bytes, numels)), sum(packed_bytes(n, fmt.bits) for n in numels)
     return {"weights": codes, "scales": total - codes}
 
 
-def _trained(sizes: Sizes, settings: PlanSettings) -> list[int]:
-    """Elements of each tensor that is trained. Raises InputError for a rank larger than a layer."""
-    if settings.method == "full":
+def _trained_sizes(sizes: Sizes, settings: PlanSettings) -> list[int]:
+    """Elements of each trained tensor. Raises InputError for a rank larger than a layer."""
+    if settings.method == FULL:
         return sizes.all
-    if settings.method == "none":
+    if not settings.trains:
         return []
     numels = []
-    for name in step.targets(list(sizes.layers), settings.targets):
+    for name in step.adapted_layers(list(sizes.layers), settings.targets):
         out_features, in_features = sizes.layers[name]
         most = min(out_features, in_features)
         if most == 1:  # a gate, which no adapter goes on
             continue
         if settings.rank > most:
             raise InputError(
-                f"rank: {settings.rank} is larger than {name}, {out_features} × {in_features}; accepted: 1 to {most}"
+                f"tune.rank: {settings.rank} is larger than {name}, {out_features} × {in_features}; accepted: 1 to {most}"
             )
         numels += [settings.rank * out_features, settings.rank * in_features]
     return numels
 
 
 def _state_bytes(n: int, settings: PlanSettings) -> int:
-    """Of a trained tensor with n elements: two moments of Adam, none of SGD, which has no momentum here."""
+    """Bytes of the states of a trained tensor of n elements: two moments of Adam; SGD has none, as it has no momentum."""
     if settings.optimizer == "sgd":
         return 0
-    if settings.optimizer.endswith("8bit") and n >= MIN_8BIT:
-        return 2 * (n + 4 * -(n // -NESTED))
-    return 2 * n * (4 if settings.optimizer.endswith("8bit") else settings.dtype.of("states").itemsize)
+    if not settings.optimizer.endswith("8bit"):
+        return 2 * n * settings.dtype.of("states").itemsize
+    return 2 * n * 4 if n < MIN_8BIT else 2 * (n + 4 * -(n // -STATE_BLOCK))
+
+
+def _states_on_device(states: int, settings: PlanSettings) -> int:
+    """Bytes of `states` that stay on the device: all, but of a paged optimizer as many whole pages as its budget has.
+
+    Without a budget a plan keeps none there: the states may have what the GPU has left.
+    """
+    if not settings.paged:
+        return states
+    budget, page = keys.check_paging(settings.optimizer_budget, settings.optimizer_page)
+    return 0 if budget is None else min(states, budget // page * page)

@@ -1,4 +1,4 @@
-"""Stacked bars of plans."""
+"""A figure of plans: the lines of each as one stacked bar."""
 
 from pathlib import Path
 from textwrap import fill
@@ -7,9 +7,9 @@ from qbench.errors import InputError
 from qbench.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, plt
 
 from .count import Plan
-from .wording import format_names, format_title, groups, method_title
+from .wording import format_names, format_title, group_by_size, method_title
 
-#: what is drawn as one: the name, colour, hatch and lines
+#: the parts of a bar: name, colour, hatch, and the lines that it adds up
 PARTS = (
     ("weights of linear layers", BLUE, "", ("weights",)),
     ("their scales and tables", SKY, "", ("scales",)),
@@ -22,8 +22,8 @@ PARTS = (
 )
 
 
-def draw(plans: list[Plan], file: Path) -> None:
-    """One plan at its moments, or the peaks of several, as bars beside the GPU's memory. Raises InputError."""
+def draw_plans(plans: list[Plan], file: Path) -> None:
+    """Draw one plan at each moment, or several plans at their peaks, beside the GPU's memory. Raises InputError."""
     first, method = plans[0], method_title(plans[0].settings)
     if len(plans) == 1:
         bars = list(first.moments.items())
@@ -32,20 +32,20 @@ def draw(plans: list[Plan], file: Path) -> None:
         bars = [(plan.shape.name, plan.moments[plan.peak]) for plan in plans]
         title = f"{format_title(first.settings)}, {method}, at the peak of a step"
     else:
-        bars = [(_label(alike), alike[0].moments[alike[0].peak]) for alike in groups(plans)]
+        bars = [(_label(alike), alike[0].moments[alike[0].peak]) for alike in group_by_size(plans)]
         title = f"{first.shape.name} {method}, at the peak of a step"
-    write(bars, title, first.settings.gpu, file)
+    draw_bars(bars, title, first.settings.gpu, file)
 
 
 def _label(alike: list[Plan]) -> str:
-    """Names, dq and block, in lines that leave room for the bars."""
+    """Names, dq and block of formats, in lines short enough to leave room for the bars."""
     fmt = alike[0].settings.format
     details = "" if fmt.name == "none" else f"{' + dq' if fmt.dq else ''}, block {fmt.block}"
     return fill(format_names(alike) + details, 34)
 
 
-def write(bars: list[tuple[str, dict[str, int]]], title: str, gpu: int | None, file: Path) -> None:
-    """bars: name, and the bytes of each line."""
+def draw_bars(bars: list[tuple[str, dict[str, int]]], title: str, gpu: int | None, file: Path) -> None:
+    """Write a figure. bars: names, and the bytes of each line. gpu: bytes, a dashed line. Raises InputError."""
     largest = max(sum(lines.values()) for _, lines in bars)
     divisor, unit = (1e9, "GB") if largest >= 2e9 else (1e6, "MB")
     with plt.rc_context({**STYLE, "hatch.linewidth": 0.5}):

@@ -1,7 +1,7 @@
-"""What a plan assumes: typed, checked, and all of it printed."""
+"""The settings of a plan: typed, checked, and printed with every plan."""
 
-import re
-from dataclasses import dataclass, field, replace
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,27 +10,23 @@ import formats
 from formats import Format
 from qbench import keys
 from qbench.errors import InputError
+from qbench.settings import FULL, TuneSettings
 
-ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}  #: what a model is told
+#: `attention=` and what transformers calls it
+ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}
 UNQUANTIZED = formats.get("none")
-UNITS = {"B": 1} | {f"{p}B": 10 ** (3 * (i + 1)) for i, p in enumerate("KMGT")}
-UNITS |= {f"{p}IB": 2 ** (10 * (i + 1)) for i, p in enumerate("KMGT")}
-#: CUDA's context with cuBLAS' workspace, and what an allocator loses to rounding: of the order that GPUs of 2020 on show
+#: the methods whose step can be counted; rsLoRA differs from LoRA in one factor, and takes the same memory
+METHODS = ("lora", "rslora", FULL, "none")
+#: bytes of CUDA's context with cuBLAS' workspace, and per cent that an allocator loses to rounding: typical since 2020
 CONTEXT, FRAGMENTATION = 500_000_000, 5.0
-
-
-def size(name: str, value: object) -> int:
-    """Bytes of `24GB` (10⁹) or `24GiB` (2³⁰). Raises InputError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", str(value).upper())
-    if not found or found[2] not in UNITS:
-        raise InputError(f"{name}: {value!r} is no size; accepted: a number with a unit, such as 24GB, 24GiB or 800MB")
-    return round(float(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True)
 class Dtypes:
-    """What is stored in which dtype. compute: of the activations. None: embeddings, head and norms are in compute's,
-    gradients in that of what is trained. states: of an optimizer that does not hold them in 8 bits.
+    """The dtypes of everything that a step holds.
+
+    compute: activations. embeddings, head, norms: None for the dtype of `compute`. adapters: A and B. gradients: None
+    for the dtype of what is trained. states: an optimizer's, unless it holds them in 8 bits. Raises InputError.
     """
 
     compute: str = "bfloat16"
@@ -45,14 +41,16 @@ class Dtypes:
         keys.check(keys.PLAN, vars(self), "dtype.")
 
     def of(self, name: str) -> torch.dtype:
+        """The dtype of a field, or that of `compute` where the field is None."""
         return getattr(torch, getattr(self, name) or self.compute)
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """format: in a sweep any, which it replaces. gpu, context: bytes. fragmentation: per cent of what is allocated.
-    targets: `all`, or the ends of the names of the layers that carry adapters. The rest is as in conf/plan/config.yaml.
-    Raises InputError.
+    """What a plan assumes. The fields are keys of conf/, by their last name (`key_of`).
+
+    format: ignored where formats are compared. batch: windows a step. targets: `all`, or the ends of the names of the
+    layers with adapters. gpu, context: bytes. fragmentation: per cent of what is allocated. Raises InputError.
     """
 
     format: Format = UNQUANTIZED
@@ -66,6 +64,8 @@ class PlanSettings:
     checkpointing: bool = False
     attention: str = "sdpa"
     optimizer: str = "adamw"
+    optimizer_budget: int | str | None = None
+    optimizer_page: int | str = "2MiB"
     dtype: Dtypes = field(default_factory=Dtypes)
     device: str = "cuda"
     gpu: int | None = None
@@ -73,24 +73,41 @@ class PlanSettings:
     fragmentation: float | None = None
 
     def __post_init__(self) -> None:
-        told = {name: value for name, value in vars(self).items() if name not in ("format", "dtype", "gpu", "context")}
-        keys.check(keys.PLAN, told)
-        if self.batch % self.accumulate:
-            raise InputError(f"accumulate: {self.accumulate} does not divide batch={self.batch}")
-        if self.method == "full" and self.format.name != "none":
-            raise InputError(f"method: full trains 16-bit weights, not {self.format.name}; accepted with +format=none")
+        for name, value in vars(self).items():
+            if name not in ("format", "dtype"):
+                keys.PLAN[key_of(name)].check(key_of(name), value)
+        if self.method not in METHODS:
+            raise InputError(
+                f"tune.method: the memory of {self.method} is not counted; accepted in a plan: {', '.join(METHODS)}"
+            )
+        if self.trains:
+            self.tune()
+        if self.method == FULL and self.format.name != "none":
+            raise InputError(
+                f"tune.method: full trains 16-bit weights, not {self.format.name}; accepted with it: +format=none"
+            )
+
+    def tune(self, **changes: Any) -> TuneSettings:
+        """The fine-tune of a run with these settings. Raises InputError."""
+        names = {f.name for f in dataclasses.fields(TuneSettings)} & vars(self).keys()
+        return TuneSettings(**{name: getattr(self, name) for name in names} | changes)
 
     @property
     def trains(self) -> bool:
         return self.method != "none"
 
     @property
-    def paged(self) -> bool:
-        return self.trains and self.optimizer.startswith("paged")
+    def low_rank(self) -> bool:
+        """Whether adapters with matrices A and B are trained."""
+        return self.method in ("lora", "rslora")
 
     @property
-    def part(self) -> int:
-        """Windows that go through the model at once."""
+    def paged(self) -> bool:
+        return self.trains and self.optimizer in keys.PAGED
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows in one part of a batch."""
         return self.batch // self.accumulate
 
     @property
@@ -101,5 +118,10 @@ class PlanSettings:
     def fragmentation_percent(self) -> float:
         return self.fragmentation if self.fragmentation is not None else FRAGMENTATION * (self.device == "cuda")
 
-    def but(self, **changes: Any) -> "PlanSettings":
-        return replace(self, **changes)
+    def replace(self, **changes: Any) -> "PlanSettings":
+        return dataclasses.replace(self, **changes)
+
+
+def key_of(name: str) -> str:
+    """The key that sets a field of PlanSettings: `rank` is tune.rank, `seq` is data.seq, `gpu` is gpu."""
+    return next(key for key in (name, f"tune.{name}", f"data.{name}") if key in keys.PLAN)

@@ -23,7 +23,7 @@ from qbench.cli.quantize import main
 from qbench.errors import InputError
 from qbench.plan import advice
 from qbench.plan.settings import PlanSettings
-from qbench.plan.shapes import find as find_shape
+from qbench.plan.shapes import find_shape
 from qbench.results import dataframe, provenance, store
 from qbench.settings import Settings
 from tests.qbench.sample_checkpoints import CPU, assert_same, edit_recipe, in_memory
@@ -222,7 +222,7 @@ def test_what_cannot_be_used_is_told_and_takes_nothing_from_the_rest(installed, 
         assert re.search(f"not usable: .*{message}", notes), notes
         code, out, err = command(f"+format={name}", f"model.path={tiny_llama}", "out=o")
         assert code == 2 and not out and err.count("\n") == 1 and re.search(f"^qbench: format: .*{message}", err), err
-    plans = advice.sweep(find_shape("bundled"), PlanSettings(), (64,))
+    plans = advice.compare_formats(find_shape("bundled"), PlanSettings(), (64,))
     assert {plan.settings.format.name for plan in plans} == {*formats.names()} - {
         "short",
         "nf4_of_another",
