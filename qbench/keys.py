@@ -23,15 +23,17 @@ ENORMOUS = 1e30  #: in float32, as good as infinite, but finite still
 
 @dataclass(frozen=True)
 class Accepted:
-    """What a key accepts. words: how that is said. allows: whether it does.
+    """What a key accepts.
 
-    names: the words are a list of names. text: values are text, even those that look like a number.
+    words: the same in words. allows: whether a value is accepted. names: whether `words` is a list of names.
+    text: whether values are text, even those that look like a number. choices: names to complete.
     """
 
     words: str
     allows: Callable[[object], bool]
     names: bool = False
     text: bool = False
+    choices: tuple[str, ...] = ()
 
     def check(self, key: str, value: object) -> None:
         """Raises InputError."""
@@ -45,7 +47,8 @@ class Accepted:
 
         names = self.names and other.names
         joint = ", " if names else " or "
-        return Accepted(f"{self.words}{joint}{other.words}", either, names, self.text or other.text)
+        choices = tuple(dict.fromkeys((*self.choices, *other.choices)))
+        return Accepted(f"{self.words}{joint}{other.words}", either, names, self.text or other.text, choices)
 
 
 def shown(value: object) -> str:
@@ -78,11 +81,14 @@ def _number(least: float, most: float, *, above: bool = False, below: bool = Fal
 
 def _one_of(names: Iterable[str]) -> Accepted:
     known = tuple(names)
-    return Accepted(", ".join(known), lambda value: isinstance(value, str) and value in known, names=True)
+    return Accepted(", ".join(known), lambda value: isinstance(value, str) and value in known, True, choices=known)
 
 
-def _matching(words: str, pattern: str) -> Accepted:
-    return Accepted(words, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value)), names=True)
+def _matching(words: str, pattern: str, choices: tuple[str, ...] = ()) -> Accepted:
+    def allows(value: object) -> bool:
+        return isinstance(value, str) and bool(re.fullmatch(pattern, value))
+
+    return Accepted(words, allows, names=True, choices=choices)
 
 
 def _text(words: str) -> Accepted:
@@ -93,7 +99,7 @@ def _list_of(item: Accepted, words: str) -> Accepted:
     def allows(value: object) -> bool:
         return isinstance(value, list | tuple) and all(map(item.allows, value))
 
-    return Accepted(words, allows, item.names, item.text)
+    return Accepted(words, allows, item.names, item.text, item.choices)
 
 
 def _bytes(least: int, examples: str = "67108864, 64MB or 1.5GiB") -> Accepted:
@@ -106,8 +112,8 @@ def _bytes(least: int, examples: str = "67108864, 64MB or 1.5GiB") -> Accepted:
     return Accepted(f"bytes, {least} or more, such as {examples},", allows)
 
 
-NULL = Accepted("null", lambda value: value is None, names=True)
-FLAG = Accepted("true or false", lambda value: isinstance(value, bool))
+NULL = Accepted("null", lambda value: value is None, names=True, choices=("null",))
+FLAG = Accepted("true or false", lambda value: isinstance(value, bool), choices=("true", "false"))
 BLOCK = _integer(1, LARGEST)
 COUNT = _integer(1, 1_000_000)
 DTYPE = _one_of(DTYPES)
@@ -119,7 +125,7 @@ RUN: dict[str, Accepted] = {
     "block": BLOCK,
     "dq": FLAG,
     "seed": _integer(0, 2**32 - 1),  # NumPy's range
-    "device": _matching("auto, cpu, cuda, cuda:N", r"auto|cpu|cuda(:\d{1,3})?"),
+    "device": _matching("auto, cpu, cuda, cuda:N", r"auto|cpu|cuda(:\d{1,3})?", ("auto", "cpu", "cuda")),
     "timeout": NULL | _number(0, 10**8, above=True),
     "track": _one_of(TRACKERS) | _list_of(_one_of(TRACKERS), "a list of them") | NULL,
     "model.path": NULL | _text("a folder, a GGUF file or a hub id owner/name"),

@@ -1,12 +1,11 @@
 """python -m qbench.bench COMMAND: how fast the kernels and a training step are, beside their peers in the same run."""
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,10 +20,12 @@ from qbench.results.json_files import write_json
 from qbench.system import messages
 from qbench.system.extras import install
 
+from .arguments import parse
+
 console = Console()
 
 
-def run_products(arguments: argparse.Namespace) -> None:
+def run_products(arguments: Namespace) -> None:
     """the product with a packed weight, forward and backward: formats × rows × the layers of Llama"""
     device = _device(arguments.device)
     cuda = device.type == "cuda"
@@ -48,7 +49,7 @@ def run_products(arguments: argparse.Namespace) -> None:
     console.print(f"{folder}: products.json, products.md, products.png")
 
 
-def run_step(arguments: argparse.Namespace) -> None:
+def run_step(arguments: Namespace) -> None:
     """a QLoRA training step, beside PEFT with bitsandbytes"""
     _needs("bitsandbytes", install("bnb"))
     device = _device(arguments.device)
@@ -59,7 +60,7 @@ def run_step(arguments: argparse.Namespace) -> None:
     console.print(f"{arguments.out}: step.json")
 
 
-def run_tune(arguments: argparse.Namespace) -> None:
+def run_tune(arguments: Namespace) -> None:
     """measure the best path and tiles for this GPU, and keep them for every later run"""
     _needs("triton", "pip install triton")
     device = _device("auto")
@@ -78,10 +79,10 @@ def run_tune(arguments: argparse.Namespace) -> None:
     )
 
 
-def run_compile(arguments: argparse.Namespace) -> None:
+def run_compile(arguments: Namespace) -> None:
     """registers, spills, shared memory and instructions a weight of every kernel; needs no GPU"""
     _needs("triton", "pip install triton")
-    capabilities = arguments.capability or list(compiled.DEVICES)
+    capabilities = list(map(int, arguments.capability or compiled.DEVICES))
     with _progress(sum(len(compiled.configurations(capability)) for capability in capabilities)) as advance:
         found = compiled.compile_all(capabilities, advance)
     if arguments.out:
@@ -115,47 +116,20 @@ def _progress(total: int) -> Iterator[Callable[..., None]]:
         yield lambda words="": progress.update(task, advance=1, description=words)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qbench.bench", description=__doc__.partition(": ")[2])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.removeprefix("run_"), help=run.__doc__, description=run.__doc__)
-        added.set_defaults(run=run)
-        return added
-
-    of_products = command(run_products)
-    of_products.add_argument("--formats", nargs="+", choices=_quantized(), help="default: all; on a CPU nf4")
-    of_products.add_argument("--models", nargs="+", choices=list(products.SHAPES), help="default: 7B 70B; on a CPU 7B")
-    of_products.add_argument("--rows", nargs="+", type=int, metavar="M", help="numbers of rows of x")
-    of_products.add_argument("--block", type=int, default=64)
-    of_products.add_argument("--repeats", type=int, default=10, help="samples of each time")
-    of_step = command(run_step)
-    of_step.add_argument("--steps", type=int, default=5, help="steps to time")
-    for one in of_products, of_step:
-        one.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        one.add_argument(
-            "--out", type=Path, default=Path("runs/bench"), help="folder for results (default: %(default)s)"
-        )
-    of_tune = command(run_tune)
-    of_tune.add_argument("--models", nargs="+", choices=list(products.SHAPES), help="whose layers (default: 7B 70B)")
-    of_tune.add_argument("--out", type=Path, help="file for the choices (default: in the package)")
-    of_compile = command(run_compile)
-    of_compile.add_argument("--capability", nargs="+", type=int, choices=list(compiled.DEVICES), help="default: all")
-    of_compile.add_argument("--out", type=Path, help="JSON file for the figures")
-    return parser
-
-
 def _needs(module: str, how: str) -> None:
     if find_spec(module) is None:
         raise InputError(f"{module} is not installed; {how} brings it")
 
 
+BENCHMARKS = {"products": run_products, "step": run_step, "tune": run_tune, "compile": run_compile}
+
+
 def main() -> int:
+    """Run the benchmark that the command line names. 0: done; 2: bad input; 130: interrupted."""
     messages.printable()
-    arguments = _parser().parse_args()
     try:
-        arguments.run(arguments)
+        arguments = parse("qbench.cli.bench", sys.argv[1:])
+        BENCHMARKS[arguments.benchmark](arguments)
     except InputError as error:
         print(f"qbench: {error}", file=sys.stderr)
         return 2

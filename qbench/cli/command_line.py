@@ -25,8 +25,9 @@ from qbench.errors import InputError
 from qbench.system.interrupts import interruptible
 
 from . import help_page
-from .commands import EXPERIMENTS, GROUP, NO_FORMAT, Check, Command, Job
+from .commands import GROUP, NO_FORMAT, Check, Command, Job
 from .compose import compose_config, describe_error, resolve
+from .config_files import EXPERIMENTS, read_keys
 from .console import stderr
 from .overrides import check_no_tune, check_override, check_single, separate_choices
 
@@ -171,22 +172,26 @@ def explain_keys(command: Command) -> dict[str, tuple[str, str]]:
     """Default and meaning of every key, from the comments in conf/."""
     meanings = {}
     for file in command.files:
-        meanings |= help_page.read(file)
+        meanings |= read_keys(file)
     for group, file in command.groups.items():
-        meanings |= help_page.read(file, f"{group}.")
+        meanings |= read_keys(file, f"{group}.")
     return meanings
 
 
 def show_help(command: Command) -> None:
     """Print every key with its meaning, its default and what it accepts."""
     page = OmegaConf.load(command.files[-1]).hydra.help
-    groups = {f"+{GROUP}": ("", "the format, which has no default", "a name that python -m qbench --formats lists")}
+    explained = explain_keys(command)
+    rows = [(f"+{GROUP}=", "the format, which has no default", "a name that python -m qbench --formats lists")]
     if "experiments" in command.added and command.no_sweep is None:
         names = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("*.yaml")))
-        groups["+experiments"] = ("", "a named sweep", names)
+        rows.append(("+experiments=", "a named sweep", names))
     for group, file in command.groups.items():
         names = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
         if names != file.stem:
-            groups[group] = (file.stem, "the fine-tune: what its keys are where nothing is said", names)
-    listed = {key: accepted for key, accepted in command.keys.items() if key not in command.hidden}
-    help_page.show(page.header, groups, explain_keys(command), listed, page.footer)
+            rows.append((f"{group}={file.stem}", "the fine-tune: the defaults of its keys", names))
+    for name, accepts in command.keys.items():
+        if name not in command.hidden:
+            default, meaning = explained[name]
+            rows.append((f"{name}={default}", meaning, accepts.words.rstrip(",")))
+    help_page.show(page.header, "key=default", rows, page.footer)

@@ -9,11 +9,9 @@ from omegaconf import DictConfig
 from qbench import keys
 from qbench.errors import InputError
 
+from .config_files import CONF, EXPERIMENTS
 from .overrides import GROUP, quoted
 
-HERE = Path(__file__).parents[1]
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
-EXPERIMENTS = HERE / "experiments" if (HERE / "experiments").is_dir() else HERE.parent / "experiments"
 NO_FORMAT = (
     f"{GROUP}: none is given; accepted: +{GROUP}=NAME, such as +{GROUP}=nf4; python -m qbench --formats lists the names"
 )

@@ -6,11 +6,9 @@ over seeds. The answer and a table go to standard output; report.html, report.md
 folder `report` in the first path, or that of --out.
 """
 
-import argparse
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from qbench.errors import InputError
 from qbench.report import wording
@@ -19,6 +17,7 @@ from qbench.report.wording import escaped
 from qbench.system import messages
 from qbench.system.messages import visible
 
+from .arguments import parse
 from .console import stderr
 
 TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "tuned perplexity", "tuned Δ nll"]
@@ -27,11 +26,8 @@ TERMINAL = ["format", "bits/weight", "SQNR, dB", "perplexity", "Δ nll", "KL", "
 def main() -> int:
     """0: written; 2: there is nothing to write of."""
     messages.printable()
-    parser = argparse.ArgumentParser(prog="python -m qbench.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="result.json files or folders above them")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; by default PATH/report")
-    arguments = parser.parse_args()
     try:
+        arguments = parse("qbench.cli.report", sys.argv[1:])
         with stderr.status("reading results"):
             found = page.find(*arguments.paths)
     except InputError as error:

@@ -6,10 +6,10 @@ stays where a run is in progress, or where something lies that no run leaves. --
 path, unchanged, into one small file, PATH/results.jsonl.xz, which reports and `qbench.load` read as they read the folders.
 """
 
-import argparse
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from qbench.results import archive, dataframe, store
 from qbench.system import files, messages
 from qbench.system.messages import visible
 
+from .arguments import parse
 from .console import stderr
 
 HYDRAS = ".hydra"
@@ -72,14 +73,11 @@ class Left:
 def main() -> int:
     """0: done; 2: a path is no folder; 130: interrupted."""
     messages.printable()
-    parser = argparse.ArgumentParser(prog="python -m qbench.runs", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="folders of runs or sweeps; by default runs"
-    )
-    parser.add_argument("--clean", action="store_true", help="remove folders that hold no finished result")
-    parser.add_argument("--archive", action="store_true", help="copy all results of a path into PATH/results.jsonl.xz")
-    parser.add_argument("--yes", action="store_true", help="with --clean: do not ask")
-    arguments = parser.parse_args()
+    try:
+        arguments = parse("qbench.cli.runs", sys.argv[1:])
+    except InputError as error:
+        stderr.print(f"qbench: {error}")
+        return 2
     paths = arguments.paths or [Path("runs")]
     if not arguments.paths and not paths[0].exists():
         print("there are no runs here yet")

@@ -66,7 +66,10 @@ class _Command(InspectLoader):
 
     def get_source(self, fullname: str) -> str:
         command = COMMANDS[fullname]
-        return f"import sys\nfrom {command} import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+        return (
+            "import sys\nfrom qbench.cli.main import run_command\n"
+            f"if __name__ == '__main__':\n    sys.exit(run_command({command!r}))\n"
+        )
 
     def is_package(self, fullname: str) -> bool:
         return False
@@ -105,7 +108,7 @@ class _Names:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name in COMMANDS:
-            return ModuleSpec(name, _Command())
+            return ModuleSpec(name, _Command(), origin=name)  # the origin becomes sys.argv[0]
         if name.removeprefix("qbench.") in MOVED and name.startswith("qbench."):
             return ModuleSpec(name, _Moved())
         return None

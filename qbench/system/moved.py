@@ -25,7 +25,7 @@ MOVED = {
     "jobs": "cli.jobs cli.time_limit",
     "layers": "model.selection model.replacement",
     "lora": "training.lora_layer",
-    "manual": "cli.help_page",
+    "manual": "cli.help_page cli.config_files",
     "measure.live": "measure.live_tensors",
     "merge": "training.merging",
     "messages": "system.messages",
