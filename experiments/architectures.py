@@ -38,7 +38,7 @@ from qbench.checkpoint.location import BUNDLED
 from qbench.errors import InputError
 from qbench.measure import quality
 from qbench.model import selection
-from qbench.report.wording import Table
+from qbench.report.table import Table
 from qbench.runs import isolated
 from qbench.system.messages import left_in_words
 
@@ -289,11 +289,11 @@ def write(rows: list[Row], out: Path) -> None:
         [row.type, row.cls, "" if row.share is None else f"{row.share:.1%}", row.outcome, " ".join(row.said)]
         for row in rows
     ]  # fmt: skip
-    table = Table(columns, cells)
+    table = Table.from_texts(columns, cells)
     head = [
         "# Causal LMs of transformers", "",
         f"transformers {VERSIONS['transformers']}, PyTorch {VERSIONS['torch']}: {len(rows)} types, {summary}.", "",
-        *table.markdown(), "",
+        *table.to_markdown(), "",
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "architectures.md").write_text("\n".join(head), "utf-8")

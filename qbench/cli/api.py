@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from formats import Format
 from qbench import keys
 from qbench.errors import InputError
-from qbench.report import wording
-from qbench.report.comparison import tasks
+from qbench.report.run import answer, tables
+from qbench.report.wording import escape_markdown, recipe_name
 from qbench.runs import experiment
 from qbench.runs import trackers as trackers
 
@@ -42,15 +42,15 @@ class Result(dict[str, Any]):
     @property
     def answer(self) -> list[str]:
         """The findings, a sentence each."""
-        return [*wording.answer(self), *tasks.answer_of_run(self)]
+        return answer.describe_run(self)
 
     def __repr__(self) -> str:
-        return f"<Result of {wording.title(self['config'])} in {self.folder}>"
+        return f"<Result of {recipe_name(self['config'])} in {self.folder}>"
 
     def _repr_markdown_(self) -> str:
-        lines = [f"{wording.escaped(sentence)}  " for sentence in self.answer]
-        for table in filter(None, (wording.table(self), tasks.of_run(self))):
-            lines += ["", *table.markdown(), "", table.note]
+        lines = [f"{escape_markdown(sentence)}  " for sentence in self.answer]
+        for table in filter(None, (tables.scores_table(self), tables.tasks_table(self))):
+            lines += ["", *table.to_markdown(), "", table.note]
         return "\n".join(lines)
 
 

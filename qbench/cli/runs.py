@@ -62,10 +62,10 @@ class Left:
         if self.result:
             began = visible(self.result["run"]["started"][:16]).replace("T", " ")
             with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
-                what = wording.title(self.result["config"])
+                what = wording.recipe_name(self.result["config"])
             scores = self.result["metrics"].get("quality", {})
             perplexity = next(
-                (wording.number(scores[s]["perplexity"], ".2f") for s in wording.STAGES[::-1] if s in scores), ""
+                (wording.format_number(scores[s]["perplexity"], ".2f") for s in wording.STAGES[::-1] if s in scores), ""
             )
         return [visible(str(self.folder)), began, what, self.status, perplexity, decimal(self.size)]
 

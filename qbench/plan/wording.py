@@ -49,7 +49,7 @@ def format_bytes(nbytes: float, largest: float) -> str:
 
 def format_title(settings: PlanSettings) -> str:
     fmt = settings.format
-    return wording.title({"format": {"name": fmt.name}, "dq": fmt.dq, "block": fmt.block})
+    return wording.recipe_name({"format": {"name": fmt.name}, "dq": fmt.dq, "block": fmt.block})
 
 
 def method_title(settings: PlanSettings) -> str:

@@ -41,7 +41,7 @@ def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) 
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(weight_of(layer).numel() for layer in layers.values())
     bytes_before = sum(weight_of(layer).nbytes for layer in layers.values())
-    with context.phases("quantize", f"quantize to {wording.title(context.result['config'])}", weights) as advance:
+    with context.phases("quantize", f"quantize to {wording.recipe_name(context.result['config'])}", weights) as advance:
         packed = quantizing.quantize(layers, settings.format, advance)
     with context.phases("error", "measure the error", len(layers)) as advance:
         metrics["error"] = error.layer_errors(model, layers, packed, inputs.held_out[:ERROR_WINDOWS], advance)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qbench.report.comparison.configurations import Setting, compare
+from qbench.report.comparison.configurations import Setting
+from qbench.report.comparison.grouping import group_runs
 from qbench.results import dataframe, store
 from qbench.settings import TuneSettings
 
@@ -117,7 +118,7 @@ def by_file(runs) -> dict[Path, dict]:
 
 
 def only(runs) -> Setting:
-    (setting,) = compare(by_file(runs))
+    (setting,) = group_runs(by_file(runs))
     return setting
 
 

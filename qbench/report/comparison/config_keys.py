@@ -1,69 +1,67 @@
-"""The keys of configurations: which of them tell runs apart, and what these are called."""
+"""The keys of configs: which of them differ between runs, and what reports call them."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qbench.report.wording import UNTUNED, method, short, start
-from qbench.settings import LOW_RANK, TuneSettings
+from qbench.report.wording import UNTUNED, init_name, method_name, shorten
+from qbench.settings import LOW_RANK
 
-WHERE = ("model", "data", "eval", "device")  #: the parts that runs to be compared have in common
-AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: what is measured of adapters once they are trained
-
-
-def completed(config: dict) -> dict:
-    """What decided a run: with the defaults of what a fine-tune could not yet be told then, without what is said of where
-    a format comes from."""
-    tune = config["tune"]
-    if tune.get("method") != UNTUNED:
-        tune = asdict(TuneSettings()) | tune
-    return {**config, "tune": tune, "format": {k: v for k, v in config["format"].items() if k != "source"}}
+SETTING = ("model", "data", "eval", "device")  #: the parts of a config that compared runs share
+AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: `tune` keys of what happens after training
 
 
-def text(config: dict, *keys: str) -> str:
-    """Those parts of a config, to be compared."""
-    return json.dumps([config.get(key) for key in keys], sort_keys=True)
+def fingerprint(config: dict, *parts: str) -> str:
+    """These parts of a config as a text; equal texts mean equal parts."""
+    return json.dumps([config.get(part) for part in parts], sort_keys=True)
 
 
-def _flat(config: dict, parts: Iterable[str]) -> dict[str, Any]:
+def varying_keys(configs: Sequence[dict], parts: Iterable[str]) -> list[str]:
+    """The keys within `parts` that are not the same in all configs, as `tune.lr`; `tune.method` first.
+
+    Configs without a fine-tune lack all other `tune` keys, so they count only for `tune.method`.
+    """
+    flats = [_flatten(config, parts) for config in configs]
+    tuned = [flat for flat in flats if flat.get("tune.method") != UNTUNED]
+    varying = []
+    for key in {key for flat in flats for key in flat}:
+        values = {json.dumps(flat.get(key)) for flat in (flats if key == "tune.method" else tuned)}
+        if len(values) > 1:
+            varying.append(key)
+    return sorted(varying, key=lambda key: (key != "tune.method", key))
+
+
+def describe_keys(config: dict, keys: Iterable[str]) -> list[str]:
+    """The values of these keys in words, such as `rank 16` or `LoftQ`."""
+    flat = _flatten(config, (*SETTING, "tune"))
+    packed, init = flat.get("tune.adapter_format"), flat.get("tune.init", "")
+    names = {
+        "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}",
+        "tune.method": method_name(config["tune"]),
+        "tune.init": init_name(init) if config["tune"]["method"] in LOW_RANK else "",
+        "tune.merge": "merged" if flat.get("tune.merge") else "",
+        "tune.adapter_format": f"adapters in {packed}" if packed else "",
+    }
+    texts = []
+    for key in keys:
+        if key in flat:
+            value = f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key]
+            texts.append(names.get(key, f"{key.removeprefix('tune.')} {value}"))
+    return [shorten(text) for text in texts if text]
+
+
+def describe_setting(config: dict, varying: Iterable[str]) -> str:
+    """The model and the text, and the varying keys that set it apart from other settings."""
+    paths = config["model"].get("path") or "the bundled model", config["data"]["path"]
+    names = " on ".join(shorten(Path(path).name) for path in paths)
+    return ", ".join([names, *describe_keys(config, [key for key in varying if not key.endswith(".path")])])
+
+
+def _flatten(config: dict, parts: Iterable[str]) -> dict[str, Any]:
+    """`{"tune": {"lr": 1}}` as `{"tune.lr": 1}`, for these parts."""
     flat: dict[str, Any] = {}
     for part in parts:
         value = config.get(part)
         flat |= {f"{part}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {part: value}
     return flat
-
-
-def varied_in(configs: Sequence[dict], parts: Iterable[str]) -> list[str]:
-    """The keys in those parts of the configs that are not the same in all; a method of fine-tuning first."""
-    flats = [_flat(config, parts) for config in configs]
-    tuned = [flat for flat in flats if flat.get("tune.method") != UNTUNED]  # which has no other keys
-    found = []
-    for key in {key for flat in flats for key in flat}:
-        values = {json.dumps(flat.get(key)) for flat in (flats if key == "tune.method" else tuned)}
-        found += [key] if len(values) > 1 else []
-    return sorted(found, key=lambda key: (key != "tune.method", key))
-
-
-def told(config: dict, keys: Iterable[str]) -> list[str]:
-    """What a config has for those keys, in words."""
-    flat = _flat(config, (*WHERE, "tune"))
-    values = {key: f"{flat[key]:g}" if isinstance(flat[key], float) else flat[key] for key in keys if key in flat}
-    packed, init = flat.get("tune.adapter_format"), flat.get("tune.init", "")
-    names = {
-        "eval.tasks": f"tasks {', '.join(config['eval'].get('tasks', []))}",
-        "tune.method": method(config["tune"]),
-        "tune.init": start(init) if config["tune"]["method"] in LOW_RANK else "",
-        "tune.merge": "merged" if flat.get("tune.merge") else "",
-        "tune.adapter_format": f"adapters in {packed}" if packed else "",
-    }
-    told = (names.get(key, f"{key.removeprefix('tune.')} {value}") for key, value in values.items())
-    return [short(text) for text in told if text]
-
-
-def name(config: dict, varied: Iterable[str]) -> str:
-    """A setting's: the model and the text, and what else tells it from the others."""
-    paths = config["model"].get("path") or "the bundled model", config["data"]["path"]
-    names = " on ".join(short(Path(path).name) for path in paths)
-    return ", ".join([names, *told(config, [key for key in varied if not key.endswith(".path")])])

@@ -1,60 +1,71 @@
-"""Which of many configurations are to be seen, or seen together: the frontier, the best, pairs that differ in a key."""
+"""Selects configurations: the frontier, the best ones, pairs that differ in one key."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .config_keys import text
-from .configurations import Configuration, Setting, difference
+from .config_keys import fingerprint
+from .configurations import Configuration, Setting, compare_at
 
 
 def frontier(
     configurations: Iterable[Configuration], stage: str, size: tuple[str, ...] = ("bits", "per_parameter")
 ) -> list[Configuration]:
-    """Those that nothing beats, by size ascending: none smaller is as good, and none as small distinguishably better."""
-    left = [(c.known(*size), nll, c) for c in configurations if (nll := c.nll(stage)) is not None]
+    """The configurations with the best trade-off of size and nll, by size. size: the metric of the size.
+
+    nll
+     │  ●             ● on the frontier: lower than everything smaller, and of its own size
+     │  ◐  ○            the lowest, or not distinguishable from the lowest (◐)
+     │     ●   ○      ○ not on it
+     │         ●
+     └──────────── size
+    """
+    by_size: dict[float, list[tuple[float, Configuration]]] = defaultdict(list)
+    for c in configurations:
+        if (nll := c.nll(stage)) is not None:
+            by_size[c.known_mean(*size)].append((nll, c))
     kept: list[Configuration] = []
-    best: float | None = None  # nll of all that are smaller
-    for bits in sorted({bits for bits, _, _ in left}):
-        alike = sorted((nll, i) for i, (b, nll, _) in enumerate(left) if b == bits)
-        least, at = alike[0]
-        first = left[at][2]
-        for nll, i in alike:
-            c = left[i][2]
-            against = None if c is first else difference(c, first, stage)
-            if (best is None or nll < best) and not (against and against.distinguishable):
+    lowest: float | None = None  # nll of everything smaller
+    for amount in sorted(by_size):
+        ranked = sorted(by_size[amount], key=lambda pair: pair[0])
+        least, best = ranked[0]
+        for nll, c in ranked:
+            if lowest is not None and nll >= lowest:
+                break
+            against = None if c is best else compare_at(c, best, stage)
+            if not (against and against.distinguishable):
                 kept.append(c)
-        best = least if best is None or least < best else best
+        lowest = least if lowest is None else min(least, lowest)
     return kept
 
 
-def featured(setting: Setting, most: int) -> Setting:
-    """The setting, or where it has more than `most` configurations: 16 bit, the frontiers, and the best of the rest."""
+def select_best(setting: Setting, most: int) -> Setting:
+    """The setting with at most `most` configurations: 16 bit, the frontiers, then the lowest nll after the fine-tune."""
     if len(setting.configurations) <= most:
         return setting
-    last = setting.stages()[-1]
-    ranked = sorted(setting.configurations, key=lambda c: c.order(last))
-    formats = [c for c in ranked if not c.is_16_bit]
-    best = [c for stage in setting.stages() for c in frontier(formats, stage)]
-    base = setting.base(last) or setting.base("quantized")  # where that was never fine-tuned
-    kept = list(dict.fromkeys([*([base] if base else []), *best, *formats, *ranked]))[:most]
-    return Setting(setting.title, sorted(kept, key=lambda c: c.order("quantized")), setting.varied)
+    last = setting.stages[-1]
+    ranked = sorted(setting.configurations, key=lambda c: c.sort_key(last))
+    quantized = [c for c in ranked if not c.is_16_bit]
+    frontiers = [c for stage in setting.stages for c in frontier(quantized, stage)]
+    base = setting.best_16_bit(last) or setting.best_16_bit("quantized")  # 16 bit may never have been fine-tuned
+    kept = list(dict.fromkeys([*([base] if base else []), *frontiers, *quantized, *ranked]))[:most]
+    return Setting(setting.title, sorted(kept, key=lambda c: c.sort_key("quantized")), setting.varying)
 
 
-def pairs_by(setting: Setting, key: str, stage: str) -> list[tuple[Configuration, Configuration]]:
-    """Those that differ in `block` or `dq` alone, each with the next smaller block, or the one without dq."""
-    alike: dict[str, list[Configuration]] = defaultdict(list)
+def pairs_differing_in(setting: Setting, key: str, stage: str) -> list[tuple[Configuration, Configuration]]:
+    """Pairs of configurations equal except in `key`, "block" or "dq": (larger block, next smaller), (with dq, without)."""
+    groups: dict[str, list[Configuration]] = defaultdict(list)
     others = [k for k in ("format", "block", "dq", *(("tune",) if stage == "tuned" else ())) if k != key]
-    for c in setting.at(stage):
+    for c in setting.scored_at(stage):
         if not c.is_16_bit:
-            alike[text(c.config, *others)].append(c)
+            groups[fingerprint(c.config, *others)].append(c)
     pairs = []
-    for members in alike.values():
+    for members in groups.values():
         members.sort(key=lambda c: c.config[key])
         pairs += list(zip(members[1:], members, strict=False))
     return pairs
 
 
 def usual_block(configurations: Iterable[Configuration]) -> int:
-    """64 where there is one, else the block that most have."""
+    """64 where it occurs, else the most frequent block."""
     blocks = [c.config["block"] for c in configurations if not c.is_16_bit]
     return 64 if 64 in blocks else max(set(blocks), key=blocks.count, default=64)

@@ -1,179 +1,121 @@
-"""What lm-eval's tasks say: of one run against its baseline, of many against 16 bit, paired on the same documents."""
+"""Scores on lm-eval's tasks, compared with 16 bit on the same documents."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from qbench.report import wording
-from qbench.report.wording import SIGNIFICANT, grown, listed, number, plus_minus, short
+from qbench.report.table import Cell, Column, Row, Table
+from qbench.report.task_wording import (
+    better_sign,
+    format_change,
+    format_score,
+    list_scores,
+    reading_note,
+    score_name,
+)
+from qbench.report.wording import join_names, shorten
 
-from .configurations import STAGES, Configuration, Setting, references
-from .differences import Difference, corrected, paired
-from .table import Cell, Column, Row, Table
+from .configurations import Configuration, Setting, pair_with_16_bit
+from .differences import Difference, compare_windows, correct_p_values
+from .main_table import build_row
 
-MOST = 8  #: tasks in the table of a comparison
-
-
-def of_run(result: dict) -> wording.Table | None:
-    """A row a score: the baseline's, then that of each stage and by how much it differs."""
-    stages = _stages(result)
-    if not stages:
-        return None
-    rows = []
-    for task, metric in _scores(next(iter(stages.values()))):
-        row = [_named(task, metric)]
-        for name in stages:
-            found = stages[name].get(task, {}).get(metric)
-            row.append(_told(found) if found else "")
-        rows.append(row)
-    return wording.Table(["task", *stages], rows, _note("the baseline", ""))
-
-
-def _named(task: str, metric: str) -> str:
-    return f"{short(task)} {short(metric)}"
-
-
-def _told(score: dict) -> str:
-    against = score.get("against_baseline")
-    if not against:
-        return _value(score["value"])
-    return f"{_value(score['value'])} {_change(score['log'], against['delta'], against['stderr'], against['p'])}"
-
-
-def answer_of_run(result: dict) -> list[str]:
-    """How many scores each stage moves, in a sentence."""
-    told, tested = [], []
-    for name, stage in _stages(result).items():
-        scores = [stage[task][metric] for task, metric in _scores(stage)]
-        tested = [score for score in scores if "against_baseline" in score]
-        sure = [score for score in tested if _sure(score["against_baseline"]["p"])]
-        worse = sum((score["against_baseline"]["delta"] or 0) * _better(score) < 0 for score in sure)
-        if tested:
-            told.append(f"{worse} of the {name} model are distinguishably worse, {len(sure) - worse} better")
-    return [f"Of {len(tested)} task scores, compared with the baseline, {'; '.join(told)}."] if told else []
-
-
-def _stages(result: dict) -> dict[str, dict]:
-    """The scores by stage, the baseline's first."""
-    found = result["metrics"].get("tasks", {})
-    return {stage: found[stage] for stage in ("baseline", *STAGES) if stage in found}
+MOST = 8  #: tasks in the table
 
 
 @dataclass(eq=False)
-class Compared:
-    """One metric of a task at one stage. better: 1 where more of it is, else −1. log: whether it is a perplexity, whose
-    differences are of logarithms. differences: from 16 bit, by what the stage tells apart, p corrected for all tasks and
-    configurations there."""
+class TaskScore:
+    """The first metric of a task at a stage.
+
+    sign: 1 where more is better, else −1. log: whether differences are of logarithms, as for a perplexity. differences:
+    from 16 bit, by configuration; p is corrected for all tasks and configurations of the stage.
+    """
 
     stage: str
     task: str
     metric: str
-    better: int
+    sign: int
     log: bool
     differences: dict[Configuration, Difference] = field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[str, ...]:
-        """In the metrics of a run."""
+    def keys(self) -> tuple[str, ...]:
+        """Where the score is in the metrics of a run."""
         return "tasks", self.stage, self.task, self.metric
 
-    def difference(self, ours: Configuration, theirs: Configuration) -> Difference | None:
-        """ours − theirs on the same documents, p uncorrected."""
-        first, second = (c.windows(*self.place, each="documents") for c in (ours, theirs))
-        return paired(first, second, seeded=self.stage == "tuned")
+    def compare(self, ours: Configuration, theirs: Configuration) -> Difference | None:
+        """ours − theirs on the same documents, with its uncorrected p; None where they cannot be paired."""
+        first, second = (c.windows(*self.keys, each="documents") for c in (ours, theirs))
+        return compare_windows(first, second, same_seeds=self.stage == "tuned")
 
     def column(self) -> Column:
-        head = "tuned " * (self.stage == "tuned") + _named(self.task, self.metric)
-        return Column(head, "mean over seeds, and the difference from 16 bit", "more" if self.better > 0 else "less")
+        head = "tuned " * (self.stage == "tuned") + score_name(self.task, self.metric)
+        return Column(head, "mean over seeds, and the difference from 16 bit", "more" if self.sign > 0 else "less")
 
     def cell(self, c: Configuration) -> Cell:
-        value, found = c.mean(*self.place, "value"), self.differences.get(c)
+        value, d = c.mean(*self.keys, "value"), self.differences.get(c)
         if value is None:
             return Cell()
-        change = f" {_change(self.log, found.delta, found.stderr, found.p)}" if found else ""
-        return Cell(_value(value) + change, value)
+        change = f" {format_change(self.log, d.delta, d.stderr, d.p)}" if d else ""
+        return Cell(format_score(value) + change, value)
 
 
 @lru_cache
-def compare(setting: Setting) -> list[Compared]:
-    """The first metric of every task, or group of tasks, that the runs of a setting scored, by stage."""
-    found: list[Compared] = []
-    for stage in setting.stages():
-        scored: dict[str, Compared] = {}
-        for result in (result for c in setting.configurations for _, result in c.runs.values()):
-            tasks = result["metrics"].get("tasks", {}).get(stage, {})
-            for task, metric in _scores(tasks):
-                one = tasks[task][metric]
-                scored.setdefault(task, Compared(stage, task, metric, _better(one), one["log"]))
-        pairs = [(one, c, base) for one in scored.values() for c, base in references(setting.at(stage), stage)]
-        family = corrected([one.difference(c, base) if base else None for one, c, base in pairs])
-        for (one, c, _), known in zip(pairs, family, strict=True):
-            if known:
-                one.differences[c] = known
-        found += scored.values()
-    return found
+def compare_tasks(setting: Setting) -> list[TaskScore]:
+    """The first metric of every task, or group of tasks, at each stage, tested against 16 bit."""
+    scores: list[TaskScore] = []
+    for stage in setting.stages:
+        by_task = _first_metrics(setting, stage)
+        pairs = [
+            (s, c, base) for s in by_task.values() for c, base in pair_with_16_bit(setting.scored_at(stage), stage)
+        ]
+        family = correct_p_values([s.compare(c, base) if base else None for s, c, base in pairs])
+        for (s, c, _), d in zip(pairs, family, strict=True):
+            if d:
+                s.differences[c] = d
+        scores += by_task.values()
+    return scores
 
 
-def answer(setting: Setting) -> list[str]:
-    """What the tasks say of the formats, a sentence a stage."""
-    sentences = []
-    for stage in setting.stages():
-        tested = [(one, c, d) for one in compare(setting) if one.stage == stage for c, d in one.differences.items()]
+def _first_metrics(setting: Setting, stage: str) -> dict[str, TaskScore]:
+    """By task, its first metric among the scores of all runs at a stage."""
+    by_task: dict[str, TaskScore] = {}
+    for result in (result for c in setting.configurations for result in c.results):
+        tasks = result["metrics"].get("tasks", {}).get(stage, {})
+        for task, metric in list_scores(tasks):
+            score = tasks[task][metric]
+            by_task.setdefault(task, TaskScore(stage, task, metric, better_sign(score), score["log"]))
+    return by_task
+
+
+def describe_tasks(setting: Setting) -> list[str]:
+    """How many task scores differ from 16 bit, a finding for each stage."""
+    findings = []
+    for stage in setting.stages:
+        tested = [(s, c, d) for s in compare_tasks(setting) if s.stage == stage for c, d in s.differences.items()]
         if not tested:
             continue
-        sure = sorted((row for row in tested if row[2].distinguishable), key=lambda row: row[2].p)
+        distinct = sorted((test for test in tested if test[2].distinguishable), key=lambda test: test[2].p)
         reference = f"{setting.method} on 16 bit" if stage == "tuned" else "16 bit"
-        parts = [f"{len(tested) - len(sure)} of {len(tested)} task scores are not distinguishable from {reference}"]
+        sentence = f"{setting.when(stage)}, {len(tested) - len(distinct)} of {len(tested)} task scores are not"
+        sentences = [f"{sentence[0].upper()}{sentence[1:]} distinguishable from {reference}."]
         for word, sign in (("worse", -1), ("better", 1)):
-            some = [f"{c.title} on {short(one.task)}" for one, c, d in sure if d.delta * one.better * sign > 0]
-            parts += [f"{len(some)} are {word}: {listed(some)}"] if some else []
-        said = f"{setting.when(stage)} {'; '.join(parts)}."
-        sentences.append(said[0].upper() + said[1:])
-    return sentences
+            names = [f"{c.title} on {shorten(s.task)}" for s, c, d in distinct if d.delta * s.sign * sign > 0]
+            if names:
+                sentences.append(f"{len(names)} are {word}: {join_names(names, '; ')}.")
+        findings.append(" ".join(sentences))
+    return findings
 
 
-def table(setting: Setting) -> Table:
-    """The configurations, and how each does on the first tasks; no row where none was scored."""
-    found = compare(setting)
-    kept = list(dict.fromkeys(one.task for one in found))[:MOST]
-    some = [one for one in found if one.task in kept]
-    alone = {c.recipe: c for c in setting.at("quantized")}
-    rows = [
-        Row(c, [Cell(c.title), *(one.cell(alone[c.recipe] if one.stage == "quantized" else c) for one in some)])
-        for c in setting.configurations
-        if some
-    ]
-    columns = [Column("format", "the whole recipe"), *(one.column() for one in some)]
-    more = "" if len(kept) == len({one.task for one in found}) else " More tasks are in results.csv."
-    return Table("Tasks", columns, rows, _note("16 bit", ", corrected for the number of tests at one stage") + more)
-
-
-def _scores(stage: dict) -> list[tuple[str, str]]:
-    """Task and metric of the scores at a stage, but for those of tasks within a group."""
-    return [(task, name) for task, found in stage.items() for name, one in found.items() if "group" not in one]
-
-
-def _better(score: dict) -> int:
-    more = score["higher_is_better"]
-    return 1 if (more if more is not None else not score["log"]) else -1
-
-
-def _sure(p: float | None) -> bool:
-    return p is not None and p < SIGNIFICANT
-
-
-def _value(value: float | None) -> str:
-    return number(value, ".2f" if value and abs(value) >= 10 else ".4f")
-
-
-def _change(log: bool, delta: float | None, stderr: float | None, p: float | None) -> str:
-    """A difference, of logarithms as the per cent that it is."""
-    if log and delta is not None:
-        delta, stderr = 100 * grown(delta), stderr and 100 * (grown(delta) + 1) * stderr
-    return ("" if _sure(p) else "≈ ") + plus_minus(delta, stderr, "+.2f" if log else "+.4f") + "%" * log
-
-
-def _note(reference: str, correction: str) -> str:
-    return (
-        f"± is one standard error over documents. Differences are from {reference} on the same documents, of a perplexity"
-        f" in per cent; ≈ marks one that is not distinguishable from none, p ≥ {SIGNIFICANT}{correction}."
-    )
+def tasks_table(setting: Setting) -> Table:
+    """The configurations, and their scores on the first MOST tasks; without rows where no task was scored."""
+    scores = compare_tasks(setting)
+    tasks = list(dict.fromkeys(s.task for s in scores))
+    shown = [s for s in scores if s.task in tasks[:MOST]]
+    untuned = {c.recipe: c for c in setting.scored_at("quantized")}
+    rows: list[Row] = []
+    for c in setting.configurations if shown else ():
+        cells = [s.cell(untuned[c.recipe] if s.stage == "quantized" else c) for s in shown]
+        rows.append(build_row(c, [Cell(c.title), *cells]))
+    columns = [Column("format", "format, block and double quantization"), *(s.column() for s in shown)]
+    more = " results.csv has all tasks." if len(tasks) > MOST else ""
+    note = reading_note("16 bit", ", corrected for the number of tests at one stage") + more
+    return Table(columns, rows, "Tasks", note)

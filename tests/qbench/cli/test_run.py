@@ -219,7 +219,7 @@ def test_a_report_that_cannot_be_written_loses_no_measurement(command, tiny_llam
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qbench.report.figures.draw", full)
+    monkeypatch.setattr("qbench.report.run.figures.draw", full)
     code, stderr, result = command("+format=nf4", f"model.path={tiny_llama}", *SHORT)
     assert code == 1 and "No space left" in stderr
     assert result["status"] == "failed" and "Traceback" in result["error"]["traceback"]
@@ -243,5 +243,5 @@ def test_the_command_as_a_process_writes_only_its_run_directory(tmp_path, tiny_l
         [sys.executable, "-m", "qbench", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "4.500 bits a weight" in done.stdout
+    assert "4.500 bits per weight" in done.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["runs"]

@@ -9,8 +9,8 @@ import pytest
 
 from qbench.cli.report import main
 from qbench.report.comparison import findings, page
-from qbench.report.comparison.configurations import compare
-from qbench.report.comparison.selection import featured, frontier, pairs_by
+from qbench.report.comparison.grouping import group_runs
+from qbench.report.comparison.selection import frontier, pairs_differing_in, select_best
 from qbench.results import store
 from tests.qbench.sample_results import browsed, by_file, finished, only
 
@@ -62,7 +62,7 @@ def test_other_words_about_a_format_are_no_other_format():
 
 def test_settings_do_not_mix():
     runs = [finished("nf4"), finished("nf4", data={"path": "docs"}), finished("none", eval={"tokens": 9})]
-    titles = {setting.title for setting in compare(by_file(runs))}
+    titles = {setting.title for setting in group_runs(by_file(runs))}
     expected = {"kjv, eval.tokens 512", "docs, eval.tokens 512", "kjv, eval.tokens 9"}
     assert titles == {f"the bundled model on {rest}" for rest in expected}
 
@@ -85,17 +85,17 @@ def test_on_the_frontier_is_what_nothing_beats():
 
 def test_what_is_featured_begins_with_16_bit_even_where_that_was_never_fine_tuned():
     runs = [finished(f"f{i}", 0, [3.1 + i / 100, 3.2], [2 + i / 100, 2.1]) for i in range(5)]
-    some = featured(only(runs), 3).configurations
+    some = select_best(only(runs), 3).configurations
     assert [c.format for c in some] == ["none", "f0", "f1"]
-    assert len(featured(only([*runs, finished("none", 0, [3.0, 3.1], [1.9, 2.0])]), 3).configurations) == 3
+    assert len(select_best(only([*runs, finished("none", 0, [3.0, 3.1], [1.9, 2.0])]), 3).configurations) == 3
 
 
 def test_pairs_differ_in_one_thing():
     runs = [finished(n, 0, block=b, dq=dq) for n in ("nf4", "int4") for b in (32, 64, 128) for dq in (False, True)]
     some = only([*runs, finished("none")])
-    blocks = [(a.title, b.title) for a, b in pairs_by(some, "block", "quantized")]
+    blocks = [(a.title, b.title) for a, b in pairs_differing_in(some, "block", "quantized")]
     assert ("nf4, block 128", "nf4, block 64") in blocks and len(blocks) == 8
-    double = [(a.title, b.title) for a, b in pairs_by(some, "dq", "quantized")]
+    double = [(a.title, b.title) for a, b in pairs_differing_in(some, "dq", "quantized")]
     assert ("int4 + dq, block 32", "int4, block 32") in double and len(double) == 6
 
 
@@ -107,9 +107,9 @@ def test_the_words_are_as_sure_as_the_tests():
         finished("nf4", 0, text + noise - noise.mean() + 1e-4),
         finished("int4", 0, text + 0.1),
     ]
-    said = " ".join(findings.answer(only(runs)))
-    assert "1 of 2 quantized are not distinguishable from 16 bit: nf4, block 64." in said
-    assert "The farthest is int4, block 64, +10.52% ± 0.00%" in said
+    said = " ".join(findings.describe_findings(only(runs)))
+    assert "1 of 2 quantized configurations are not distinguishable from 16 bit: nf4, block 64." in said
+    assert "The worst is int4, block 64, with +10.52% ± 0.00%" in said
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
     assert main() == 0
     said = capsys.readouterr()
     assert "| nf4 + dq, block 64 (2 seeds) |" in said.out and "| 16 bit (2 seeds) | 16.000 |" in said.out
-    for name, why in (("cut", "not whole JSON"), ("new", "schema 2; 1 is accepted"), ("odd", "lacks what")):
+    for name, why in (("cut", "not whole JSON"), ("new", "schema 2; 1 is accepted"), ("odd", "is incomplete")):
         assert re.search(rf"skipped: .*{name}/result.json.*{why}", said.err)
     out = sweep / "report"
     html, twin = (out / "report.html").read_text(), (out / "report.md").read_text()
@@ -165,7 +165,7 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
 
 def test_the_page_sorts_and_asks_for_nothing(sweep, monkeypatch):
     """In a browser, where there is one: a click on each head, up and down."""
-    done = browsed(page.write(page.find(sweep), sweep / "report"))
+    done = browsed(page.write(page.collect(sweep), sweep / "report"))
     assert done == {"wrong": "", "asked": "0", "wide": "0"}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, t
 
-from qbench.report.comparison import extra_tables, findings, low_rank, methods, page
+from qbench.report.comparison import adapters, extra_tables, findings, methods, page
 from qbench.results import store
 from tests.qbench.sample_results import browsed, finished, only, score
 
@@ -25,7 +25,7 @@ def tuned(name="nf4", seed=0, delta=0.0, noise=0.01, untuned=0.05, **keys) -> di
 
 
 def said(runs) -> list[str]:
-    return list(findings.answer(only(runs)))
+    return list(findings.describe_findings(only(runs)))
 
 
 @pytest.mark.parametrize(
@@ -34,20 +34,21 @@ def said(runs) -> list[str]:
 def test_a_best_learning_rate_at_an_edge_is_not_bracketed(best, edge):
     rates = [1e-4, 1e-3, 1e-2, 1e-1]
     runs = [tuned("none", 0, 0.1 * abs(i - best), lr=lr) for i, lr in enumerate(rates)]
-    (series,) = methods.series(only(runs))
+    (series,) = methods.find_series(only(runs))
     assert series.rates == rates and series.rate == rates[best] and series.edge == edge
     (sentence,) = [s for s in said(runs) if "learning rate of" in s]
-    start = f"The best learning rate of LoRA on 16 bit is {rates[best]:g}"
-    assert sentence.startswith(f"{start}, the {edge} tried: not bracketed (" if edge else f"{start} (of 4 from 0.0001")
+    assert sentence.startswith(f"The best learning rate of LoRA on 16 bit is {rates[best]:g} (perplexity ")
+    tried = "of 4 tried from 0.0001 to 0.1"
+    assert sentence.endswith(f"), the {edge} {tried}: a better one may lie beyond." if edge else f"), {tried}.")
 
 
 def test_the_best_learning_rate_is_chosen_on_the_seeds_that_all_have():
     """The better one may have been run on harder seeds as well."""
     runs = [tuned("none", 100, 0.05, lr=1e-4), tuned("none", 100, 0.0, lr=1e-3)]
     runs += [tuned("none", seed, 0.5, lr=1e-3) for seed in (0, 1)]
-    (series,) = methods.series(only(runs))
+    (series,) = methods.find_series(only(runs))
     assert series.rate == 1e-3 and len(series.best.runs) == 3
-    other = methods.series(only([tuned("none", 1, 0.05, lr=1e-4), tuned("none", 2, 0.0, lr=1e-3)]))
+    other = methods.find_series(only([tuned("none", 1, 0.05, lr=1e-4), tuned("none", 2, 0.0, lr=1e-3)]))
     assert other[0].rate == 1e-3, "without a seed in common, the means decide"
 
 
@@ -59,9 +60,9 @@ def test_methods_meet_each_at_its_own_learning_rate():
         runs += [tuned(name, seed, delta + 0.004 * seed, 0.05, method=method, lr=lr) for seed in (0, 1, 2)]
         runs.append(tuned(name, 0, delta + 0.5, method=method, lr=lr * 3))
     setting = only(runs)
-    found = {s.title: s for s in methods.series(setting)}
+    found = {s.title: s for s in methods.find_series(setting)}
     assert list(found) == ["full fine-tuning of 16 bit", "LoRA on 16 bit", "LoRA on nf4, block 64"]
-    claims = methods.claims(setting)
+    claims = methods.qlora_claims(setting)
     (same,), full = claims["same"], {c.ours.title: c for c in claims["full"]}
     assert same.theirs is found["LoRA on 16 bit"] and same.ours.rate == 1e-2 and same.theirs.rate == 1e-3
     assert set(full) == {"LoRA on 16 bit", "LoRA on nf4, block 64"}
@@ -84,9 +85,9 @@ def test_methods_meet_each_at_its_own_learning_rate():
 @pytest.mark.parametrize(
     ("delta", "noise", "verdict"),
     [
-        (0.0051, 0.01, "not confirmed for nf4 + dq, block 64 (7.43: +0.0051±0.00"),
-        (0.0001, 0.1, "confirmed, as far as can be told apart, for nf4 + dq, block 64 (7.39: +0.0001±0.00"),
-        (-0.02, 0.01, "confirmed, and better, for nf4 + dq, block 64 (7.24: −0.0200±0.00"),
+        (0.0051, 0.01, "fails for nf4 + dq, block 64 (7.43, +0.0051±0.00"),
+        (0.0001, 0.1, "holds, as far as the test can tell, for nf4 + dq, block 64 (7.39, +0.0001±0.00"),
+        (-0.02, 0.01, "is exceeded by nf4 + dq, block 64 (7.24, −0.0200±0.00"),
     ],
 )
 def test_the_claim_of_qlora_is_told_as_the_test_has_it(delta, noise, verdict):
@@ -96,25 +97,25 @@ def test_the_claim_of_qlora_is_told_as_the_test_has_it(delta, noise, verdict):
         moved = np.array(run["metrics"]["quality"]["tuned"]["windows"]) - TEXT + centre
         run["metrics"]["quality"]["tuned"] |= score(moved)
     (sentence,) = [s for s in said(runs) if "nothing is lost" in s]
-    assert sentence.startswith(f"Against LoRA on 16 bit (7.39) the claim that nothing is lost is here {verdict}")
+    assert sentence.startswith(f"Against LoRA on 16 bit (perplexity 7.39), the claim that nothing is lost {verdict}")
     assert "full" not in sentence
 
 
 def test_a_reference_that_might_do_better_is_told():
     ours = [tuned("nf4", 0, delta, lr=lr) for delta, lr in ((0.1, 1e-4), (0.02, 1e-3), (0.1, 1e-2))]
     alone = [s for s in said([*ours, tuned("none")]) if "nothing is lost" in s]
-    assert "at the only learning rate tried) the claim" in alone[0]
+    assert "at the only learning rate tried), the claim" in alone[0]
     edge = [s for s in said([*ours, tuned("none", delta=0.1, lr=1e-4), tuned("none")]) if "nothing is lost" in s]
-    assert "learning rate not bracketed) the claim" in edge[0]
+    assert "at the highest learning rate tried), the claim" in edge[0]
 
 
 def test_claims_are_cut_to_the_usual_block_and_the_table_has_all():
     runs = [tuned("none"), tuned("none", method="full")]
     runs += [tuned(n, 0, 0.1, block=block) for n in ("nf4", "int4") for block in (32, 64, 128)]
     setting = only(runs)
-    told = [s for s in findings.answer(setting) if "nothing is lost" in s]
+    told = [s for s in findings.describe_findings(setting) if "nothing is lost" in s]
     assert len(told) == 2 and all("block 64" in s and "block 32" not in s and "block 128" not in s for s in told)
-    (table,) = extra_tables.all_of(setting)
+    (table,) = extra_tables.build_tables(setting)
     assert table.title == "Methods of fine-tuning" and len(table.rows) == 8
     heads = [column.head for column in table.columns]
     row = next(r.cells for r in table.rows if r.cells[1].text == "int4, block 128")
@@ -123,7 +124,7 @@ def test_claims_are_cut_to_the_usual_block_and_the_table_has_all():
 
 def test_one_fine_tune_alone_is_not_compared_with_others():
     setting = only([tuned("none"), tuned("nf4"), tuned("int4")])
-    assert not methods.differ(setting) and extra_tables.all_of(setting) == []
+    assert not methods.has_several_fine_tunes(setting) and extra_tables.build_tables(setting) == []
 
 
 def test_before_a_fine_tune_the_fine_tune_has_no_part():
@@ -133,10 +134,12 @@ def test_before_a_fine_tune_the_fine_tune_has_no_part():
     setting = only([*many, *untuned])
     titles = {c.title for c in setting.configurations}
     assert titles == {f"{f}, {m}" for f in ("16 bit", "nf4, block 64") for m in ("LoRA", "DoRA", "(IA)³", "untuned")}
-    assert [c.title for c in setting.at("quantized")] == ["16 bit", "nf4, block 64"]
-    told = findings.answer(setting)
-    assert "0 of 1 quantized" in told[1] and "0 of 3 quantized" not in told[1] and "is nf4, block 64, +5" in told[1]
-    assert "(4 against 16 bit in all)" in findings.note([setting])
+    assert [c.title for c in setting.scored_at("quantized")] == ["16 bit", "nf4, block 64"]
+    told = findings.describe_findings(setting)
+    assert (
+        "0 of 1 quantized" in told[1] and "0 of 3 quantized" not in told[1] and "is nf4, block 64, with +5" in told[1]
+    )
+    assert "(4 against 16 bit in all)" in findings.reading_note([setting])
 
 
 def test_a_key_that_came_later_had_its_default_before():
@@ -148,9 +151,9 @@ def test_a_key_that_came_later_had_its_default_before():
 
 def test_without_a_format_nothing_is_said_of_formats():
     setting = only([tuned("none", lr=lr, delta=lr) for lr in (1e-3, 1e-2)])
-    told = " ".join(findings.answer(setting)) + findings.note([setting])
+    told = " ".join(findings.describe_findings(setting)) + findings.reading_note([setting])
     assert "quantized" not in told and "against 16 bit in all" not in told
-    assert "at best" in findings.compared(setting) and "after lr 0.001." in findings.compared(setting)
+    assert "at best" in findings.describe_setup(setting) and "after lr 0.001." in findings.describe_setup(setting)
 
 
 def begun(name, init, seed, sqnr, initial, delta, alone=20.0) -> dict:
@@ -181,7 +184,7 @@ def starts() -> list[dict]:
 
 
 def test_a_start_is_compared_with_none_on_the_same_format(starts):
-    found = {s.configuration.title: s for s in low_rank.starts(only(starts))}
+    found = {s.configuration.title: s for s in adapters.compare_inits(only(starts))}
     assert "16 bit, LoftQ" not in found and len(found) == 8
     loftq, pissa, plain = (found[f"nf4, block 64, {init}"] for init in ("LoftQ", "PiSSA", "B = 0"))
     assert loftq.before.delta == pytest.approx(0.02 - 0.05) and loftq.before.distinguishable
@@ -197,22 +200,24 @@ def test_starts_meet_each_at_its_own_learning_rate():
     for lr, delta in ((1e-4, 0.1), (1e-3, 0.3)):
         runs.append(begun("nf4", "pissa", 0, 21, 0.01, delta))
         runs[-1]["config"]["tune"]["lr"] = lr
-    plain, pissa = low_rank.starts(only(runs))
+    plain, pissa = adapters.compare_inits(only(runs))
     assert (plain.configuration.config["tune"]["lr"], pissa.configuration.config["tune"]["lr"]) == (1e-3, 1e-4)
-    assert not pissa.after.distinguishable and any("PiSSA against B = 0, each at its best" in s for s in said(runs))
+    assert not pissa.after.distinguishable and any(
+        "PiSSA is compared with B = 0, each at its best" in s for s in said(runs)
+    )
 
 
 def test_whether_a_start_pays_is_told(starts):
-    told = [s for s in said(starts) if "against B = 0" in s]
+    told = [s for s in said(starts) if "compared with B = 0" in s]
     loftq, pissa = sorted(told)
     assert loftq.startswith(
-        "LoftQ against B = 0: Q + B·A is 2.50 dB nearer to the weights than Q alone; before the first"
+        "LoftQ is compared with B = 0. The SQNR of Q + B·A is 2.50 dB above that of Q alone. Before the first"
     )
-    assert "is worse in 0, better in 2, not distinguishable in 0 of 2 pairs (−2.96% on average)" in loftq
-    assert "After the fine-tune it pays on int4, block 64 (−2.96% ± 0.0" in loftq
-    assert "is not distinguishable on 16 bit, int4, block 64, nf4, block 64." in pissa
-    (table,) = extra_tables.all_of(only(starts))
-    assert table.title == "Where LoRA begins" and [row.cells[1].text for row in table.rows][:5] == [
+    assert "is worse in 0, better in 2 and not distinguishable in 0 of 2 pairs (−2.96% on average)" in loftq
+    assert "After the fine-tune, it helps on int4, block 64 (−2.96% ± 0.0" in loftq
+    assert "makes no distinguishable difference on 16 bit; int4, block 64; nf4, block 64." in pissa
+    (table,) = extra_tables.build_tables(only(starts))
+    assert table.title == "Initialization of LoRA" and [row.cells[1].text for row in table.rows][:5] == [
         "B = 0", "PiSSA", "B = 0", "LoftQ", "PiSSA",
     ]  # fmt: skip
 
@@ -220,7 +225,7 @@ def test_whether_a_start_pays_is_told(starts):
 def test_a_start_without_its_like_is_told_of_alone():
     run = begun("nf4", "loftq", 0, 22.5, 0.02, 0.07)
     (told,) = [s for s in said([run, tuned("none")]) if s.startswith("LoftQ")]
-    assert told.endswith("2.50 dB nearer to the weights than Q alone; no run that began at B = 0 is like it.")
+    assert told.endswith("2.50 dB above that of Q alone. No run with B = 0 is otherwise the same.")
 
 
 def kept(name, seed, **deltas) -> dict:
@@ -252,10 +257,10 @@ def merged() -> list[dict]:
 
 
 def test_merged_adapters_are_compared_with_those_kept_apart(merged):
-    rows = {row.name if not row.apart else "": row for row in low_rank.afterwards(only(merged))}
+    rows = {row.name if not row.is_separate else "": row for row in adapters.compare_merged(only(merged))}
     assert list(rows) == ["", "A, B in int8", "requantized", "merged"]
     apart, again = rows[""], rows["requantized"]
-    assert apart.bits == 6.0 and again.bits == 5.0 and again.held == 5_000_000 and apart.against is None
+    assert apart.bits == 6.0 and again.bits == 5.0 and again.model_bytes == 5_000_000 and apart.against is None
     assert again.against.delta == pytest.approx(0.055, abs=1e-4) and again.against.stderr == pytest.approx(
         0.015, rel=0.01
     )
@@ -267,12 +272,12 @@ def test_merged_adapters_are_compared_with_those_kept_apart(merged):
 def test_what_merging_costs_is_told(merged):
     told = said(merged)
     assert any(
-        s.startswith("Merged into 16 bits, at 16.000 bits a parameter of the whole model, against 6.000") for s in told
+        s.startswith("Merged into 16 bit, the model takes 16.000 bits per parameter, against 6.000") for s in told
     )
-    (again,) = [s for s in told if s.startswith("Merged and in the format again, at 5.000 bits")]
+    (again,) = [s for s in told if s.startswith("Merged and quantized again, the model takes 5.000 bits")]
     assert "worse in 1, better in 0" in again
     assert (
-        "the most is lost on nf4, block 64, adapters in int8, merged, +5.65% ± 1.58%, 5% of what the fine-tune won"
+        "The largest loss is on nf4, block 64, adapters in int8, merged: +5.65% ± 1.58% (5% of what the fine-tune won)."
         in again
     )
     assert any("With A, B in int8" in s and "not distinguishable in 1 of 1 configuration (" in s for s in told)
@@ -280,7 +285,7 @@ def test_what_merging_costs_is_told(merged):
 
 
 def test_in_16_bit_again_is_in_16_bit():
-    rows = low_rank.afterwards(only([kept("none", 0, requantized=0.0, **{"16bit": 0.0})]))
+    rows = adapters.compare_merged(only([kept("none", 0, requantized=0.0, **{"16bit": 0.0})]))
     assert [row.kind for row in rows] == ["", "16bit"]
 
 
@@ -299,9 +304,9 @@ def test_the_page_of_it_all(starts, merged, tmp_path):
     ) for s in (0, 1)]  # fmt: skip
     for i, run in enumerate([*starts, *merged, *more]):
         store.write(tmp_path / str(i), run)
-    written = page.write(page.find(tmp_path), tmp_path / "report")
+    written = page.write(page.collect(tmp_path), tmp_path / "report")
     html, twin = written.read_text(), written.with_suffix(".md").read_text()
-    for title in ("Methods of fine-tuning", "Where LoRA begins", "What becomes of the adapters"):
+    for title in ("Methods of fine-tuning", "Initialization of LoRA", "Merged and packed adapters"):
         assert f"<h3>{title}</h3>" in html and f"### {title}\n\n| " in twin
     drawn = {file.stem for file in (tmp_path / "report/figures").iterdir()}
     assert {"learning_rates", "methods", "initialisation", "slopes", "pareto"} <= drawn

@@ -168,8 +168,8 @@ def report(folder: Path, monkeypatch, capsys) -> tuple[str, str]:
     said = capsys.readouterr()
     for text in said:
         assert [c for c in text if c != "\n" and not c.isprintable()] == []
-    whole_page(folder.parent / "report" / page.PAGE)
-    whole_twin(folder.parent / "report" / page.TWIN)
+    whole_page(folder.parent / "report" / page.HTML)
+    whole_twin(folder.parent / "report" / page.MARKDOWN)
     for file in (folder.parent / "report" / "figures").iterdir():
         ElementTree.parse(file)
     return said.out, said.err
@@ -239,9 +239,9 @@ def part_of(text: str, start: str, end: str) -> str:
 def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     """The property: the bad are named and change nothing, the others are shown."""
     said, _ = report(good, monkeypatch, capsys)
-    before = [(good.parent / "report" / name).read_text("utf-8") for name in (page.PAGE, page.TWIN)]
+    before = [(good.parent / "report" / name).read_text("utf-8") for name in (page.HTML, page.MARKDOWN)]
     fill(good / "bad", count, seed)
-    found = page.find(good)
+    found = page.collect(good)
     files = {Path(folder) / store.FILE for folder in (good / "bad").iterdir()}
     refused, rest = files & found.unreadable.keys(), files & found.results.keys()
     assert refused | rest == files and len(refused) > count / 4 and len(rest) > count / 10
@@ -255,7 +255,7 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     # the good with the bad: as without, but for the list of those skipped
     now, err = report(good, monkeypatch, capsys)
     assert now == said and err.count("qbench: skipped") == min(len(refused), 21)
-    after = [(good.parent / "report" / name).read_text("utf-8") for name in (page.PAGE, page.TWIN)]
+    after = [(good.parent / "report" / name).read_text("utf-8") for name in (page.HTML, page.MARKDOWN)]
     marks = ('<section id="skipped">', "</section>"), (f"\n## {len(refused)} skipped: ", "## How it was run")
     for first, second, (start, end) in zip(before, after, marks, strict=True):
         above, listing, below = re.split(f"({re.escape(start)}.*?)(?={end})", second, flags=re.S)
@@ -401,9 +401,9 @@ def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
             run_page.write(good / f"text{i}", result)
             whole_twin(good / f"text{i}" / "report.md", fences=1)
     report(good, monkeypatch, capsys)
-    found = page.find(good)
-    assert not found.unreadable and len(found.failed) == len(TEXTS)
-    assert browsed(tmp_path / "report" / page.PAGE) == {"wrong": "", "asked": "0", "wide": "0"}
+    found = page.collect(good)
+    assert not found.unreadable and len(found.unfinished) == len(TEXTS)
+    assert browsed(tmp_path / "report" / page.HTML) == {"wrong": "", "asked": "0", "wide": "0"}
 
 
 def test_windows_that_do_not_fit_are_not_compared():
@@ -414,7 +414,7 @@ def test_windows_that_do_not_fit_are_not_compared():
     runs[3]["metrics"]["quality"]["quantized"]["windows"][0] = None
     setting = only(runs)
     compared = {c.title for c in setting.configurations if "quantized" in c.differences}
-    assert compared == {"nf4, block 64", "int4, block 64"} and findings.answer(setting)
+    assert compared == {"nf4, block 64", "int4, block 64"} and findings.describe_findings(setting)
 
 
 def test_a_seed_that_diverged_is_told(tmp_path, monkeypatch, capsys):
@@ -434,7 +434,7 @@ def test_no_text_of_a_figure_is_a_formula_or_left_out():
     for rate in (0.003, 0.01):
         runs.append(whole("nf4", 0, rate))
         runs[-1]["config"]["tune"]["lr"] = rate
-    with charts.drawn(only(runs)) as made:
+    with charts.draw_charts(only(runs)) as made:
         assert {"pairs", "layers", "throughput", "learning_rates"} <= {chart.name for chart in made}
         for chart in made:
             chart.figure.canvas.draw()

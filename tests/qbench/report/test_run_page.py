@@ -6,8 +6,7 @@ import pytest
 from rich.console import Console
 
 from qbench.cli.report import main
-from qbench.report import wording
-from qbench.report.run import terminal
+from qbench.report.run import answer, terminal
 
 
 def result(delta, stderr, p, name="nf4"):
@@ -37,19 +36,19 @@ def result(delta, stderr, p, name="nf4"):
 @pytest.mark.parametrize(
     ("delta", "stderr", "p", "expected"),
     [
-        (0.02, 0.005, 0.001, "is above the baseline's by 2.02% ± 0.51% (20.09)"),
-        (-0.7, 0.01, 1e-9, "is below the baseline's by 50.34% ± 0.50% (20.09)"),
-        (0.002, 0.005, 0.7, "is not distinguishable from the baseline's (+0.20% ± 0.50%) (20.09)"),
-        (-0.002, None, None, "is not distinguishable from the baseline's (−0.20%) (20.09)"),
+        (0.02, 0.005, 0.001, "is 20.09, 2.02% ± 0.51% above the baseline's 20.09."),
+        (-0.7, 0.01, 1e-9, "is 20.09, 50.34% ± 0.50% below the baseline's 20.09."),
+        (0.002, 0.005, 0.7, "is 20.09, not distinguishable from the baseline's 20.09 (+0.20% ± 0.50%)."),
+        (-0.002, None, None, "is 20.09, not distinguishable from the baseline's 20.09 (−0.20%)."),
     ],
 )
 def test_the_answer_is_as_sure_as_the_test(delta, stderr, p, expected):
-    assert expected in " ".join(wording.answer(result(delta, stderr, p)))
+    assert expected in " ".join(answer.describe_run(result(delta, stderr, p)))
 
 
 def test_the_baseline_is_compared_with_nothing():
-    assert wording.answer(result(0.0, 0.0, 1.0, name="none")) == [
-        "16 bit: the baseline that formats are compared with. Its perplexity is 20.09."
+    assert answer.describe_run(result(0.0, 0.0, 1.0, name="none")) == [
+        "This is the 16-bit baseline that formats are compared with. Its perplexity is 20.09."
     ]
 
 
@@ -59,8 +58,9 @@ def test_a_start_on_16_bit_has_no_error_to_tell():
     quality = found["metrics"]["quality"]
     quality |= {"initial": quality["quantized"], "tuned": quality["quantized"]}
     found["metrics"]["init"] = {"quantized": {"sqnr_db": None}, "initial": {"sqnr_db": 56.44}}
-    said = wording.answer(found)[-1]
-    assert said.startswith("PiSSA starts from 56.44 dB, the quantized weights alone have no error;")
+    said = answer.describe_run(found)[-1]
+    assert said.startswith("With PiSSA, the fine-tune begins at a perplexity of 20.09.")
+    assert said.endswith("Signal to quantization noise: 56.44 dB with A and B, no error without.")
 
 
 def test_the_terminal_fits_80_columns(tmp_path):

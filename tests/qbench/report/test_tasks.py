@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from qbench.report.comparison import extra_tables, page, tasks
-from qbench.report.comparison.configurations import compare
-from qbench.report.run import terminal
+from qbench.report.comparison.grouping import group_runs
+from qbench.report.run import answer, tables, terminal
 from qbench.results import provenance, store
 from tests.qbench.sample_results import by_file, finished, only
 
@@ -61,19 +61,19 @@ def with_tasks(name, seed=0, worse=0.0, wrong=0, tuned=None) -> dict:
 def test_formats_are_compared_on_the_same_documents():
     runs = [with_tasks("none"), with_tasks("nf4", 0, 0.05), with_tasks("nf4", 1, 0.05), with_tasks("int4", 0, 0.5, 20)]
     setting = only(runs)
-    found = {one.task: one for one in tasks.compare(setting)}
+    found = {one.task: one for one in tasks.compare_tasks(setting)}
     assert set(found) == {"docs", "group"} and found["docs"].metric == "word_perplexity"
     by_format = {c.format: d for c, d in found["docs"].differences.items()}
     assert by_format["nf4"].delta == pytest.approx(0.05, abs=0.003) and by_format["nf4"].distinguishable
     assert by_format["nf4"].stderr < 0.01 < np.std(HARD) / 10, "paired"
     accuracy = {c.format: d for c, d in found["group"].differences.items()}
     assert not accuracy["nf4"].distinguishable and accuracy["int4"].delta == pytest.approx(-0.2)
-    (sentence,) = tasks.answer(setting)
+    (sentence,) = tasks.describe_tasks(setting)
     assert sentence.startswith(
-        "Before any fine-tune 1 of 4 task scores are not distinguishable from 16 bit; 3 are worse: "
+        "Before any fine-tune, 1 of 4 task scores are not distinguishable from 16 bit. 3 are worse: "
     )
     assert "int4, block 64 on docs" in sentence and "better" not in sentence
-    table = tasks.table(setting)
+    table = tasks.tasks_table(setting)
     assert [column.head for column in table.columns] == ["format", "docs word_perplexity", "group acc"]
     rows = {row.cells[0].text: [cell.text for cell in row.cells[1:]] for row in table.rows}
     assert re.fullmatch(r"\d\d\.\d\d \+5\.\d\d±0\.\d\d%", rows["nf4, block 64"][0])
@@ -86,22 +86,22 @@ def test_formats_are_compared_on_the_same_documents():
 def test_after_a_fine_tune_the_reference_is_the_fine_tune_of_16_bit():
     runs = [with_tasks("none", tuned=(2.0, 2.1)), with_tasks("nf4", 0, 0.05, tuned=(2.0, 2.1))]
     setting = only(runs)
-    said = tasks.answer(setting)
+    said = tasks.describe_tasks(setting)
     assert len(said) == 2 and said[1].startswith(
-        "After LoRA 1 of 2 task scores are not distinguishable from LoRA on 16 bit"
+        "After LoRA, 1 of 2 task scores are not distinguishable from LoRA on 16 bit"
     )
     alone = only([with_tasks("nf4", 0, 0.05, tuned=(2.0, 2.1))])
-    (said,) = tasks.answer(alone)
-    assert said.startswith("Before any fine-tune 1 of 2"), "a run's own baseline, which nobody tuned"
+    (said,) = tasks.describe_tasks(alone)
+    assert said.startswith("Before any fine-tune, 1 of 2"), "a run's own baseline, which nobody tuned"
 
 
 def test_the_page_has_a_table_of_tasks_only_where_there_are_some(tmp_path):
     for name, run in (("a", with_tasks("none")), ("b", with_tasks("nf4", 0, 0.05)), ("c", finished("int8"))):
         store.write(tmp_path / name, run)
-    found = page.find(tmp_path)
+    found = page.collect(tmp_path)
     assert len(found.settings) == 2
     page.write(found, tmp_path / "report")
-    html, twin = ((tmp_path / "report" / name).read_text() for name in (page.PAGE, page.TWIN))
+    html, twin = ((tmp_path / "report" / name).read_text() for name in (page.HTML, page.MARKDOWN))
     for text in (html, twin):
         assert text.count("Tasks</h3>" if text is html else "### Tasks") == 1
         assert "docs word_perplexity" in text and "task scores are not distinguishable" in text
@@ -112,14 +112,15 @@ def test_the_page_has_a_table_of_tasks_only_where_there_are_some(tmp_path):
 
 def test_a_run_shows_its_tasks_in_eighty_columns():
     result = with_tasks("nf4", 0, 0.05, 20)
-    table = tasks.of_run(result)
-    assert table.columns == ["task", "baseline", "quantized"]
-    assert [row[0] for row in table.rows] == ["docs word_perplexity", "docs bits_per_byte", "group acc"]
-    assert re.fullmatch(r"[\d.]+ \+5\.\d\d±0\.\d\d%", table.rows[0][2]) and table.rows[1][2].endswith("≈ +0.0000")
-    assert tasks.answer_of_run(result) == [
-        "Of 3 task scores, compared with the baseline, 2 of the quantized model are distinguishably worse, 0 better."
-    ]
-    assert tasks.of_run(finished("nf4")) is None and tasks.answer_of_run(finished("nf4")) == []
+    table = tables.tasks_table(result)
+    assert table.heads == ["task", "baseline", "quantized"]
+    assert [texts[0] for texts in table.texts] == ["docs word_perplexity", "docs bits_per_byte", "group acc"]
+    assert re.fullmatch(r"[\d.]+ \+5\.\d\d±0\.\d\d%", table.texts[0][2]) and table.texts[1][2].endswith("≈ +0.0000")
+    assert answer.describe_run(result)[-1] == (
+        "Of 3 task scores, 2 of the quantized model are distinguishably worse and 0 better than the baseline's."
+    )
+    untested = finished("nf4")
+    assert tables.tasks_table(untested) is None and "task scores" not in " ".join(answer.describe_run(untested))
     result["metrics"]["throughput"] |= {"quantize_weights_s": {"median": 1e6}, "dequantize_weights_s": {"median": 1e6}}
     result["metrics"]["memory"]["weights_bytes"] = 1
     output = io.StringIO()
@@ -128,6 +129,6 @@ def test_a_run_shows_its_tasks_in_eighty_columns():
 
 
 def test_what_runs_without_tasks_say_is_as_before():
-    (setting,) = compare(by_file([finished("none"), finished("nf4")]))
-    assert tasks.table(setting).rows == tasks.compare(setting) == tasks.answer(setting) == []
-    assert "Tasks" not in [table.title for table in extra_tables.all_of(setting)]
+    (setting,) = group_runs(by_file([finished("none"), finished("nf4")]))
+    assert tasks.tasks_table(setting).rows == tasks.compare_tasks(setting) == tasks.describe_tasks(setting) == []
+    assert "Tasks" not in [table.title for table in extra_tables.build_tables(setting)]

@@ -1,92 +1,110 @@
-"""Formats beside each other: quality over size, every two against each other, error by layer, throughput."""
+"""Formats compared: quality over size, all pairs, error by layer, throughput."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
-from qbench.report.comparison.configurations import Configuration, Setting, difference
-from qbench.report.comparison.differences import corrected
+from qbench.report.comparison.configurations import Configuration, Setting, compare_at
+from qbench.report.comparison.differences import correct_p_values
 from qbench.report.comparison.selection import frontier, usual_block
 from qbench.report.figures import GREY
-from qbench.report.wording import count, short
+from qbench.report.wording import count, shorten
 
-from .style import SIXTEEN, Chart, Look, in_digits, labelled
-
-SIZES = {
-    "bits a weight": (("bits", "per_parameter"), 1.0),
-    "model, MB": (("memory", "model_bytes"), 1e-6),
-}
+from .style import SIXTEEN, Chart, Palette, label_in_digits, legend_label
 
 
-def pareto(setting: Setting) -> Chart | None:
-    """Perplexity and KL over bits and over memory, the axis of sizes cut where nothing lies."""
-    at = {stage: [c for c in setting.at(stage) if not c.is_16_bit] for stage in setting.stages()}
-    formats = at["quantized"]
+@dataclass(frozen=True)
+class _Quality:
+    """A row of the Pareto figure. keys: of the metric. stage: of the configurations. frontier: whether it is drawn."""
+
+    label: str
+    keys: tuple[str, ...]
+    stage: str = "quantized"
+    frontier: bool = True
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A column of the Pareto figure: a range of sizes that is shown without a gap. first: of the ranges of this size."""
+
+    label: str
+    keys: tuple[str, ...]
+    scale: float
+    low: float
+    high: float
+    first: bool
+
+    def value(self, c: Configuration) -> float:
+        return c.known_mean(*self.keys) * self.scale
+
+
+def draw_pareto(setting: Setting) -> Chart | None:
+    """Quality over size: a grid with a row for each kind of quality, and columns for bits per weight and for memory.
+
+                  bits per weight    model, MB
+                 ┌──────┬  ┬─────┐  ┌──────┬
+    perplexity   │  ●   │  │     │  │ ●    │     The axis of a size is cut where no format lies,
+                 ├──────┼  ┼─────┤  ├──────┼     which gives it several columns.
+    KL           │      │  │ ●   │  │      │
+                 └──────┴  ┴─────┘  └──────┴
+    """
+    formats = _quantized_at(setting, "quantized")
     if len(formats) < 2:
         return None
-    look = Look.of(setting)
-    measures: list[tuple[str, tuple[str, ...], str | None]] = [
-        ("perplexity", ("quality", "quantized", "perplexity"), "quantized")
-    ]
-    if any(c.mean("quality", "quantized", "against_baseline", "kl_mean") for c in formats):
-        measures.append(("KL from 16 bit, nats", ("quality", "quantized", "against_baseline", "kl_mean"), None))
-    if setting.has_tuned:
-        measures.append((f"perplexity after {setting.method}", ("quality", "tuned", "perplexity"), "tuned"))
-    columns = [(label, *size, part) for label, size in SIZES.items() for part in _parts(formats, *size)]
-    widths = [max(0.35, (high - low) / high * 4) for *_, (low, high) in columns]
+    palette, qualities, sizes = Palette.of_formats(setting), _qualities(setting, formats), _sizes(formats)
+    widths = [max(0.35, (size.high - size.low) / size.high * 4) for size in sizes]
     figure, grid = plt.subplots(
-        len(measures), len(columns), figsize=(9.4, 2.5 * len(measures)), squeeze=False, sharey="row",
+        len(qualities), len(sizes), figsize=(9.4, 2.5 * len(qualities)), squeeze=False, sharey="row",
         gridspec_kw={"width_ratios": widths},
     )  # fmt: skip
-    for i, (name, keys, stage) in enumerate(measures):
-        for j, (label, size, scale, (low, high)) in enumerate(columns):
-            axes = grid[i][j]
-            pad = max(0.06 * (high - low), 0.02 * high)
-            axes.set_xlim(low - pad, high + pad)
-            if high == low:
-                axes.set_xticks([low], [f"{low:.4g}"])
-            first = j == 0 or columns[j - 1][0] != label
-            axes.tick_params(left=first)
-            axes.spines["left"].set_visible(first)
-            if i == len(measures) - 1 and first:
-                axes.set_xlabel(label, loc="left")
-            for members in _alike(at[stage or "quantized"]):
-                found = [(c.known(*size) * scale, y) for c in members if (y := c.mean(*keys)) is not None]
-                points = np.array(found).reshape(-1, 2)
-                axes.plot(*points.T, **look.point(members[0]), rasterized=len(formats) > 200)
-            if stage:
-                best = frontier(at[stage], stage, size)
-                axes.plot(
-                    [c.known(*size) * scale for c in best], [c.mean(*keys) for c in best], color=GREY, lw=0.9, zorder=0
-                )
-            if stage and (base := setting.base(stage)):
-                axes.axhline(base.mean(*keys), **SIXTEEN)
-        grid[i][0].set_ylabel(name)
-    look.legend(figure, **{"16 bit": SIXTEEN, "frontier": {"color": GREY, "lw": 1}})
-    cut = " The axes of size are cut where no format lies." if len(columns) > 2 else ""
+    for row, quality in zip(grid, qualities, strict=True):
+        for axes, size in zip(row, sizes, strict=True):
+            _set_size_axis(axes, size, labelled=quality is qualities[-1])
+            _draw_tradeoff(axes, setting, quality, size, palette)
+        row[0].set_ylabel(quality.label)
+    palette.legend(figure, **{"16 bit": SIXTEEN, "frontier": {"color": GREY, "lw": 1}})
+    cut = " The axes of size are cut where no format lies." if len(sizes) > 2 else ""
     return Chart(
         "pareto",
-        f"Quality over bits a weight and over the memory that the model holds; lower and further left is better.{cut}",
+        f"Quality over bits per weight and over the memory of the model. Lower and further left is better.{cut}",
         figure,
     )
 
 
-def _alike(formats: Sequence[Configuration]) -> list[list[Configuration]]:
-    """Those that look the same, together."""
-    groups: dict[tuple, list[Configuration]] = {}
-    for c in formats:
-        groups.setdefault((c.format, c.config["dq"]), []).append(c)
-    return list(groups.values())
+def _quantized_at(setting: Setting, stage: str) -> list[Configuration]:
+    return [c for c in setting.scored_at(stage) if not c.is_16_bit]
 
 
-def _parts(formats: Sequence[Configuration], size: tuple[str, ...], scale: float) -> list[tuple[float, float]]:
-    return _split([c.known(*size) * scale for c in formats])
+def _qualities(setting: Setting, formats: Sequence[Configuration]) -> list[_Quality]:
+    """The rows: perplexity, and where they were measured KL and the tuned perplexity."""
+    kl = ("quality", "quantized", "against_baseline", "kl_mean")
+    qualities = [_Quality("perplexity", ("quality", "quantized", "perplexity"))]
+    if any(c.mean(*kl) for c in formats):
+        qualities.append(_Quality("KL from 16 bit, nats", kl, frontier=False))
+    if setting.has_tuned:
+        label = f"perplexity after {setting.method}"
+        qualities.append(_Quality(label, ("quality", "tuned", "perplexity"), "tuned"))
+    return qualities
 
 
-def _split(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The ranges that values fall into where no gap within is wider than a third of what is below it."""
+def _sizes(formats: Sequence[Configuration]) -> list[_Size]:
+    """The columns: the ranges of bits per weight, then those of memory."""
+    columns = []
+    for label, keys, scale in (
+        ("bits per weight", ("bits", "per_parameter"), 1.0),
+        ("model, MB", ("memory", "model_bytes"), 1e-6),
+    ):
+        ranges = _split_at_gaps([c.known_mean(*keys) * scale for c in formats])
+        columns += [_Size(label, keys, scale, low, high, i == 0) for i, (low, high) in enumerate(ranges)]
+    return columns
+
+
+def _split_at_gaps(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The values as (low, high) ranges, cut where the next value is more than a third larger."""
     ranges: list[list[float]] = []
     for value in sorted(values):
         if ranges and value < 1.34 * ranges[-1][1]:
@@ -96,118 +114,170 @@ def _split(values: Sequence[float]) -> list[tuple[float, float]]:
     return [(low, high) for low, high in ranges]
 
 
-def layers(setting: Setting) -> Chart | None:
-    """Error by layer as a heat map, a row a configuration."""
-    some = [
-        (c, next(iter(c.runs.values()))[1]["metrics"].get("error", {}).get("layers")) for c in setting.at("quantized")
-    ]
-    some = [(c, found) for c, found in some if isinstance(found, dict) and not c.is_16_bit]
-    names = some[0][1]["name"] if some else ()
-    some = sorted([(c, f) for c, f in some if f["name"] == names], key=lambda s: -np.mean(s[1]["output_relative"]))
-    if len(some) < 2:
+def _set_size_axis(axes: Axes, size: _Size, labelled: bool) -> None:
+    """Set the limits, and hide the left border except in the first column of a size."""
+    pad = max(0.06 * (size.high - size.low), 0.02 * size.high)
+    axes.set_xlim(size.low - pad, size.high + pad)
+    if size.high == size.low:
+        axes.set_xticks([size.low], [f"{size.low:.4g}"])
+    axes.tick_params(left=size.first)
+    axes.spines["left"].set_visible(size.first)
+    if labelled and size.first:
+        axes.set_xlabel(size.label, loc="left")
+
+
+def _draw_tradeoff(axes: Axes, setting: Setting, quality: _Quality, size: _Size, palette: Palette) -> None:
+    """Draw the points of all formats, the frontier, and the line of 16 bit."""
+    formats = _quantized_at(setting, quality.stage)
+    many = len(_quantized_at(setting, "quantized")) > 200
+    for members in _group_by_look(formats):
+        points = [(size.value(c), y) for c in members if (y := c.mean(*quality.keys)) is not None]
+        axes.plot(*np.array(points).reshape(-1, 2).T, **palette.point(members[0]), rasterized=many)
+    if quality.frontier:
+        best = frontier(formats, quality.stage, size.keys)
+        heights = [c.mean(*quality.keys) for c in best]
+        axes.plot([size.value(c) for c in best], heights, color=GREY, lw=0.9, zorder=0)
+        if base := setting.best_16_bit(quality.stage):
+            axes.axhline(base.mean(*quality.keys), **SIXTEEN)
+
+
+def _group_by_look(formats: Sequence[Configuration]) -> list[list[Configuration]]:
+    """The configurations grouped by format and dq, which share a marker."""
+    groups: dict[tuple, list[Configuration]] = {}
+    for c in formats:
+        groups.setdefault((c.format, c.config["dq"]), []).append(c)
+    return list(groups.values())
+
+
+def draw_layers(setting: Setting) -> Chart | None:
+    """The output error of each layer as a heat map: a row for each configuration, a column for each layer."""
+    rows, names = _layer_errors(setting)
+    if len(rows) < 2:
         return None
-    kinds = [short(name.rpartition(".")[2]) for name in names]
-    order = sorted(range(len(names)), key=lambda i: (kinds.index(kinds[i]), i))
-    table = np.array([np.asarray(found["output_relative"], float)[order] for _, found in some])
-    figure, axes = plt.subplots(figsize=(9.4, 1.5 + 0.19 * len(some)))
+    kinds = [shorten(name.rpartition(".")[2]) for name in names]
+    order = sorted(range(len(names)), key=lambda i: (kinds.index(kinds[i]), i))  # by kind, then by depth
+    table = np.array([errors[order] for _, errors in rows])
+    figure, axes = plt.subplots(figsize=(9.4, 1.5 + 0.19 * len(rows)))
     axes.grid(False)
     log = bool(table.min() > 0)
     image = axes.pcolormesh(table, cmap="viridis", norm="log" if log else None)
-    axes.set_yticks(np.arange(len(some)) + 0.5, [c.title for c, _ in some], fontsize=7.5)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [c.title for c, _ in rows], fontsize=7.5)
     axes.invert_yaxis()
-    starts = [i for i in range(len(order)) if i == 0 or kinds[order[i]] != kinds[order[i - 1]]]
-    ends = [*starts[1:], len(order)]
-    axes.set_xticks(
-        [(a + b) / 2 for a, b in zip(starts, ends, strict=True)],
-        [kinds[order[a]] for a in starts],
-        rotation=30,
-        ha="right",
-    )
-    for start in starts[1:]:
-        axes.axvline(start, color="white", lw=1.5)
-    axes.set_xlabel("layers by kind, each from the first block to the last")
+    _label_kinds(axes, [kinds[i] for i in order])
     bar = figure.colorbar(image, ax=axes, label="error of the output, relative", shrink=0.9)
     if log:
-        in_digits(bar.ax.yaxis)
+        label_in_digits(bar.ax.yaxis)
     return Chart("layers", "Relative error of each layer's output on real text, the largest mean on top.", figure)
 
 
-def pairs(setting: Setting) -> Chart | None:
-    """Every two configurations against each other, on the same windows and seeds."""
-    stage = setting.stages()[-1]
-    some = sorted(setting.at(stage), key=lambda c: c.order(stage))
-    if len(some) < 3:
+def _layer_errors(setting: Setting) -> tuple[list[tuple[Configuration, np.ndarray]], Sequence[str]]:
+    """The output error of each layer, by configuration, the largest mean first; and the names of the layers.
+
+    Configurations with other layers than the first are left out.
+    """
+    tables = []
+    for c in _quantized_at(setting, "quantized"):
+        layers = c.results[0]["metrics"].get("error", {}).get("layers")
+        if isinstance(layers, dict):
+            tables.append((c, layers))
+    names = tables[0][1]["name"] if tables else ()
+    rows = [(c, np.asarray(layers["output_relative"], float)) for c, layers in tables if layers["name"] == names]
+    return sorted(rows, key=lambda row: -np.mean(row[1])), names
+
+
+def _label_kinds(axes: Axes, kinds: Sequence[str]) -> None:
+    """Label each run of columns of the same kind in its middle, with a white line before it."""
+    starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
+    ends = [*starts[1:], len(kinds)]
+    middles = [(start + end) / 2 for start, end in zip(starts, ends, strict=True)]
+    axes.set_xticks(middles, [kinds[start] for start in starts], rotation=30, ha="right")
+    for start in starts[1:]:
+        axes.axvline(start, color="white", lw=1.5)
+    axes.set_xlabel("layers by kind, each from the first block to the last")
+
+
+def draw_pairs(setting: Setting) -> Chart | None:
+    """The paired difference of every two configurations, as a triangle of colors."""
+    stage = setting.stages[-1]
+    ranked = sorted(setting.scored_at(stage), key=lambda c: c.sort_key(stage))
+    if len(ranked) < 3:
         return None
-    upper = [(i, j) for i in range(len(some)) for j in range(i + 1, len(some))]
-    found = corrected([difference(some[j], some[i], stage) for i, j in upper])
-    table = np.full((len(some), len(some)), math.nan)
-    blurred = []
-    for (i, j), d in zip(upper, found, strict=True):
+    pairs = [(i, j) for i in range(len(ranked)) for j in range(i + 1, len(ranked))]
+    family = correct_p_values([compare_at(ranked[j], ranked[i], stage) for i, j in pairs])
+    table = np.full((len(ranked), len(ranked)), math.nan)
+    side = 2.2 + 0.2 * len(ranked)
+    indistinct = []
+    for (i, j), d in zip(pairs, family, strict=True):
         if d:
             table[j, i] = d.delta
-            blurred += [] if d.distinguishable else [(j, i)]
+            if not d.distinguishable:
+                indistinct.append((j, i))
     if np.isnan(table).all():
         return None
-    side = 2.2 + 0.2 * len(some)
     figure, axes = plt.subplots(figsize=(min(9.4, side + 1.6), side))
     axes.grid(False)
     image = axes.pcolormesh(table, cmap="cividis_r", vmin=0)
-    for j, i in blurred:
-        axes.text(i + 0.5, j + 0.5, "≈", ha="center", va="center", fontsize=7, color="black")
-    middle = np.arange(len(some)) + 0.5
-    axes.set_yticks(middle, [c.title for c in some], fontsize=7.5)
-    axes.set_xticks(middle, [c.title for c in some], rotation=90, fontsize=7.5)
+    for row, column in indistinct:
+        axes.text(column + 0.5, row + 0.5, "≈", ha="center", va="center", fontsize=7, color="black")
+    middles = np.arange(len(ranked)) + 0.5
+    axes.set_yticks(middles, [c.title for c in ranked], fontsize=7.5)
+    axes.set_xticks(middles, [c.title for c in ranked], rotation=90, fontsize=7.5)
     axes.set_aspect("equal")
     axes.invert_yaxis()
-    figure.colorbar(image, ax=axes, label="nll of the row less that of the column, nats", shrink=0.7)
+    figure.colorbar(image, ax=axes, label="nll of the row minus that of the column, nats", shrink=0.7)
     return Chart(
         "pairs",
-        f"Every two against each other {setting.when(stage)}, the best first; ≈: not distinguishable (paired, corrected"
-        f" for {len(upper)} tests).",
+        f"Every two configurations compared {setting.when(stage)}, the best first. ≈ marks a difference that is not"
+        f" distinguishable from zero (paired, corrected for {len(pairs)} tests).",
         figure,
     )
 
 
-def throughput(setting: Setting) -> Chart | None:
-    """Tokens a second over the rows that meet each weight at once."""
-    look = Look.of(setting)
-    some = [(c, found) for c in _plainest(setting) if (found := _by_rows(c))]
-    if not some:
+def draw_throughput(setting: Setting) -> Chart | None:
+    """Tokens per second over the number of tokens read at once, a line for each format."""
+    palette = Palette.of_formats(setting)
+    measured = [(c, rates) for c in _one_per_format(setting) if (rates := _rates_by_rows(c))]
+    if not measured:
         return None
     figure, axes = plt.subplots(figsize=(7.6, 3.4))
-    for c, (rows, rates) in sorted(some, key=lambda one: one[0].title):
-        style = SIXTEEN | {"lw": 1.2} if c.is_16_bit else look.line(c.format)
-        axes.plot(rows, rates, **style, label=labelled(c.title))
+    for c, (rows, rates) in sorted(measured, key=lambda pair: pair[0].title):
+        style = SIXTEEN | {"lw": 1.2} if c.is_16_bit else palette.line(c.format)
+        axes.plot(rows, rates, **style, label=legend_label(c.title))
     axes.set(xscale="log", yscale="log", xlabel="M, tokens read at once", ylabel="tokens/s, quantized model")
-    in_digits(axes.yaxis)
+    label_in_digits(axes.yaxis)
     axes.set_xticks(rows, [f"{m}" for m in rows])
     axes.xaxis.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
-    device = next(iter(some[0][0].runs.values()))[1].get("environment") or {}
+    device = measured[0][0].results[0].get("environment") or {}
     where = f" on {device.get('device')}, {count(device.get('threads') or 0, 'thread')}" if device else ""
     return Chart(
         "throughput", f"Forward throughput of the whole model over the number of tokens read at once{where}.", figure
     )
 
 
-def _by_rows(c: Configuration) -> tuple[list[int], list[float]] | None:
-    """Rows, and the median over seeds of the median rate, of those that have the rows of the first."""
-    found = [r["metrics"]["throughput"].get("by_rows") for _, r in c.runs.values()]
-    found = [(list(f["rows"]), np.asarray(f["median"], float)) for f in found if isinstance(f, dict)]
-    if not found:
+def _rates_by_rows(c: Configuration) -> tuple[list[int], list[float]] | None:
+    """The rows (tokens read at once), and the median over seeds of the rate at each.
+
+    Runs that measured other rows than the first run are left out.
+    """
+    tables = [result["metrics"]["throughput"].get("by_rows") for result in c.results]
+    measured = [(list(t["rows"]), np.asarray(t["median"], float)) for t in tables if isinstance(t, dict)]
+    if not measured:
         return None
-    rows = found[0][0]
-    return [int(m) for m in rows], list(np.median([rates for others, rates in found if others == rows], 0))
+    rows = measured[0][0]
+    return [int(m) for m in rows], list(np.median([rates for other, rates in measured if other == rows], 0))
 
 
-def _plainest(setting: Setting) -> list[Configuration]:
-    """One configuration a format: with the block that most have, and without dq where there is one."""
-    some = setting.at("quantized")
-    usual = usual_block(some)
+def _one_per_format(setting: Setting) -> list[Configuration]:
+    """One configuration for each format: if possible with the usual block, and without dq."""
+    configurations = setting.scored_at("quantized")
+    usual = usual_block(configurations)
+
+    def rank(c: Configuration) -> tuple[bool, bool]:
+        return c.config["block"] != usual, c.config["dq"]
+
     chosen: dict[str, Configuration] = {}
-    for c in some:
-        rank = (c.config["block"] != usual, c.config["dq"])
-        other = chosen.get(c.format)
-        if other is None or rank < (other.config["block"] != usual, other.config["dq"]):
+    for c in configurations:
+        if c.format not in chosen or rank(c) < rank(chosen[c.format]):
             chosen[c.format] = c
     return list(chosen.values())
