@@ -52,9 +52,9 @@ lock:
 	$(VENV)-lock/bin/uv pip compile --quiet --universal --all-extras --upgrade --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
-# the API, from its docstrings: build/api/index.html
+# the pages of docs/ and the API, from its docstrings, as a site: build/site/index.html
 docs: $(VENV)/.test
-	$(BIN)/python docs/api/build.py build/api
+	$(BIN)/python docs/build.py build/site
 
 $(VENV)/.run: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The API docs are built from the docstrings, and every link in them leads somewhere."""
+"""The API is built from docstrings and the site from pages; every link leads somewhere, none needs a network."""
 
 import re
 import subprocess
@@ -43,3 +43,31 @@ def test_every_link_leads_somewhere(pages):
     for page, text in pages.items():
         for target in set(re.findall(r'href="([^"$#]+)', text)):
             assert re.match(r"https?:|data:", target) or Path(normpath(page.parent / target)) in pages, (page, target)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "docs/build.py", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.thorough
+def test_the_site_opens_without_a_network(site):
+    pages = [site / "index.html", site / "CONTRIBUTING.html", site / "api" / "index.html", *site.glob("docs/*.html")]
+    names = {file.stem for file in (ROOT / "docs").glob("*.md")}
+    assert names <= {page.stem for page in pages}
+    for page in pages:
+        text = page.read_text("utf-8")
+        assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', text), page
+        for target in set(re.findall(r'(?:href|src)="(?!\w+:)([^"#?$]+)', text)):
+            assert (page.parent / target).exists(), (page, target)
+    for style in site.glob("**/*.css"):
+        assert not re.findall(r"url\([\"']?(?:https?:)?//", style.read_text("utf-8")), style

@@ -1,11 +1,13 @@
-"""docs/formats.md does what it says: every block of it is run, in order, in an empty folder, and prints what it shows."""
+"""The pages say what is so: links lead somewhere, Python runs, commands are accepted; docs/formats.md is done in order."""
 
+import argparse
 import contextlib
 import io
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib import import_module, invalidate_caches
 from pathlib import Path
 
@@ -13,21 +15,153 @@ import pytest
 import torch
 
 import formats
+import qbench
 from formats import registry
 from qbench.checkpoint import loading
+from qbench.cli import command_line, commands
+from qbench.cli.main import COMMANDS
 from qbench.measure.error import Sums, compare_weights
 from qbench.model import devices, quantizing
 from qbench.model.selection import linear_layers
 
-PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
-pytestmark = pytest.mark.slow
-SHORT = ["eval.tokens=64", "data.seq=32"]
-MAINS = {
-    "qbench": "qbench.cli.run",
-    "qbench.report": "qbench.cli.report",
-    "qbench.plan": "qbench.cli.plan",
-    "qbench.quantize": "qbench.cli.quantize",
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(file.relative_to(ROOT)): file.read_text("utf-8")
+    for file in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
+PAGE = PAGES["docs/formats.md"]
+LINKED = [*PAGES, "reports/README.md", "experiments/README.md", "qbench/assets/tasks/README.md"]
+SHORT = ["eval.tokens=64", "data.seq=32"]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: language and content."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page, re.S | re.M)
+
+
+def typed_commands(page: str) -> list[str]:
+    """What a page tells its reader to type."""
+    text = "".join(block for language, block in blocks(page) if language == "console")
+    return re.findall(r"^\$ (.*)", text, re.M)
+
+
+def anchors(page: str) -> set[str]:
+    """The ids that a renderer gives to the headings of a page."""
+    heads = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_every_link_leads_somewhere(name):
+    page = (ROOT / name).read_text("utf-8")
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", prose):
+        file = (ROOT / name).parent / target if target else ROOT / name
+        assert file.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(file.read_text("utf-8")), f"{name}: {target}#{anchor}"
+
+
+def test_the_readme_is_a_screen_and_leads_to_every_page():
+    assert len(PAGES["README.md"].splitlines()) <= 120
+    index = PAGES["docs/index.md"]
+    pages = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")} - {"index.md"}
+    assert "(docs/index.md)" in PAGES["README.md"] and all(f"({page})" in index for page in pages)
+
+
+class Accepted(Exception):
+    """A command line that its reader accepts."""
+
+
+def check_command(line: str, monkeypatch) -> None:
+    """Raises where a command of a page is not accepted by what would read it. Nothing is run."""
+    program, *arguments = shlex.split(line)
+    program = program.removeprefix(".venv/bin/")
+    if program == "make":
+        subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip" or arguments[:2] == ["-m", "pip"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+        assert set(re.findall(r"\.\[(\w+)\]", line)) <= set(extras)
+    else:
+        if program == "python":
+            assert arguments.pop(0) == "-m"
+            program = arguments.pop(0)
+        assert program == "qbench"
+        name = arguments.pop(0) if arguments[0] in COMMANDS else "run"
+        if name in ("run", "quantize", "plan"):
+            line = [argument for argument in arguments if argument != "--formats"] or ["--help"]
+            command_line.read(getattr(commands, name.upper()), line)
+        else:
+            check_with_argparse(import_module(COMMANDS[name]).main, [name, *arguments], monkeypatch)
+
+
+def check_with_argparse(main, argv: list[str], monkeypatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def accept(parser, *given, **kwargs):
+        raise Accepted(parse(parser, *given, **kwargs))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", accept)
+        patch.setattr(sys, "argv", argv)
+        with pytest.raises(Accepted):
+            main()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, page in PAGES.items() if typed_commands(page) and name != "docs/formats.md"]
+)
+def test_every_command_is_accepted(name, monkeypatch, tmp_path, capsys):
+    lines = typed_commands(PAGES[name])
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        if line.startswith("qbench") and "launcher=" in line and not installed(line):
+            continue
+        check_command(line, monkeypatch)
+
+
+def installed(line: str) -> bool:
+    """Whether the launcher that a command names is there."""
+    launcher = re.findall(r"hydra/launcher=(\w+?)(?:_\w+)?(?: |$)", line)[0]
+    with contextlib.suppress(ImportError):
+        return bool(import_module(f"hydra_plugins.hydra_{launcher}_launcher"))
+    return False
+
+
+def test_the_commands_of_the_readme_are_accepted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    ((?:qbench|make) .*?)(?: {2,}#.*)?$", PAGES["README.md"], re.M)
+    assert len(lines) == 5
+    for line in lines:
+        check_command(line, monkeypatch)
+
+
+WITH_PYTHON = [
+    name for name, page in PAGES.items() if "```python\n" in page and name not in ("README.md", "docs/formats.md")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_the_python_of_a_page_runs(name, tiny_llama, monkeypatch, tmp_path):
+    """In order, in an empty folder; what would take long, on little text."""
+    run, load = qbench.run, qbench.load
+    short = {"model": tiny_llama, "eval": {"tokens": 64}, "data": {"seq": 32}, "out": tmp_path / "runs" / "short"}
+
+    def run_short(*args, tune, **kwargs):
+        return run(*args, **{**short, **kwargs}, tune={**tune, "steps": 2, "batch": 1})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(qbench, "run", run_short)
+    monkeypatch.setattr(qbench, "load", lambda *paths: load(*(path for path in paths if Path(path).exists())))
+    scope: dict = {}
+    for language, block in blocks(PAGES[name]):
+        if language == "python":
+            exec(compile(block, name, "exec"), scope)
 
 
 @pytest.fixture
@@ -53,23 +187,25 @@ def shown(code: str) -> str:
 
 def typed(line: str, tiny_llama: Path, monkeypatch, tmp_path) -> None:
     """A command as a console takes it, but with little text."""
-    python, minus_m, module, *arguments = shlex.split(line)
-    assert (python, minus_m) == ("python", "-m")
-    if module == "pip":
+    program, *arguments = shlex.split(line)
+    if program == "python":
+        assert arguments.pop(0) == "-m" and arguments.pop(0) == "pip"
         quietly = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(tmp_path / "site")]
         subprocess.run([sys.executable, "-m", "pip", *arguments, *quietly], check=True)
         invalidate_caches()
         monkeypatch.setattr(registry, "_discovered", False)
         return
-    if module == "qbench" and "--formats" not in arguments:
+    name = arguments.pop(0) if arguments[0] in COMMANDS else "run"
+    if name == "run" and "--formats" not in arguments:
         arguments += [*SHORT, f"model.path={tiny_llama}"]
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    assert import_module(MAINS[module]).main() == 0, line
+    monkeypatch.setattr(sys, "argv", ["qbench", *arguments])
+    assert import_module(COMMANDS[name]).main() == 0, line
 
 
-def test_the_page(reader, tmp_path, tiny_llama, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_page_on_formats(reader, tmp_path, tiny_llama, monkeypatch, capsys):
     printed = ""
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.S | re.M):
+    for language, block in blocks(PAGE):
         first, _, _ = block.partition("\n")
         if re.fullmatch(r"# \w+\.\w+", first):
             assert len(block.splitlines()) <= 40

@@ -95,9 +95,10 @@ def test_the_top_of_the_house_is_small():
     }  # fmt: skip
 
 
-def test_the_readme_has_every_format_and_conf_none():
-    page = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in page for name in formats.names())
+def test_the_readme_and_the_first_page_have_every_format_and_conf_none():
+    for name in ("README.md", "docs/run.md"):
+        page = (ROOT / name).read_text("utf-8")
+        assert all(f"`{fmt}`" in page for fmt in formats.names()), name
     assert not (CONF / "format").exists(), "a format is one file"
 
 
