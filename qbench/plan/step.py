@@ -248,14 +248,14 @@ def _as_on(device: str) -> Iterator[None]:
     """Have the meta device take the choices of a device, in the two places where PyTorch or a run asks which it is.
 
         asked                          CUDA                          CPU                           meta, without this
-        rows of logits in fp32         losses.LOGITS["cuda"]         losses.LOGITS["cpu"]          KeyError
+        rows of logits in fp32         losses.CHUNK["cuda"]         losses.CHUNK["cpu"]          KeyError
         scaled_dot_product_attention   fused                         fused, plain with dropout     plain, with seq² scores
 
     The fused attention is the CPU's operation for both: it saves the same tensors for the backward pass as CUDA's, which
     are query, key, value, output and the logarithm of the sum of exponentials.
     """
     attention = partial(_fused_attention, F.scaled_dot_product_attention, device)
-    rows = patch.dict(losses.LOGITS, meta=losses.LOGITS[device])
+    rows = patch.dict(losses.CHUNK, meta=losses.CHUNK[device])
     with rows, patch.object(F, "scaled_dot_product_attention", attention):
         yield
 

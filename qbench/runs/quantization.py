@@ -31,7 +31,7 @@ class Quantized:
 
     layers: list[str]
     parameters: int
-    starts: dict[str, lora_init.Start]
+    starts: dict[str, lora_init.LoraInit]
 
 
 def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) -> Quantized:
@@ -48,7 +48,7 @@ def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) 
         metrics["weights"] = distribution.normalized_weights(layers, packed)
     with context.phases("time_format", "time the format"):
         metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, context.dtype)
-    starts: dict[str, lora_init.Start] = {}
+    starts: dict[str, lora_init.LoraInit] = {}
     if settings.tune and settings.tune.init != "default":
         trained = {name: layer for name, layer in layers.items() if name not in inputs.without_adapter}
         starts = _start_lora(context, settings.tune, trained, packed)
@@ -70,15 +70,15 @@ def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) 
 
 def _start_lora(
     context: RunContext, tune: TuneSettings, layers: Mapping[str, nn.Module], packed: Mapping[str, QuantizedTensor]
-) -> dict[str, lora_init.Start]:
+) -> dict[str, lora_init.LoraInit]:
     """Compute where LoRA starts on each layer. Measures the error that is left there, beside that of `packed` alone."""
-    starts: dict[str, lora_init.Start] = {}
+    starts: dict[str, lora_init.LoraInit] = {}
     quantized: dict[str, error.Sums] = {}
     initial: dict[str, error.Sums] = {}
     with context.phases("init", f"initialise by {tune.init}", len(layers)) as advance:
         for name, layer in layers.items():
             w = weight_of(layer)
-            start = lora_init.find(w, context.settings.format, tune.rank, tune.init, tune.init_rounds, f"{name}.weight")
+            start = lora_init.initialize(w, context.settings.format, tune.rank, tune.init, tune.init_rounds, f"{name}.weight")
             starts[name] = start
             quantized[name] = error.compare_weights(w, packed[name].dequantize())
             initial[name] = error.compare_weights(w, start.dequantize())

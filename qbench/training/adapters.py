@@ -1,4 +1,4 @@
-"""What a fine-tune trains: one of PEFT's adapters on a quantized model, or all of a 16-bit one."""
+"""Makes a model trainable: PEFT adapters on a quantized model, or all weights of a 16-bit one."""
 
 import copy
 import warnings
@@ -22,9 +22,9 @@ from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import FULL, METHODS, PROMPTS, TuneSettings
 from qbench.system.messages import OURS
 
-from .lora_init import Start
+from .lora_init import LoraInit
 
-# and their LoraConfig's keys
+# methods that train low-rank matrices, with their options of LoraConfig
 _LOW_RANK: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 _PROMPT_CONFIGS = {"prefix": PrefixTuningConfig, "p_tuning": PromptEncoderConfig}
 
@@ -34,22 +34,22 @@ def add(
     targets: Iterable[str],
     settings: TuneSettings,
     seed: int,
-    starts: dict[str, Start] | None = None,
+    starts: dict[str, LoraInit] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Adapters in fp32 on the named layers, or with `tune.method=full` all of the model, ready to train.
+    """Add fp32 adapters to the layers named in `targets`; with `tune.method=full` make all weights trainable.
 
-    LoRA starts with B at zero, so that the model's output is what it was, or from `starts`, whose packed weights are then
-    those of the model. A start of zeros, where there was no error to begin from, is none: A and B both at zero never move.
+    LoRA starts with B = 0, so the model's output does not change, or from `starts` (by layer), whose packed weights the
+    model must already have. An all-zero start is skipped: with A = B = 0 no gradient flows.
     """
     torch.manual_seed(seed)
     if settings.method == FULL:
-        return _unfrozen(model)
-    left = refused(model, targets, settings)
-    targets = [name for name in targets if name not in left]
+        return _unfreeze(model)
+    refused = refused_layers(model, targets, settings)
+    targets = [name for name in targets if name not in refused]
     with _quietly():
         adapted = peft.get_peft_model(model, _config(model, targets, settings))
     for p in adapted.parameters():
-        if p.requires_grad:  # not all of PEFT's methods see to that; in 16 bits small steps are lost
+        if p.requires_grad:  # some PEFT methods leave them in 16 bits, where small steps are lost
             p.data = p.data.float()
     for name in (starts or {}).keys() & targets:
         start = (starts or {})[name]
@@ -64,11 +64,10 @@ def add(
 
 
 def check(model: PreTrainedModel, settings: TuneSettings, seq: int) -> dict[str, str]:
-    """Whether a fine-tune on windows of `seq` tokens can work, of a model without its weights (`empty_model.bare`): a step
-    of it is tried on the meta device.
+    """Check that a fine-tune on windows of `seq` tokens can work, by a training step on the meta device.
 
-    Returns the linear layers that get no adapter, by name, and why; the first is named in a warning. Raises InputError for
-    what the model does not have, or what PEFT and the model refuse.
+    model: has no weights (`empty_model.bare`). Returns the linear layers that get no adapter, by name, with the reason;
+    the first is named in a warning. Raises InputError for settings that the model or PEFT does not support.
     """
     layers = linear_layers(model)
     check_rank(layers, settings)
@@ -76,17 +75,17 @@ def check(model: PreTrainedModel, settings: TuneSettings, seq: int) -> dict[str,
     _check_checkpointing(model, settings)
     if settings.method == FULL:
         return {}
-    left = refused(model, layers, settings)
-    left |= _unreached(copy.deepcopy(model), [name for name in layers if name not in left], settings)
-    if left:
-        first, why = next(iter(left.items()))
-        others = f", and {len(left) - 1} more" if len(left) > 1 else ""
+    without = refused_layers(model, layers, settings)
+    without |= _unused_layers(copy.deepcopy(model), [name for name in layers if name not in without], settings)
+    if without:
+        first, why = next(iter(without.items()))
+        others = f", and {len(without) - 1} more" if len(without) > 1 else ""
         warnings.warn(f"{OURS}No adapter on {first}, as {why}{others}.", UserWarning, stacklevel=2)
-    return left
+    return without
 
 
 def check_rank(layers: Mapping[str, nn.Module], settings: TuneSettings) -> None:
-    """Raises InputError for a rank that one of the layers does not have."""
+    """Raises InputError if `tune.rank` is larger than the rank of one of the layers."""
     ranks = {name: rank for name, layer in layers.items() if (rank := _full_rank(layer)) > 1}
     least = min(ranks, key=ranks.__getitem__)
     if settings.method in _LOW_RANK and settings.rank > ranks[least]:
@@ -116,47 +115,49 @@ def _check_checkpointing(model: PreTrainedModel, settings: TuneSettings) -> None
     raise InputError(f"tune.checkpointing: true does not work with {why}; accepted: false")
 
 
-def refused(model: PreTrainedModel, names: Iterable[str], settings: TuneSettings) -> dict[str, str]:
-    """Of the named linear layers those that no adapter can be put on, and why."""
-    found = {name: "it has one row or column" for name in names if _full_rank(model.get_submodule(name)) == 1}
+def refused_layers(model: PreTrainedModel, names: Iterable[str], settings: TuneSettings) -> dict[str, str]:
+    """The named linear layers that cannot have an adapter, with the reason."""
+    refused = {name: "it has one row or column" for name in names if _full_rank(model.get_submodule(name)) == 1}
     if settings.method not in _LOW_RANK:
-        return found
+        return refused
     config: Any = LoraConfig()
     for name in names:
         leaf = name.rpartition(".")[2]
-        try:  # PEFT itself asks only once it has put adapters on the layers before
+        try:  # PEFT makes this check only after it has changed other layers
             LoraModel._check_target_module_compatiblity(None, config, model, leaf)  # type: ignore[arg-type]
         except ValueError:
-            found[name] = f"PEFT puts no LoRA on {leaf} of a {model.config.model_type}"
-        if _taken_for_experts(model, leaf):
-            found[name] = f"PEFT takes {leaf} of a {model.config.model_type} for one of its experts"
-    return found
+            refused[name] = f"PEFT puts no LoRA on {leaf} of a {model.config.model_type}"
+        if _mistaken_for_expert(model, leaf):
+            refused[name] = f"PEFT takes {leaf} of a {model.config.model_type} for one of its experts"
+    return refused
 
 
-def _taken_for_experts(model: PreTrainedModel, leaf: str) -> bool:
-    """Whether PEFT takes a layer for what experts were made of before transformers 5, and adapts the experts instead."""
+def _mistaken_for_expert(model: PreTrainedModel, leaf: str) -> bool:
+    """Whether PEFT takes a layer for part of an expert, as before transformers 5, and adapts the experts instead."""
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # PEFT before it did so
+    except ImportError:  # an older PEFT, which does not
         return False
     config = LoraConfig(target_modules=[leaf])
     try:
         conversion.convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it asks for the other parts as well
+    except ValueError:  # it wants the other parts of the expert too
         return True
     return leaf not in (config.target_modules or ())
 
 
-def _unreached(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> dict[str, str]:
-    """The targets whose adapters have no part in what the model computes: some models take a weight but do not call its
-    layer, some have layers that a causal LM has no use for. Puts adapters on `model`, and it on the meta device. Raises
-    InputError where that fails, or all are such."""
+def _unused_layers(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> dict[str, str]:
+    """The targets whose adapters have no effect on the model's output, with the reason.
+
+    Some models read a weight without calling its layer; some have layers that a causal LM does not use. The check moves
+    `model` to the meta device, adds adapters and runs a backward. Raises InputError if that fails.
+    """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    model.to("meta").requires_grad_(False).train()  # type: ignore[arg-type]  # a wrapper hides its arguments
+    model.to("meta").requires_grad_(False).train()  # type: ignore[arg-type]  # the wrapper hides its arguments
     try:
         model(input_ids=tokens)
         runs = True
-    except Exception:  # what it does depends on values, which are not there
+    except Exception:  # its control flow needs values, which the meta device does not have
         runs = False
     try:
         with torch.random.fork_rng(devices=[]):
@@ -164,16 +165,16 @@ def _unreached(model: PreTrainedModel, targets: list[str], settings: TuneSetting
         if runs:
             adapted(input_ids=tokens).logits.sum().backward()
     except Exception as error:
-        raise _not_on(model, settings, first_line(error)) from error
+        raise _unsupported(model, settings, first_line(error)) from error
     if not runs or settings.method in PROMPTS:
         return {}
     layers = {name: adapted.get_base_model().get_submodule(name) for name in targets}
     adapters = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in layers.items()}
     why = f"a {type(model).__name__} never calls it"
-    return {name: why for name, some in adapters.items() if some and all(p.grad is None for p in some)}
+    return {name: why for name, own in adapters.items() if own and all(p.grad is None for p in own)}
 
 
-def _not_on(model: PreTrainedModel, settings: TuneSettings, why: str) -> InputError:
+def _unsupported(model: PreTrainedModel, settings: TuneSettings, why: str) -> InputError:
     others = ", ".join(method for method in METHODS if method != settings.method)
     return InputError(
         f"tune.method: {settings.method} does not work on a {type(model).__name__}: {why}; accepted: one of {others}"
@@ -186,7 +187,10 @@ def _full_rank(layer: nn.Module) -> int:
 
 def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> peft.PeftConfig:
     if settings.method in _LOW_RANK:
-        options = {**_LOW_RANK[settings.method], "lora_alpha": settings.alpha}  # to PEFT an int, though it takes any
+        options = {
+            **_LOW_RANK[settings.method],
+            "lora_alpha": settings.alpha,
+        }  # typed int by PEFT, which accepts floats
         return LoraConfig(
             r=settings.rank,
             lora_dropout=settings.dropout,
@@ -197,19 +201,19 @@ def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) 
     if settings.method in _PROMPT_CONFIGS:
         return _PROMPT_CONFIGS[settings.method](task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens)
     known = peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    if model.config.model_type in known:  # keys, values, and what feeds the second layer of the MLP, as in the paper
+    if model.config.model_type in known:  # keys, values and the input of the MLP's second layer, as in the paper
         return IA3Config(task_type="CAUSAL_LM")
     return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
 
 
-def _unfrozen(model: PreTrainedModel) -> PreTrainedModel:
-    """Every weight in fp32, to be trained: steps are too small for 16 bits to take up."""
+def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Make every weight fp32 and trainable: 16 bits would round small steps away."""
     unpack_all(model)
     return model.float().requires_grad_(True)
 
 
 def load(model: PreTrainedModel, folder: Path | str) -> PeftModel:
-    """The model, quantized as it was, with the adapters that `save_pretrained` left in a folder."""
+    """Add to a quantized model the adapters that `save_pretrained` wrote into a folder."""
     with _quietly():
         return PeftModel.from_pretrained(model, folder)
 
@@ -217,7 +221,7 @@ def load(model: PreTrainedModel, folder: Path | str) -> PeftModel:
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
-        # PEFT calls it by the name that it had before
+        # PEFT uses the old name of this property
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # which PEFT then sets itself
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # PEFT then corrects it itself
         yield

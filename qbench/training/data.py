@@ -1,6 +1,6 @@
-"""Text to tokens, with a held-out part that is the same for every model, tokenizer and seed.
+"""Reads text and turns it into tokens. The held-out part is the same for every model, tokenizer and seed.
 
-None of it needs a model: a tokenizer, the size of the model's vocabulary and the length of a window suffice.
+No model is needed, only a tokenizer, the vocabulary size and the length of a window.
 """
 
 import codecs
@@ -30,14 +30,14 @@ from qbench.errors import InputError
 from qbench.system.messages import OURS
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
-PIECE = 4096  #: characters a piece, about; one piece in HELD_OUT is held out
+PIECE = 4096  #: characters of a piece, about; one piece in HELD_OUT is held out
 HELD_OUT = 10
 _CHUNK = 2**24  #: bytes read at once
 _PACKED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"\xfd7zXZ\0": lzma.open,
-}  #: by a file's first bytes
-_MARKS = {  # the longer first, as one begins with another
+}  #: by the first bytes of a file
+_MARKS = {  # byte order marks; utf-32-le starts with that of utf-16-le, so longer ones come first
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -51,10 +51,10 @@ _OBJECT = 'an object with the whole document, such as a prompt and its answer, u
 
 @dataclass
 class Text:
-    """train, held_out: pieces of text, in order. whole: whether a piece is a document. digest: SHA-256 of the file.
+    """A text, split into pieces in their order.
 
-    empty, repeated: documents that were left out before the split, as they hold no text, and after it from `train`, as
-    they are held out as well.
+    digest: SHA-256 of the unpacked file. whole: whether each piece is a document. empty: documents without text, dropped
+    before the split. repeated: documents dropped from `train` because they are held out too.
     """
 
     train: list[str]
@@ -65,12 +65,12 @@ class Text:
     repeated: int = 0
 
     def documents(self) -> list[str]:
-        """Those to train on: of a text its paragraphs, which blank lines part."""
+        """The documents to train on; if pieces are not documents, the paragraphs between blank lines."""
         parts = self.train if self.whole else [part for piece in self.train for part in re.split(r"\n\s*\n", piece)]
         return [part.strip() for part in parts if part.strip()]
 
     def metrics(self) -> dict:
-        """What the file was split into, as the result has it."""
+        """The counts of the split, as in result.json."""
         return {
             "unit": "documents" if self.whole else "pieces",
             "held_out": len(self.held_out),
@@ -81,65 +81,69 @@ class Text:
 
 
 def read(path: str) -> Text:
-    """Read a text file, packed by gzip or xz or not; a bare name such as `kjv` is a bundled text.
+    """Read a text file and split it into pieces to train on and pieces to hold out.
 
-    JSON objects, a line each or in a list, each have a document under "text", which is a piece; those without text are
-    dropped. Any other text is cut at line ends into pieces of about 4096 characters, fewer in a short text: by characters,
-    so that models with different tokenizers are scored on the same text. Every tenth piece is held out, of fewer the last.
-    Text is UTF-8, or what its byte order mark says. Raises InputError.
+    path: a file, also one packed with gzip or xz, or the name of a bundled text such as `kjv`. Text is UTF-8, unless a
+    byte order mark says otherwise.
+
+    JSON objects, one a line or in a list, are documents: the "text" of each is a piece, and empty ones are dropped. Other
+    text is cut at line ends into pieces of about 4096 characters, or fewer in a short text. It is cut by characters, so
+    that models with different tokenizers are scored on the same text. Every tenth piece is held out; of fewer than ten,
+    the last. Raises InputError.
     """
-    file = _place(path)
+    file = _find_file(path)
     suffix = next((s for s in map(str.lower, reversed(file.suffixes)) if s not in (".gz", ".xz")), "")
     if suffix in _TABLES:
-        raise _refused(path, "is a table, which pandas' to_json(orient='records', lines=True) turns into JSON lines")
-    with _reading(path):
-        raw = _content(file)
-        digest, text = hashlib.sha256(raw).hexdigest(), _decoded(raw)
-        del raw  # a large text is held once
+        raise _bad_path(path, "is a table, which pandas' to_json(orient='records', lines=True) turns into JSON lines")
+    with _reading_errors(path):
+        raw = _read_bytes(file)
+        digest, text = hashlib.sha256(raw).hexdigest(), _decode(raw)
+        del raw  # do not hold a large text twice
         if "\0" in text:
-            raise _refused(path, "holds NUL characters, as binary files do, and UTF-16 without a byte order mark")
+            raise _bad_path(path, "holds NUL characters, as binary files do, and UTF-16 without a byte order mark")
         whole = suffix in _JSON or _holds_objects(text)
-        found = _documents(text, path) if whole else _pieces(text)
-        pieces = [piece for piece in found if piece.strip()] if whole else found
+        parts = _parse_documents(text, path) if whole else _cut_pieces(text)
+        pieces = [part for part in parts if part.strip()] if whole else parts
     if len(pieces) < 2:
-        raise _refused(path, "holds a single document, and one is to be held out" if pieces else "holds no text")
-    at = set(range(HELD_OUT - 1, len(pieces), HELD_OUT)) or {len(pieces) - 1}
-    held_out = [pieces[i] for i in sorted(at)]
-    rest = [piece for i, piece in enumerate(pieces) if i not in at]
-    train = _without(rest, held_out) if whole else rest
+        raise _bad_path(path, "holds a single document, and one is to be held out" if pieces else "holds no text")
+    indices = set(range(HELD_OUT - 1, len(pieces), HELD_OUT)) or {len(pieces) - 1}
+    held_out = [pieces[i] for i in sorted(indices)]
+    rest = [piece for i, piece in enumerate(pieces) if i not in indices]
+    train = _drop_repeated(rest, held_out) if whole else rest
     if not train:
-        raise _refused(path, "holds one document again and again, and one is to be held out")
-    return Text(train, held_out, digest, whole, len(found) - len(pieces), len(rest) - len(train))
+        raise _bad_path(path, "holds one document again and again, and one is to be held out")
+    return Text(train, held_out, digest, whole, len(parts) - len(pieces), len(rest) - len(train))
 
 
-def _place(path: str) -> Path:
-    # os.path's functions raise for no path whatever, those of Path do
+def _find_file(path: str) -> Path:
+    # unlike those of Path, the functions of os.path raise for no path
     file, bundled = Path(os.path.expanduser(path)), TEXTS / f"{path}.txt.xz"
-    for place in (file, bundled):
-        if os.path.isfile(place):
-            return place
-    raise _refused(path, "is no regular file" if os.path.exists(file) else "does not exist")
+    for candidate in (file, bundled):
+        if os.path.isfile(candidate):
+            return candidate
+    raise _bad_path(path, "is no regular file" if os.path.exists(file) else "does not exist")
 
 
-def _refused(path: str, why: str) -> InputError:
+def _bad_path(path: str, why: str) -> InputError:
     names = ", ".join(sorted(text.name.removesuffix(".txt.xz") for text in TEXTS.glob("*.txt.xz")))
     accepted = f'a UTF-8 text, JSON objects {{"text": "…"}} a line each or in a list (.gz, .xz too), or {names}'
     return InputError(f"data.path: {path!r:.300} {why}; accepted: {accepted}")
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[None]:
+def _reading_errors(path: str) -> Iterator[None]:
+    """Raise InputError for the errors of reading and decoding a file."""
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         reason = first_line(error)
         raise InputError(f"data.path: {path!r:.300} cannot be read as UTF-8 text: {reason}") from error
     except MemoryError as error:
-        raise _refused(path, "is larger, unpacked, than the memory has room for, a quarter of what is free") from error
+        raise _bad_path(path, "is larger, unpacked, than the memory has room for, a quarter of what is free") from error
 
 
-def _content(file: Path) -> bytearray:
-    """The bytes of a file, unpacked. Raises MemoryError beyond a quarter of what is free: small archives may hold more."""
+def _read_bytes(file: Path) -> bytearray:
+    """The unpacked bytes of a file. Raises MemoryError if they take more than a quarter of the free memory."""
     limit = psutil.virtual_memory().available // 4
     with file.open("rb") as stream:
         first = stream.read(max(map(len, _PACKED)))
@@ -153,17 +157,17 @@ def _content(file: Path) -> bytearray:
     return raw
 
 
-def _decoded(raw: bytearray) -> str:
+def _decode(raw: bytearray) -> str:
     return raw.decode(next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8-sig"))
 
 
 def _holds_objects(text: str) -> bool:
-    """Whether a text, whatever its name, begins with a JSON object or a list of them."""
-    at = _next(text, 0)
-    if text[at : at + 1] not in ("{", "["):
+    """Whether a text begins with a JSON object or a list of them."""
+    start = _skip_space(text, 0)
+    if text[start : start + 1] not in ("{", "["):
         return False
     try:
-        first, _ = json.JSONDecoder().raw_decode(text, at)
+        first, _ = json.JSONDecoder().raw_decode(text, start)
     except ValueError:
         return False
     except RecursionError:
@@ -171,24 +175,24 @@ def _holds_objects(text: str) -> bool:
     return bool(first) and (isinstance(first, dict) or all(isinstance(item, dict) for item in first))
 
 
-def _next(text: str, at: int) -> int:
-    """Where the next character is that is no white space."""
-    found = _SPACE.match(text, at)
-    assert found
-    return found.end()
+def _skip_space(text: str, start: int) -> int:
+    """The index of the first character from `start` on that is not white space."""
+    space = _SPACE.match(text, start)
+    assert space, "it matches an empty string"
+    return space.end()
 
 
-def _documents(text: str, path: str) -> list[str]:
-    """The "text" of each of the JSON objects that follow one another, or lie in lists. Raises InputError."""
-    decoder, found, at = json.JSONDecoder(), list[str](), _next(text, 0)
+def _parse_documents(text: str, path: str) -> list[str]:
+    """The "text" of each JSON object of a sequence of objects and lists of objects. Raises InputError."""
+    decoder, documents, start = json.JSONDecoder(), list[str](), _skip_space(text, 0)
 
     def refused(why: str, item: int | None = None) -> InputError:
-        place = f"line {1 + text.count(chr(10), 0, at)}{f', item {item}' if item else ''}"
+        place = f"line {1 + text.count(chr(10), 0, start)}{f', item {item}' if item else ''}"
         return InputError(f"data.path: {place} of {path!r:.300} {why}; accepted: {_OBJECT}")
 
-    while at < len(text):
+    while start < len(text):
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(text, start)
         except RecursionError as error:
             raise refused("is nested too deep") from error
         except ValueError as error:
@@ -197,13 +201,13 @@ def _documents(text: str, path: str) -> list[str]:
         for item, entry in enumerate(value if listed else [value], 1):
             if why := _problem(entry):
                 raise refused(why, item if listed else None)
-            found.append(f"{entry['text']}\n\n")
-        at = _next(text, end)
-    return found
+            documents.append(f"{entry['text']}\n\n")
+        start = _skip_space(text, end)
+    return documents
 
 
 def _problem(entry: Any) -> str | None:
-    """Why a JSON value is no document."""
+    """Why a JSON value is not a document; None if it is one."""
     if not isinstance(entry, dict):
         return "is no object"
     if "text" not in entry:
@@ -218,7 +222,8 @@ def _problem(entry: Any) -> str | None:
     return None
 
 
-def _pieces(text: str) -> list[str]:
+def _cut_pieces(text: str) -> list[str]:
+    """Cut a text at line ends, and within long lines, into pieces of PIECE characters, or fewer in a short text."""
     size = max(1, min(PIECE, len(text) // (2 * HELD_OUT)))
     pieces: list[str] = []
     current: list[str] = []
@@ -233,75 +238,75 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, "".join(current)] if current else pieces
 
 
-def _without(documents: list[str], others: list[str]) -> list[str]:
+def _drop_repeated(documents: list[str], others: list[str]) -> list[str]:
     known = {other.strip() for other in others}
     return [document for document in documents if document.strip() not in known]
 
 
 def held_out(text: Text, tokenizer: PreTrainedTokenizerBase, vocabulary: int, seq: int, tokens: int) -> Tensor:
-    """The windows to score, int64 [n, seq]: so many that `tokens` have a score, or all there are, and then a warning.
+    """The windows to score, int64 [n, seq], enough for `tokens` scored tokens; they do not depend on the run's seed.
 
-    The same for every seed. Raises InputError as `windows` does.
+    If the text is too short, all its windows are returned, with a warning. Raises InputError as `windows` does.
     """
     wanted = -(tokens // -(seq - 1))
-    found = windows(text.held_out, tokenizer, vocabulary, seq, wanted, seed=0)
-    if len(found) < wanted:
-        there = len(found) * (seq - 1)
+    held_out_windows = windows(text.held_out, tokenizer, vocabulary, seq, wanted, seed=0)
+    if len(held_out_windows) < wanted:
+        available = len(held_out_windows) * (seq - 1)
         warnings.warn(
-            f"{OURS}eval.tokens: {tokens} are more than the {there} held out; all of these are scored", stacklevel=2
+            f"{OURS}eval.tokens: {tokens} are more than the {available} held out; all of these are scored", stacklevel=2
         )
-    return found
+    return held_out_windows
 
 
 def windows(
     pieces: list[str], tokenizer: PreTrainedTokenizerBase, vocabulary: int, seq: int, count: int, seed: int
 ) -> Tensor:
-    """At most `count` windows of `seq` tokens, int64 [n, seq], from pieces taken in an order that `seed` shuffles.
+    """At most `count` windows of `seq` tokens, int64 [n, seq], from pieces in an order shuffled with `seed`.
 
-    Every window begins with the tokenizer's beginning-of-text token (end-of-text where it has no other), which gives the
-    first token of text something to follow; with one only, where the text brings its own. Raises InputError if the text
-    does not fill one window, and for a tokenizer that does not fit the text or the model.
+    Every window begins with the tokenizer's beginning-of-text token, or else its end-of-text token, so that the first
+    token of text has a context. The token is not doubled if the text already has it. Raises InputError if the text does
+    not fill one window, and for a tokenizer that does not fit the text or the model.
     """
-    start = _start(tokenizer)
+    start = _start_token(tokenizer)
     stream: list[int] = []
-    for tokens in _encoded(pieces, tokenizer, seed):
+    for tokens in _encode(pieces, tokenizer, seed):
         stream += tokens
         if len(stream) >= count * seq:
             break
-    _check_known(stream, pieces, tokenizer)
-    found = [part for part in islice(_parts(stream, start, seq), count) if len(part) == seq]
-    if not found:
+    _check_known_tokens(stream, pieces, tokenizer)
+    full = [part for part in islice(_split(stream, start, seq), count) if len(part) == seq]
+    if not full:
         raise InputError(f"data.path: the text has {len(stream)} tokens here, less than one window of data.seq={seq}")
-    _check(max(map(max, found)), vocabulary)
-    return torch.tensor(found)
+    _check_vocabulary(max(map(max, full)), vocabulary)
+    return torch.tensor(full)
 
 
 def examples(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, vocabulary: int, seq: int, count: int, seed: int
 ) -> list[Tensor]:
-    """At most `count` examples, int64 [length ≤ seq] each, of documents taken in an order that `seed` shuffles.
+    """At most `count` examples, int64 [length ≤ seq] each, from documents in an order shuffled with `seed`.
 
-    A document begins as a window does and ends with the tokenizer's end-of-text token; a longer one is several examples.
+    A document begins as a window does and ends with the end-of-text token. One that is too long becomes several examples.
     Raises InputError as `windows` does.
     """
-    start, end = _start(tokenizer), tokenizer.eos_token_id
-    found: list[list[int]] = []
+    start, end = _start_token(tokenizer), tokenizer.eos_token_id
+    parts: list[list[int]] = []
     stream: list[int] = []
-    for tokens in _encoded(documents, tokenizer, seed):
-        if len(found) >= count:
+    for tokens in _encode(documents, tokenizer, seed):
+        if len(parts) >= count:
             break
         stream += tokens
         ended = tokens if end is None or tokens[-1:] in ([], [end]) else [*tokens, end]
-        found += [part for part in _parts(ended, start, seq) if len(part) > 1]  # else there is nothing to predict
-    _check_known(stream, documents, tokenizer)
-    if not found:
+        parts += [part for part in _split(ended, start, seq) if len(part) > 1]  # a single token predicts nothing
+    _check_known_tokens(stream, documents, tokenizer)
+    if not parts:
         raise InputError("data.path: the text has no document of two tokens to train on")
-    _check(max(map(max, found)), vocabulary)
-    return [torch.tensor(part) for part in found[:count]]
+    _check_vocabulary(max(map(max, parts)), vocabulary)
+    return [torch.tensor(part) for part in parts[:count]]
 
 
-def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
-    """The tokens of each text. Raises InputError."""
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
+    """Yield the tokens of each text, in an order shuffled with `seed`. Raises InputError."""
     for i in np.random.default_rng(seed).permutation(len(texts)):
         try:
             yield tokenizer(texts[i], add_special_tokens=False, verbose=False)["input_ids"]
@@ -309,21 +314,21 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, seed: int) ->
             raise InputError(f"model.path: its tokenizer cannot encode the text: {first_line(error)}") from error
 
 
-def _parts(tokens: list[int], start: int | None, seq: int) -> Iterator[list[int]]:
-    """The tokens in parts of `seq`, the last of what is left, each of which begins with `start` once."""
-    at = 0
-    while at < len(tokens):
-        mark = [] if start is None or tokens[at] == start else [start]
-        room = seq - len(mark)
-        yield mark + tokens[at : at + room]
-        at += room
+def _split(tokens: list[int], start: int | None, seq: int) -> Iterator[list[int]]:
+    """Split tokens into parts of `seq`, each beginning with `start` once; the last part may be shorter."""
+    position = 0
+    while position < len(tokens):
+        prefix = [] if start is None or tokens[position] == start else [start]
+        room = seq - len(prefix)
+        yield prefix + tokens[position : position + room]
+        position += room
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
-def _check_known(tokens: list[int], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_known_tokens(tokens: list[int], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     if texts and all(token == tokenizer.unk_token_id for token in tokens):
         raise InputError(
             f"model.path: its tokenizer knows no token of the text, such as {texts[0].strip()[:40]!r}; accepted: the"
@@ -331,17 +336,17 @@ def _check_known(tokens: list[int], texts: list[str], tokenizer: PreTrainedToken
         )
 
 
-def _check(largest: int, vocabulary: int) -> None:
+def _check_vocabulary(largest: int, vocabulary: int) -> None:
     if largest >= vocabulary:
         raise InputError(f"model.path: its tokenizer makes token {largest}, but the model knows {vocabulary} tokens")
 
 
 def pick_seq(seq: int | str, model: PreTrainedModel, usual: int = 256) -> int:
-    """Tokens a window: `auto` is the usual, or as many as the model has positions. Raises InputError for more."""
+    """The tokens of a window: `auto` is `usual`, or the model's positions if fewer. Raises InputError for too many."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if isinstance(seq, str):  # auto
         return min(usual, positions) if positions > 0 else usual
-    if 0 < positions < seq:  # XLNet's -1 is no limit
+    if 0 < positions < seq:  # XLNet has -1, no limit
         raise InputError(
             f"data.seq: {seq} is more than the model's {positions} positions; accepted: auto, or up to those"
         )

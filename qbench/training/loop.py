@@ -1,4 +1,4 @@
-"""The loop of the fine-tune, which trains whatever of a model requires a gradient."""
+"""The training loop. It trains every parameter of the model that requires a gradient."""
 
 import time
 import warnings
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from qbench.errors import InputError
 from qbench.settings import FULL, SCHEDULES, TuneSettings
-from qbench.training.losses import NOTHING, logits_of, next_token_loss
+from qbench.training.losses import IGNORED, logits_of, next_token_loss
 
 from . import optim
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class TuneLog:
-    """What the training left: a loss (nats a token), gradient norm, lr and tokens/s a step.
+    """Records of a fine-tune: for each step the loss (nats a token), gradient norm, lr and tokens/s.
 
-    padding: the share of what went through the model that was no text. optimizer: bytes of its states, and the pages that
-    moved (`optim.footprint`).
+    trainable: number of trained parameters. padding: the fraction of the model's input tokens that were padding.
+    optimizer: memory of its states, and moved pages (`optim.footprint`).
     """
 
     loss: list[float] = field(default_factory=list)
@@ -46,11 +46,11 @@ def train(
     seed: int,
     advance: Callable[[int, float, float], None] = lambda step, loss, tokens_s: None,
 ) -> TuneLog:
-    """Train what requires a gradient on examples, int64 [length] each, in an order that `seed` shuffles.
+    """Train on examples, int64 [length] each, in an order shuffled with `seed`.
 
-    The gradient is that of the mean over all targets of a batch, whatever the parts it is taken in. `advance` is told
-    each step from 1 on, its loss and its tokens/s. Raises FloatingPointError where the loss is not finite,
-    InputError where no gradient reaches what is trained.
+    The loss of a step is the mean over all targets of its batch, also when gradients are accumulated over parts of it.
+    advance: called after each step, counted from 1, with its loss and tokens/s. Raises FloatingPointError if the loss is
+    not finite, and InputError if no gradient reaches the trained parameters.
     """
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -68,8 +68,8 @@ def train(
     log = TuneLog(trainable=sum(p.numel() for p in parameters))
     order = _order([len(example) for example in examples], settings, seed)
     torch.manual_seed(seed)  # dropout
-    tokens = passed = 0
-    full = settings.method == FULL  # whose weights are fp32: the products are in 16 bit all the same
+    tokens = padded_tokens = 0
+    full = settings.method == FULL  # its weights are fp32, but the products are computed in 16 bit
     with _training_mode(model, settings.checkpointing):
         for step in range(settings.steps):
             started = time.perf_counter()
@@ -79,17 +79,17 @@ def train(
             with torch.autocast(device.type, torch.bfloat16) if full else nullcontext():
                 for start in range(0, settings.batch, settings.batch // settings.accumulate):
                     rows = batch[start : start + settings.batch // settings.accumulate]
-                    # padded at the end, which the text of a causal model does not see: no mask is needed
-                    part = pad_sequence(rows, batch_first=True, padding_value=NOTHING).to(device)
+                    # padding is at the end, where a causal model's text does not see it, so no mask is needed
+                    part = pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(device)
                     loss = next_token_loss(logits_of(model, part.clamp(min=0)), part, length - len(batch))
-                    if not loss.requires_grad:  # Reformer's layers compute gradients by themselves
+                    if not loss.requires_grad:  # Reformer's layers compute their gradients themselves
                         raise InputError(
                             f"tune.method: {settings.method} does not work on this model, which hands no gradient to its "
                             "layers; accepted: full, or tune=none"
                         )
                     loss.backward()
                     total += loss.item()
-                    passed += part.numel()
+                    padded_tokens += part.numel()
             if not total < float("inf"):
                 raise FloatingPointError(
                     f"the loss of step {step + 1} is {total}; a lower tune.lr={settings.lr} may help"
@@ -104,13 +104,13 @@ def train(
             tokens += length
             log.tokens_s.append(length / (time.perf_counter() - started))
             advance(step + 1, total, log.tokens_s[-1])
-    log.padding = 1 - tokens / passed
+    log.padding = 1 - tokens / padded_tokens
     log.optimizer = optim.footprint(optimizer)
     return log
 
 
 def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
-    """Which example comes when: shuffled anew each epoch, or with `group_by_length` so that a batch is of alike length."""
+    """Example indices in training order, shuffled each epoch; `group_by_length` batches examples of like length."""
     generator = torch.Generator().manual_seed(seed)
     needed = settings.steps * settings.batch
     order: list[int] = []
@@ -119,17 +119,20 @@ def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
 
         epoch = LengthGroupedSampler(settings.batch, lengths=lengths, generator=generator)
     while len(order) < needed:
-        some = list(epoch) if settings.group_by_length else torch.randperm(len(lengths), generator=generator).tolist()
-        # a batch of the end of one epoch and the start of the next would be of two lengths
-        whole = len(some) // settings.batch * settings.batch if settings.group_by_length else 0
-        order += some[: whole or None]
+        if not settings.group_by_length:
+            order += torch.randperm(len(lengths), generator=generator).tolist()
+            continue
+        indices = list(epoch)
+        # a batch across two epochs would mix lengths, so the last, incomplete batch is dropped, unless it is all there is
+        whole_batches = len(indices) // settings.batch * settings.batch
+        order += indices[: whole_batches or None]
     return order
 
 
 @contextmanager
 def _training_mode(model: "PreTrainedModel | PeftModel", checkpointing: bool) -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a new name for it
+        warnings.simplefilter("ignore", FutureWarning)  # that an argument is renamed
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

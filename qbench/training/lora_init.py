@@ -1,8 +1,10 @@
-"""Where LoRA starts: at nothing, or at what makes up for the error of quantization, W ≈ Q + B·A.
+"""How LoRA's A and B are initialized: B = 0, or A and B that compensate the quantization error, W ≈ Q + B·A.
 
-default: B is zero and Q = q(W). loftq: alternately A, B from the singular vectors of W − Q, and Q = q(W − B·A) (Li et
-al. 2023, "LoftQ", arXiv 2310.08659, Algorithm 1). pissa: A, B from the largest singular vectors of W itself, and
-Q = q(W − B·A) (Meng et al. 2024, "PiSSA", arXiv 2404.02948, section 3; QPiSSA).
+default: B is zero and Q = q(W).
+loftq: alternates between A, B from the singular vectors of W − Q, and Q = q(W − B·A) (Li et al. 2023, "LoftQ", arXiv
+2310.08659, Algorithm 1).
+pissa: A, B from the largest singular vectors of W itself, and Q = q(W − B·A) (Meng et al. 2024, "PiSSA", arXiv
+2404.02948, section 3; QPiSSA).
 """
 
 from dataclasses import dataclass, replace
@@ -13,12 +15,12 @@ from torch import Tensor
 from formats import Format, QuantizedTensor
 
 INITS = ("default", "loftq", "pissa")
-EXACT = 1024  #: the smaller side of a matrix from which on its singular vectors are found by iteration
+EXACT = 1024  #: matrices whose smaller side is larger get approximate singular vectors, by iteration
 
 
 @dataclass
-class Start:
-    """packed: Q. a: fp32 [rank, in_features]. b: fp32 [out_features, rank]."""
+class LoraInit:
+    """The start of one layer. packed: Q. a: fp32 [rank, in_features]. b: fp32 [out_features, rank]."""
 
     packed: QuantizedTensor
     a: Tensor
@@ -29,36 +31,38 @@ class Start:
         return torch.addmm(self.packed.dequantize(torch.float32), self.b, self.a)
 
 
-def find(w: Tensor, fmt: Format, rank: int, init: str, rounds: int, name: str = "tensor") -> Start:
-    """Quantize w [out_features, in_features] together with the A and B that a fine-tune begins from.
+def initialize(w: Tensor, fmt: Format, rank: int, init: str, rounds: int, name: str = "tensor") -> LoraInit:
+    """Quantize w [out_features, in_features], and compute the A and B that its fine-tune starts from.
 
-    rounds: alternations of LoftQ, of which the best is kept; PiSSA, by its definition, has one. Raises ValueError, naming
-    the tensor, if it holds NaN or Inf.
+    init: "loftq" or "pissa". rounds: alternations of LoftQ; the one with the least error is returned. PiSSA has one by
+    definition. Raises ValueError, naming the tensor, if it holds NaN or Inf.
     """
     dtype, w = w.dtype, w.detach().float()
 
-    def quantize(rest: Tensor) -> QuantizedTensor:
-        return replace(fmt.quantize(rest, name), dtype=dtype)
+    def quantize(residual: Tensor) -> QuantizedTensor:
+        return replace(fmt.quantize(residual, name), dtype=dtype)
 
     if init == "pissa":
         b, a = low_rank(w, rank)
-        return Start(quantize(w - b @ a), a, b)
-    packed, least = quantize(w), float("inf")
-    best: Start | None = None
+        return LoraInit(quantize(w - b @ a), a, b)
+    packed, least_error = quantize(w), float("inf")
+    best: LoraInit | None = None
     for _ in range(rounds):
         b, a = low_rank(w - packed.dequantize(torch.float32), rank)
-        start = Start(packed, a, b)
+        start = LoraInit(packed, a, b)
         error = float((w - start.dequantize()).double().square().sum())
-        if error < least:
-            best, least = start, error
+        if error < least_error:
+            best, least_error = start, error
         packed = quantize(w - b @ a)
-    assert best, "there is one round at least"
+    assert best, "rounds is at least 1"
     return best
 
 
 def low_rank(m: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [rows, rank] and A [rank, columns] whose product is nearest to m [rows, columns] (Eckart and Young 1936), the
-    singular values shared between them equally."""
+    """B [rows, rank] and A [rank, columns] whose product is nearest to m [rows, columns] (Eckart and Young 1936).
+
+    Each has the square roots of the singular values as factors.
+    """
     if min(m.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(m, full_matrices=False)
     else:

@@ -1,4 +1,4 @@
-"""LoRA on packed layers: what PEFT puts there, whoever calls it."""
+"""LoRA on packed layers: importing this module makes PEFT put `LoraQuantLinear` on every QuantLinear."""
 
 from functools import wraps
 from typing import Any
@@ -16,23 +16,25 @@ from qbench.model.selection import packed_layers
 
 
 class LoraQuantLinear(LoraLinear):
-    """LoRA on a QuantLinear: PEFT's own layer, but one plain adapter, the usual case, is a single step of autograd, which
-    keeps x in its own dtype. Under autocast PEFT's own steps round as its users know it, to the last bit."""
+    """LoRA on a QuantLinear: PEFT's layer, with one fast path.
+
+    A single LoRA adapter without variants or bias, the usual case, is one autograd function that keeps x in its own dtype.
+    Everything else runs PEFT's code; so does autocast, where results keep PEFT's rounding to the last bit.
+    """
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether W is transposed: it is not, though it was in the `Conv1D` for which a user may have said that it is."""
+        """Whether W is transposed: never here, even if the user set it for the `Conv1D` that this layer replaces."""
         return False
 
     @fan_in_fan_out.setter
-    def fan_in_fan_out(self, said: bool) -> None:
+    def fan_in_fan_out(self, value: bool) -> None:
         pass
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        special = self.disable_adapters or self.lora_variant or self.merged or args or kwargs
-        plain = not special and not autocasting(x)
-        if not plain or len(active) != 1 or self.lora_B[active[0]].bias is not None:
+        special = self.disable_adapters or self.lora_variant or self.merged or args or kwargs or autocasting(x)
+        if special or len(active) != 1 or self.lora_B[active[0]].bias is not None:
             return super().forward(x, *args, **kwargs)
         name = active[0]
         a: Any = self.lora_A[name].weight
@@ -43,21 +45,23 @@ class LoraQuantLinear(LoraLinear):
 _create_new_module = LoraModel._create_new_module
 
 
-def _knowing(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
-    # PEFT knows further layers from a config alone, so each is told as it is used
+def _create_module_for_quant_linear(
+    lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+) -> nn.Module | None:
+    # PEFT learns of custom layers only through a config, so each config is told when it is used
     lora_config._register_custom_module({QuantLinear: LoraQuantLinear})
     return _create_new_module(lora_config, adapter_name, target, **kwargs)
 
 
-LoraModel._create_new_module = staticmethod(_knowing)  # type: ignore[method-assign]  # it has no other door
+LoraModel._create_new_module = staticmethod(_create_module_for_quant_linear)  # type: ignore[method-assign]  # PEFT offers no other hook
 
 
 _prepare = peft.prepare_model_for_kbit_training
 
 
 @wraps(_prepare)
-def _prepared(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    # It makes all 16-bit weights fp32, and adapters begin in the dtype of the weight that they are on.
+def _prepare_packed(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    # PEFT makes all 16-bit weights fp32, and adapters take the dtype of their weight.
     model = _prepare(model, *args, **kwargs)
     for layer in packed_layers(model).values():
         layer.dtype = torch.promote_types(layer.dtype, torch.float32)
@@ -65,39 +69,38 @@ def _prepared(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 for _module in (peft, peft.utils, peft.utils.other):
-    vars(_module)["prepare_model_for_kbit_training"] = _prepared
+    vars(_module)["prepare_model_for_kbit_training"] = _prepare_packed
 
 
 _count_parameters = PeftModel.get_nb_trainable_parameters
 
 
 def _count_weights(model: PeftModel) -> tuple[int, int]:
-    """Parameters that are trained, and all: of a packed layer the weights that it stands for, not its bytes."""
+    """Counts of trainable and of all parameters; a packed layer counts its weights, not its bytes."""
     trained, total = _count_parameters(model)
     return trained, total + not_counted(model)
 
 
-# which print_trainable_parameters asks
+# print_trainable_parameters calls it
 PeftModel.get_nb_trainable_parameters = _count_weights  # type: ignore[method-assign, assignment]
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale · (x·Aᵀ)·Bᵀ, computed in the dtype of A and B, under autocast in that of autocast, and rounded once, to
-    that of y.
+    """y + scale · (x·Aᵀ)·Bᵀ, computed in the dtype of A and B (or of autocast), and rounded once to the dtype of y.
 
     y: [..., out_features]. x: [..., in_features]. a: [rank, in_features]. b: [out_features, rank].
     """
     device = x.device.type
     if autocasting(x):
         dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):  # the backward runs outside of it, on the same dtypes
+        with torch.autocast(device, enabled=False):  # backward runs without autocast, in the same dtypes
             return add_low_rank(y, x, a.to(dtype), b.to(dtype), scale)
-    # flat within the function: its result must be no view, as some models add to it in place
+    # The function works on flat tensors, so that its result is no view: some models add to it in place.
     return _AddLowRank.apply(_rows(y), _rows(x), a, b, scale).view_as(y)
 
 
 def autocasting(x: Tensor) -> bool:
-    """Whether products of x are cast by autocast: on the device of x, if that kind has it."""
+    """Whether autocast is on for the device of x."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
@@ -113,7 +116,7 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
         _, for_x, for_a, for_b, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for second derivatives, which `inner` as it was kept knows nothing of
+        if torch.is_grad_enabled():  # for second derivatives, for which the saved `inner` has no graph
             inner = x.to(a.dtype) @ a.t() * ctx.scale
         rows = g.to(a.dtype)
         g_inner = rows @ b * ctx.scale

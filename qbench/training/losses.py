@@ -1,7 +1,7 @@
-"""Steps of a training loop, two as functions of autograd that neither keep nor write what they can do without.
+"""The next-token loss, as a custom autograd function that avoids fp32 copies of the logits.
 
-Left to autograd, these keep fp32 copies of what the model holds in 16 bit, and on a CPU, where each copy is fresh memory,
-spend more time on the copies than on the arithmetic.
+PyTorch's own loss keeps fp32 copies of 16-bit logits. On a CPU, where each copy is fresh memory, the copies take longer
+than the arithmetic.
 """
 
 from collections.abc import Iterator
@@ -11,50 +11,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NOTHING = -100  #: in the place of a token where none follows: cross_entropy's mark for that
-LOGITS = {"cpu": 2**20, "cuda": 2**24}  #: in fp32 at once: a share of the cache, enough for a GPU to fill itself
+IGNORED = -100  #: cross_entropy's target for a position without a next token
+CHUNK = {"cpu": 2**20, "cuda": 2**24}  #: logits in fp32 at once: they fit in a CPU's cache, or fill a GPU
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits [n, seq, vocabulary] of a causal LM for tokens [n, seq]; those of virtual tokens before them are left out."""
+    """Logits [n, seq, vocabulary] of a causal LM for tokens [n, seq], without those of virtual prompt tokens."""
     return model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :]
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, targets: int | None = None) -> Tensor:
-    """Mean cross-entropy, nats, in fp32, of logits [n, seq, vocabulary] and the tokens [n, seq] that follow them.
+    """Mean cross-entropy, nats, fp32, of logits [n, seq, vocabulary] against the next of the tokens [n, seq].
 
-    Of a part of a batch it is that part's share of the mean: `targets` are those of the whole. NOTHING among the tokens
-    is no target.
+    targets: the number to divide by. For a part of a batch it is the whole batch's, so that the parts add up to the mean.
+    Tokens that are IGNORED are no targets.
     """
-    following = F.pad(tokens[:, 1:], (0, 1), value=NOTHING)
+    following = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
     targets = tokens[:, 1:].numel() if targets is None else targets
     return _CrossEntropy.apply(logits.flatten(0, 1), following.flatten()) / targets
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum over rows of logits [n, vocabulary], a few at a time; a negative target counts nothing."""
+    """The sum over the rows of logits [n, vocabulary], in chunks. Rows with a negative target are ignored."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Any:
         ctx.save_for_backward(logits, targets)
-        parts = _split(logits, logits, targets)
-        return sum(F.cross_entropy(some.float(), target, reduction="sum") for some, target in parts)
+        chunks = _split(logits, logits, targets)
+        return sum(F.cross_entropy(rows.float(), target, reduction="sum") for rows, target in chunks)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         column, weight = targets.clamp(min=0)[:, None], (g * (targets >= 0))[:, None]
-        if torch.is_grad_enabled():  # second derivatives are asked for, which what is written in place would not have
+        if torch.is_grad_enabled():  # for second derivatives, which in-place writes do not have
             p = logits.float().softmax(1)
             return ((p - torch.zeros_like(p).scatter(1, column, 1.0)) * weight).to(logits.dtype), None
         grad = torch.empty_like(logits)
-        for some, at, share, out in _split(logits, logits, column, weight, grad):
-            p = some.float().softmax(1)
-            p.scatter_add_(1, at, p.new_full(at.shape, -1.0))
-            out.copy_(p.mul_(share))
+        for rows, row_column, row_weight, out in _split(logits, logits, column, weight, grad):
+            p = rows.float().softmax(1)
+            p.scatter_add_(1, row_column, p.new_full(row_column.shape, -1.0))
+            out.copy_(p.mul_(row_weight))
         return grad, None
 
 
 def _split(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    rows = max(1, LOGITS[logits.device.type] // logits.shape[1])
+    """Split tensors into chunks of as many rows as hold CHUNK logits."""
+    rows = max(1, CHUNK[logits.device.type] // logits.shape[1])
     return zip(*(t.split(rows) for t in tensors), strict=True)

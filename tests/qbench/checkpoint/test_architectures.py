@@ -73,7 +73,7 @@ def test_adapters_are_on_the_layers_of_a_mixture_that_are_not_told_and_on_nothin
     model = loading.load(str(tmp_path), torch.float32, torch.device("cpu")).model
     names = selection.linear_layers(model).keys()
     settings = TuneSettings(rank=2)
-    left = adapters.refused(model, names, settings)
+    left = adapters.refused_layers(model, names, settings)
     adapted = adapters.add(model, names, settings, seed=0).get_base_model()
     on = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
     assert on == names - left.keys() and bool(left) == (kind != "mixtral")

@@ -1,4 +1,4 @@
-"""Adapters: what a run saves gives what it reported; what cannot work is told before a weight is read."""
+"""Saved adapters give the reported perplexity, and impossible settings are refused before a weight is read."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def settings(path: Path, name: str, **tune) -> Settings:
 
 
 def perplexity(model, path: Path) -> float:
-    """On the text that a run scores."""
+    """The perplexity on the text that a run scores."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     windows = data.held_out(data.read("kjv"), tokenizer, VOCABULARY, 64, 500)
     return quality.evaluate(model, windows).metrics()["perplexity"]
@@ -76,8 +76,8 @@ def perplexity(model, path: Path) -> float:
     ("architecture", "tune", "name"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.thorough) for case in OTHERS if case not in QUICK)],
 )
-def test_what_is_saved_gives_what_was_reported(architecture, tune, name, tmp_path, monkeypatch):
-    """Each way that its card tells of: on the packed model, and in plain PEFT on the dequantized one."""
+def test_saved_adapters_give_the_reported_perplexity(architecture, tune, name, tmp_path, monkeypatch):
+    """In both ways of the model card: on the packed model, and with PEFT on the dequantized one."""
     path = make_model(architecture, tmp_path / "model")
     result = run(settings(path, name, **TUNES[tune]), tmp_path / "run")
     scores, adapter = result["metrics"]["quality"], tmp_path / "run" / "adapter"
@@ -103,7 +103,7 @@ def test_what_is_saved_gives_what_was_reported(architecture, tune, name, tmp_pat
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "embed_tokens", "q_proj"], ["embed_tokens"]])
 @pytest.mark.parametrize("together", [False, True])
-def test_what_is_merged_into_a_tied_head_is_not_in_the_embeddings(targets, together, tmp_path):
+def test_merging_into_a_tied_head_leaves_the_embeddings(targets, together, tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL, intermediate_size=96, num_attention_heads=4, tie_word_embeddings=True)
     model = qbench.pack(AutoModelForCausalLM.from_config(config).eval(), "nf4")
@@ -138,7 +138,7 @@ def unread(config: transformers.PreTrainedConfig):
         ("rwkv", {"method": "p_tuning"}, r"^tune.method: p_tuning does not work on a RwkvForCausalLM: .* full$"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_told_before_a_weight_is_read(architecture, tune, line):
+def test_impossible_settings_are_refused_before_a_weight_is_read(architecture, tune, line):
     with pytest.raises(InputError, match=line) as raised:
         adapters.check(unread((ARCHITECTURES | RECURRENT)[architecture]), TuneSettings(**tune), 120)
     assert "\n" not in str(raised.value)
@@ -146,7 +146,7 @@ def test_what_cannot_work_is_told_before_a_weight_is_read(architecture, tune, li
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("tune", sorted(TUNES))
-def test_what_works_is_let_by(architecture, tune):
+def test_possible_settings_are_accepted(architecture, tune):
     model = unread(ARCHITECTURES[architecture])
     before = {name: type(module) for name, module in model.named_modules()}
     random = torch.get_rng_state()
@@ -163,17 +163,17 @@ def test_what_works_is_let_by(architecture, tune):
      ("mamba2", {"out_proj": "PEFT puts no LoRA"}), ("falcon_h1", {"out_proj": "PEFT puts no LoRA"}),
      ("rwkv", {}), ("recurrent_gemma", {})],
 )  # fmt: skip
-def test_models_without_a_kv_cache_are_tuned_and_what_is_not_is_told(architecture, left, tmp_path, capsys):
+def test_models_without_a_kv_cache_are_tuned_and_untuned_layers_are_named(architecture, left, tmp_path, capsys):
     torch.manual_seed(0)
     path = tmp_path / "model"
     AutoModelForCausalLM.from_config(RECURRENT[architecture], dtype=torch.bfloat16).save_pretrained(path)
     AutoTokenizer.from_pretrained(location.BUNDLED).save_pretrained(path)
     result = run(settings(path, "nf4"), tmp_path / "run")
-    told = re.findall("qbench: No adapter on .*", capsys.readouterr().err)
-    found = result["metrics"]["tune"]["left"]
-    assert result["status"] == "done" and len(told) == bool(left)
-    assert {name.rpartition(".")[2] for name in found} == left.keys()
-    assert all(left[name.rpartition(".")[2]] in why for name, why in found.items())
+    warned = re.findall("qbench: No adapter on .*", capsys.readouterr().err)
+    untuned = result["metrics"]["tune"]["left"]
+    assert result["status"] == "done" and len(warned) == bool(left)
+    assert {name.rpartition(".")[2] for name in untuned} == left.keys()
+    assert all(left[name.rpartition(".")[2]] in why for name, why in untuned.items())
     rates = result["metrics"]["throughput"]
     for stage in (rates, rates["baseline"], rates["tuned"]):
         assert stage["prefill_tokens_s"] and (stage["decode_tokens_s"] is None) == ("untimed" in stage)
@@ -181,8 +181,8 @@ def test_models_without_a_kv_cache_are_tuned_and_what_is_not_is_told(architectur
     assert reason == ("a RecurrentGemmaForCausalLM gives no cache to go on from" if "gemma" in architecture else "")
 
 
-def test_what_fails_to_decode_is_told_and_the_rest_kept():
-    """Whatever a model raises when it is handed its cache."""
+def test_a_failed_decode_is_reported_and_the_other_rates_are_kept():
+    """Whatever error a model raises for its cache."""
     model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]).eval()
     forward = model.forward
 
@@ -198,7 +198,7 @@ def test_what_fails_to_decode_is_told_and_the_rest_kept():
 
 
 def test_an_adapter_beside_a_model_is_used_only_when_asked_for(tiny_llama, tmp_path):
-    """A run measures the model alone, as if no adapter were there; a packed model with one is refused."""
+    """A run measures the model alone, as if the adapter were absent; a packed model with an adapter is refused."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     tokens = torch.arange(40)[None]

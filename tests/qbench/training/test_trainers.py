@@ -1,4 +1,4 @@
-"""The loops that others train in, on a packed model: losses are those of PEFT on the dequantized model."""
+"""Trainers of other libraries on a packed model give the losses of PEFT on the dequantized model."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="
 
 
 class Windows(Dataset):
-    """Of the bundled text."""
+    """Windows of the bundled text."""
 
     def __init__(self):
         text = data.read("kjv")
@@ -38,16 +38,16 @@ class Windows(Dataset):
 
 class Losses(TrainerCallback):
     def __init__(self):
-        self.found: list[float] = []
+        self.losses: list[float] = []
 
     def on_log(self, args, state, control, logs, **_):
         if "loss" in logs:
-            self.found.append(float(logs["loss"]))
+            self.losses.append(float(logs["loss"]))
 
 
-def by_trainer(model, windows, told, folder, trl=False):
-    losses, adapters = Losses(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    options = told | {
+def by_trainer(model, windows, trainer_args, folder, trl=False):
+    log, adapters = Losses(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = trainer_args | {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1,
         "report_to": [], "save_strategy": "no", "use_cpu": True, "seed": 0, "disable_tqdm": True,
@@ -61,33 +61,33 @@ def by_trainer(model, windows, told, folder, trl=False):
         tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
         SFTTrainer(
             model=model, args=SFTConfig(**options), train_dataset=rows, processing_class=tokenizer,
-            peft_config=adapters, callbacks=[losses],
+            peft_config=adapters, callbacks=[log],
         ).train()  # fmt: skip
-        return losses.found
+        return log.losses
     model = get_peft_model(model, adapters)
-    if told.get("gradient_checkpointing_kwargs", {}).get("use_reentrant"):
+    if trainer_args.get("gradient_checkpointing_kwargs", {}).get("use_reentrant"):
         model.enable_input_require_grads()
-    Trainer(model=model, args=TrainingArguments(**options), train_dataset=windows, callbacks=[losses]).train()
+    Trainer(model=model, args=TrainingArguments(**options), train_dataset=windows, callbacks=[log]).train()
     assert any(isinstance(module, LoraQuantLinear) for module in model.modules()) == _packed(model)
-    return losses.found
+    return log.losses
 
 
 def _packed(model):
     return any(isinstance(module, QuantLinear) for module in model.modules())
 
 
-def by_trl(model, windows, told, folder):
-    return by_trainer(model, windows, told, folder, trl=True)
+def by_trl(model, windows, trainer_args, folder):
+    return by_trainer(model, windows, trainer_args, folder, trl=True)
 
 
-def by_accelerate(model, windows, told, folder):
-    """Prepared as PEFT prepares a packed model."""
-    checkpointing = told.get("gradient_checkpointing_kwargs")
+def by_accelerate(model, windows, trainer_args, folder):
+    """With PEFT's preparation of a packed model."""
+    checkpointing = trainer_args.get("gradient_checkpointing_kwargs")
     model = prepare_model_for_kbit_training(model, bool(checkpointing), checkpointing)
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     accelerator = Accelerator(
-        mixed_precision="bf16" if told.get("bf16") else "no", cpu=True, gradient_accumulation_steps=2
+        mixed_precision="bf16" if trainer_args.get("bf16") else "no", cpu=True, gradient_accumulation_steps=2
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(windows, 2))
@@ -110,13 +110,13 @@ CHECKPOINTING = {
 }
 
 
-def compare(path, way, dtype, told, folder):
+def compare(path, way, dtype, trainer_args, folder):
     windows, losses = Windows(), []
     for packed in (True, False):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         model = qbench.pack(model, "nf4", block=32, dq=True)
         model = model if packed else model.dequantize()
-        losses.append(WAYS[way](model, windows, told, folder))
+        losses.append(WAYS[way](model, windows, trainer_args, folder))
     assert len(losses[0]) == (2 * STEPS if way == "accelerate" else STEPS)
     assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
     start, end = (sum(part) for part in (losses[0][:5], losses[0][-5:]))

@@ -1,4 +1,4 @@
-"""LoRA on packed weights: it learns, touches nothing else, and comes back from disk with the same logits."""
+"""LoRA on packed weights learns, changes nothing else, and reloads from disk with the same logits."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_learns_and_reloads(any_model, name, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(any_model, method, tmp_path):
-    """On the packed weights, which stay as they are; and what it saved comes back with the same logits."""
+    """The packed weights do not change, and a reloaded adapter gives the same logits."""
     base, targets = quantized(any_model, "none" if method == "full" else "nf4")
     settings = TuneSettings(method=method, steps=12, batch=4, rank=8, virtual_tokens=4, lr=2e-2, warmup=1)
     kept = {key: tensor.clone() for key, tensor in base.state_dict().items()}
@@ -84,7 +84,7 @@ def test_every_method_learns(any_model, method, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora", "ia3"])
 def test_what_it_saves_is_plain_peft(any_model, method, tmp_path):
-    """Without qbench: PEFT on an unquantized model that has the dequantized weights gives the same logits, to 1e-5."""
+    """Without qbench, PEFT on a model with the dequantized weights gives the same logits, to 1e-5."""
     base, targets = quantized(any_model)
     weights = {name: base.get_submodule(name).weight for name in targets}
     model = adapters.add(base, targets, TuneSettings(method=method, rank=8), seed=0)
@@ -104,7 +104,7 @@ def ragged(lengths):
 
 
 def gradients(model, examples, **settings):
-    """Of one step, before any clipping, from the change that plain gradient descent makes."""
+    """The gradients of one step without clipping, computed from the change that SGD makes."""
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train(model, examples, TuneSettings(steps=1, lr=1.0, optimizer="sgd", clip=1e9, warmup=0, **settings), seed=0)
     return {name: before[name] - p for name, p in model.named_parameters() if name in before}
@@ -112,7 +112,7 @@ def gradients(model, examples, **settings):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_batch_of_documents_is_the_mean_over_its_targets(tiny_llama, accumulate):
-    """However it is padded and in however many parts it is taken: as each document by itself, in fp32."""
+    """Padding and accumulation do not matter: the gradient is that of each document alone, in fp32."""
     examples = ragged([5, 32, 9, 17])
     model, targets = quantized(tiny_llama)
     model = adapters.add(model, targets, SETTINGS, seed=0)
@@ -124,13 +124,13 @@ def test_a_batch_of_documents_is_the_mean_over_its_targets(tiny_llama, accumulat
     )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
-    found = gradients(model, examples, batch=4, accumulate=accumulate, group_by_length=True)
+    batched = gradients(model, examples, batch=4, accumulate=accumulate, group_by_length=True)
     for name in parameters:
-        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-6), name
+        assert torch.allclose(batched[name], expected[name], rtol=1e-3, atol=1e-6), name
 
 
-def test_batches_are_of_alike_length(tiny_llama):
-    """So less is padded, each example still comes once an epoch, and a seed decides the order."""
+def test_batches_have_examples_of_like_length(tiny_llama):
+    """Then less is padded; each example still comes once an epoch, and the seed decides the order."""
     lengths = [4 + 7 * i % 29 for i in range(101)]
     settings = TuneSettings(steps=25, batch=4, group_by_length=True)
     order = _order(lengths, settings, seed=0)
@@ -151,7 +151,7 @@ def test_fewer_examples_than_a_batch(tiny_llama):
     assert len(_order([3, 4], TuneSettings(steps=5, batch=4, group_by_length=True), 0)) >= 20
 
 
-def test_checkpointing_changes_memory_alone(tiny_llama):
+def test_checkpointing_changes_only_memory(tiny_llama):
     logs = []
     for checkpointing in (False, True):
         model, targets = quantized(tiny_llama)
@@ -164,9 +164,9 @@ def test_checkpointing_changes_memory_alone(tiny_llama):
 @pytest.mark.parametrize("init", ["loftq", "pissa"])
 def test_a_start_is_nearer_than_the_format_alone(name, init):
     w = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
-    w += 3 * torch.outer(w[:, 0], w[0]) / 10  # PiSSA is for weights that have something to them
+    w += 3 * torch.outer(w[:, 0], w[0]) / 10  # PiSSA needs weights with large singular values
     fmt = formats.get(name, block=32)
-    start = lora_init.find(w.bfloat16(), fmt, rank=8, init=init, rounds=3)
+    start = lora_init.initialize(w.bfloat16(), fmt, rank=8, init=init, rounds=3)
     assert start.packed.dtype == torch.bfloat16 and start.a.shape == (8, 128) and start.b.shape == (96, 8)
     alone = (w.bfloat16().float() - fmt.quantize(w.bfloat16()).dequantize(torch.float32)).norm()
     left = (w.bfloat16().float() - start.dequantize()).norm()
@@ -182,7 +182,7 @@ def test_loftq_is_its_algorithm():
         u, s, vh = torch.linalg.svd(w - q, full_matrices=False)
         b, a = u[:, :6] * s[:6].sqrt(), s[:6].sqrt()[:, None] * vh[:6]
         errors.append((w - q - b @ a).norm())
-    start = lora_init.find(w.float(), fmt, rank=6, init="loftq", rounds=4)
+    start = lora_init.initialize(w.float(), fmt, rank=6, init="loftq", rounds=4)
     assert float((w - start.dequantize()).norm()) == pytest.approx(float(min(errors)), rel=1e-4)
 
 
@@ -194,30 +194,30 @@ def test_low_rank_of_a_large_matrix():
     assert all(torch.equal(x, y) for x, y in zip((b, a), lora_init.low_rank(m, 8), strict=True))
 
 
-def test_a_model_starts_where_its_layers_do(tiny_llama):
+def test_a_model_starts_from_the_starts_of_its_layers(tiny_llama):
     """Q + B·A through PEFT is the product with the matrix, whatever the scaling."""
     model = loading.load(str(tiny_llama), torch.float32, CPU).model
     layers = linear_layers(model)
     fmt = formats.get("int4")
-    found = {n: lora_init.find(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
-    replace(model, {n: start.packed for n, start in found.items()})
+    starts = {n: lora_init.initialize(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
+    replace(model, {n: start.packed for n, start in starts.items()})
     settings = TuneSettings(rank=8, alpha=24, init="loftq", dropout=0.5)
-    adapted = adapters.add(model, list(found), settings, 0, found).eval()
+    adapted = adapters.add(model, list(starts), settings, 0, starts).eval()
     name = "model.layers.1.mlp.up_proj"
     layer = adapted.base_model.model.get_submodule(name)
     x = torch.randn(5, layer.in_features)
-    assert torch.allclose(layer(x), x @ found[name].dequantize().t(), atol=1e-4)
+    assert torch.allclose(layer(x), x @ starts[name].dequantize().t(), atol=1e-4)
 
 
-def test_where_there_is_no_error_to_begin_from_lora_learns_all_the_same(tiny_llama):
-    """On 16 bit LoftQ finds nothing; with A and B both at zero no gradient would ever reach them."""
+def test_lora_learns_also_if_there_is_no_error_to_start_from(tiny_llama):
+    """On 16 bit LoftQ gives zeros; with A = B = 0 no gradient would flow."""
     model = loading.load(str(tiny_llama), torch.float32, CPU).model
     layers = linear_layers(model)
     fmt = formats.get("none")
-    found = {n: lora_init.find(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
-    assert not any(start.a.any() or start.b.any() for start in found.values())
+    starts = {n: lora_init.initialize(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
+    assert not any(start.a.any() or start.b.any() for start in starts.values())
     replace(model, quantizing.quantize(layers, fmt))
-    log = train(adapters.add(model, list(found), SETTINGS, 0, found), windows(), SETTINGS, seed=0)
+    log = train(adapters.add(model, list(starts), SETTINGS, 0, starts), windows(), SETTINGS, seed=0)
     assert log.loss[-1] < log.loss[0] - 0.1
 
 
@@ -241,14 +241,14 @@ def test_merged_is_the_sum(any_model, method):
     assert (logits_of(again, windows()) - apart).abs().max() > 1e-3, "what passes through 4 bits loses something"
 
 
-def test_a_rank_that_a_layer_does_not_have(tiny_llama):
+def test_a_rank_above_that_of_a_layer(tiny_llama):
     layers = linear_layers(loading.load(str(tiny_llama), torch.float32, CPU).model)
     adapters.check_rank(layers, TuneSettings(rank=64))
     with pytest.raises(InputError, match=r"tune.rank: 65 is more than .* accepted: up to 64"):
         adapters.check_rank(layers, TuneSettings(rank=65))
 
 
-def test_accumulation_is_one_batch_in_parts(tiny_llama):
+def test_accumulation_gives_the_losses_of_one_batch(tiny_llama):
     logs = []
     for parts in (1, 2):
         model, targets = quantized(tiny_llama)
@@ -278,7 +278,7 @@ def test_the_gradient_is_clipped(tiny_llama):
     assert 0 < moved < 1e-8
 
 
-def test_a_paged_optimizer_trains_the_same_and_tells_what_moved(tiny_llama):
+def test_a_paged_optimizer_trains_the_same_and_reports_its_paging(tiny_llama):
     logs = {}
     for name, more in {
         "adamw": {},

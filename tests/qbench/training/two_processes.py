@@ -1,4 +1,4 @@
-"""What two processes do together, for test_parallel: `python -m tests.qbench.training.two_processes RANK MODEL OUT`."""
+"""One of the two processes of test_parallel: `python -m tests.qbench.training.two_processes RANK MODEL OUT`."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ STEPS, CONFIG = 5, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSA
 def make(path: str, seed: int = 0) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     torch.manual_seed(seed)
-    for p in model.parameters():  # another seed is another model, which the first process's has to replace
+    for p in model.parameters():  # the second process starts from other values, which those of the first must replace
         p.data += seed * torch.randn_like(p)
     qbench.pack(model, "nf4", block=32, dq=True)
     return get_peft_model(model, CONFIG).train()
@@ -38,7 +38,7 @@ def train(model: nn.Module, tokens: torch.Tensor, sent: dict[str, int] | None = 
     losses = []
     for step in range(STEPS):
         if sent and step == 1:
-            sent.update(dict.fromkeys(sent, 0))  # what the first step sets up is not a step's
+            sent.update(dict.fromkeys(sent, 0))  # do not count the set-up in the first step
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -71,13 +71,13 @@ def by_accelerate(model: PeftModel, state: dict) -> None:
 
 
 def counted(sent: dict[str, int], name: str) -> None:
-    """Have the bytes that a collective of torch.distributed sends counted."""
+    """Count the bytes that a collective of torch.distributed sends."""
     collective = getattr(dist, name)
 
     def counting(*arguments, **options):
         given = [t for a in (*arguments, *options.values()) for t in (a if isinstance(a, list) else [a])]
         sizes = [t.nbytes for t in given if isinstance(t, torch.Tensor)]
-        sent[name] += sum(sizes) if name == BROADCAST else max(sizes)  # of what is gathered, the whole
+        sent[name] += sum(sizes) if name == BROADCAST else max(sizes)  # for a gather, the whole result
         return collective(*arguments, **options)
 
     setattr(dist, name, counting)
@@ -99,25 +99,25 @@ def main(rank: int, path: str, out: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    os.environ |= own  # which accelerate asks for
+    os.environ |= own  # accelerate needs them
     dist.init_process_group("gloo", f"file://{out}.meeting", rank=rank, world_size=2)
     tokens = torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
-    mine, found = tokens[2 * rank : 2 * rank + 2], {}
+    mine, measured = tokens[2 * rank : 2 * rank + 2], {}
     sent = dict.fromkeys(COLLECTIVES, 0)
     for name in COLLECTIVES:
         counted(sent, name)
     packed = make(path)
     blocks = packed.base_model.model.model.layers
-    found["block_bytes"] = sum(p.nbytes for p in blocks.parameters())
-    found["weight_bytes"] = sum(2 * layer.num_weights for layer in packed_layers(blocks).values())
-    found["bytes"] = sum(p.nbytes for p in packed.parameters())
-    found["buffer_bytes"] = sum(b.nbytes for b in packed.buffers())
-    found["trained_bytes"] = sum(p.nbytes for p in packed.parameters() if p.requires_grad)
-    found["together"] = train(copy.deepcopy(packed), tokens)
+    measured["block_bytes"] = sum(p.nbytes for p in blocks.parameters())
+    measured["weight_bytes"] = sum(2 * layer.num_weights for layer in packed_layers(blocks).values())
+    measured["bytes"] = sum(p.nbytes for p in packed.parameters())
+    measured["buffer_bytes"] = sum(b.nbytes for b in packed.buffers())
+    measured["trained_bytes"] = sum(p.nbytes for p in packed.parameters() if p.requires_grad)
+    measured["together"] = train(copy.deepcopy(packed), tokens)
 
     model = make(path, seed=rank)
     wrapped = DistributedDataParallel(model)
-    found["same_after_ddp"] = all(
+    measured["same_after_ddp"] = all(
         torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), packed.parameters(), strict=True)
     )
     gradients = {"sent": 0}
@@ -132,31 +132,31 @@ def main(rank: int, path: str, out: Path) -> None:
         )
 
     wrapped.register_comm_hook(gradients, hook)
-    found["ddp"] = mean(train(wrapped, mine, sent))
-    found["ddp_gradient_bytes"] = gradients["sent"] / STEPS
-    found["ddp_other_bytes"] = sent[BROADCAST] / (STEPS - 1)
+    measured["ddp"] = mean(train(wrapped, mine, sent))
+    measured["ddp_gradient_bytes"] = gradients["sent"] / STEPS
+    measured["ddp_other_bytes"] = sent[BROADCAST] / (STEPS - 1)
 
     model = sharded(copy.deepcopy(packed))
-    found["local_bytes"] = sum(p.to_local().nbytes for p in model.parameters())
-    found["fsdp"] = mean(train(model, mine, sent))
-    found["fsdp_gathered_bytes"] = sent[GATHER] / (STEPS - 1)
+    measured["local_bytes"] = sum(p.to_local().nbytes for p in model.parameters())
+    measured["fsdp"] = mean(train(model, mine, sent))
+    measured["fsdp_gathered_bytes"] = sent[GATHER] / (STEPS - 1)
 
     model = fully_shard(copy.deepcopy(packed), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     layer = next(iter(packed_layers(model).values()))
     layer.register_forward_hook(
-        lambda layer, inputs, y: found.update(mixed_dtypes=[str(p.dtype) for p in (*layer.packed_parameters(), y)])
+        lambda layer, inputs, y: measured.update(mixed_dtypes=[str(p.dtype) for p in (*layer.packed_parameters(), y)])
     )
-    found["mixed"] = mean(train(model, mine))
-    for name, fill in (("pytorch", by_pytorch), ("accelerate", by_accelerate)):  # as large models are loaded
+    measured["mixed"] = mean(train(model, mine))
+    for name, fill in (("pytorch", by_pytorch), ("accelerate", by_accelerate)):  # the ways to load large models
         model, buffers = make(path), dict(packed.named_buffers())
         model = sharded(model.to("meta"))
         fill(model, packed.state_dict() if rank == 0 else {})
-        for key, buffer in buffers.items():  # of no state: who shards a model on meta keeps them
+        for key, buffer in buffers.items():  # not in the state_dict, so sharding a model on meta has to restore them
             parent, _, leaf = key.rpartition(".")
             model.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
-        found[name] = mean(train(model, mine))
+        measured[name] = mean(train(model, mine))
     if rank == 0:
-        out.write_text(json.dumps(found), encoding="utf-8")
+        out.write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
