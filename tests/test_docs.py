@@ -240,4 +240,4 @@ def check_table() -> None:
             continue
         packed = quantizing.quantize(layers, formats.get(title.partition(",")[0]))
         sums = sum((compare_weights(layers[name].weight, q.dequantize()) for name, q in packed.items()), Sums())
-        assert bits == "4.500" and float(sqnr) == pytest.approx(sums.weights()["sqnr_db"], abs=0.02)
+        assert bits == "4.500" and float(sqnr) == pytest.approx(sums.weight_metrics()["sqnr_db"], abs=0.02)

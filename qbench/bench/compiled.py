@@ -1,5 +1,7 @@
-"""What the compiler makes of every kernel configuration, for GPUs that need not be there: registers, spills, shared
-memory and instructions a weight, read from the machine code."""
+"""Compiles every kernel configuration for GPUs that need not be present, and reads the machine code.
+
+It reports registers, spills, shared memory and instructions a weight.
+"""
 
 import re
 import subprocess
@@ -13,14 +15,14 @@ from pathlib import Path
 from qbench.ops import choices, launches
 from qbench.ops.launches import Launch
 
-#: compute capability: multiprocessors, bytes of shared memory a program can have (CUDA C++ Programming Guide, table of
-#: technical specifications per compute capability)
+#: compute capability: multiprocessors, bytes of shared memory that a program can have (CUDA C++ Programming Guide, table
+#: of technical specifications per compute capability)
 DEVICES = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10)}
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel as one device would get it. bits, stored: of the weight; dtype: of x or of the result."""
+    """A kernel for one device. dtype: of x or of the result. nested: double-quantized scales. shifted: with a shift."""
 
     name: str
     capability: int
@@ -32,8 +34,11 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Compiled:
-    """spills: instructions that read or write registers' overflow. shared: bytes a program. instructions: a weight, of the
-    longest loop, or of the whole where there is none."""
+    """The machine code of a kernel, in numbers.
+
+    spills: instructions that load or store spilled registers. shared: bytes of shared memory of a program. instructions:
+    for each weight, in the longest loop, or in the whole kernel if it has no loop.
+    """
 
     name: str
     capability: int
@@ -44,14 +49,16 @@ class Compiled:
 
 
 def configurations(capability: int) -> list[Configuration]:
-    """Every kernel that the choices for an untuned device lead to, for a plain weight, and for a double-quantized one with
-    a shift, whose sizes fill tiles and do not."""
+    """Every kernel that an untuned device uses.
+
+    The weights are plain or double-quantized with a shift, and their sizes are multiples of the tiles or not.
+    """
     chosen = choices.default(capability // 10)
     processors, _ = DEVICES[capability]
-    found = []
+    kernels = []
 
     def add(name: str, launch: Launch, dtype: str = "bf16", /, **stored: bool) -> None:
-        found.append(Configuration(name, capability, launch, dtype, **stored))
+        kernels.append(Configuration(name, capability, launch, dtype, **stored))
 
     for bits in (4, 8):
         for dtype, given in ("fp32", False), ("bf16", False), ("fp32", True):
@@ -76,22 +83,22 @@ def configurations(capability: int) -> list[Configuration]:
                 if choice["path"] != "decode" and launches.unit(bits, block, k):
                     launch = launches.product(op, choice, choice["up_to"], n, k, bits, block, True, processors)
                     add(f"{op} M ≤ {choice['up_to']}, {words}", launch, **stored)
-    return found
+    return kernels
 
 
 def compile_all(capabilities: Iterable[int], advance: Callable[[], None] = lambda: None) -> list[Compiled]:
-    """Compile every configuration for every capability, a process a CPU."""
+    """Compile every configuration for every capability, in as many processes as there are CPUs."""
     jobs = [job for capability in capabilities for job in configurations(capability)]
-    found = []
+    results = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for compiled in pool.map(compile_one, jobs):
-            found.append(compiled)
+        for compiled in pool.map(compile_kernel, jobs):
+            results.append(compiled)
             advance()
-    return found
+    return results
 
 
-def compile_one(job: Configuration) -> Compiled:
-    """Raises RuntimeError where Triton interprets its kernels instead of compiling them."""
+def compile_kernel(job: Configuration) -> Compiled:
+    """Compile one configuration. Raises RuntimeError if Triton interprets its kernels instead of compiling them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,8 +109,8 @@ def compile_one(job: Configuration) -> Compiled:
     if not hasattr(kernel, "arg_names") or triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, and there is nothing to compile")
     constants = job.launch.constants
-    signature = {n: "constexpr" if n in constants else _type(n, job) for n in kernel.arg_names}
-    # every pointer and size of these weights is a multiple of 16, as a launch would find
+    signature = {n: "constexpr" if n in constants else _triton_type(n, job) for n in kernel.arg_names}
+    # as in a launch, every pointer and size of these weights is a multiple of 16
     multiples: dict[tuple[int, ...], list] = {}
     for i, type in enumerate(signature.values()):
         places = [(i, j) for j in range(len(type))] if isinstance(type, tuple) else [(i,)]
@@ -115,10 +122,10 @@ def compile_one(job: Configuration) -> Compiled:
     built = triton.compile(source, GPUTarget("cuda", job.capability, 32), options=job.launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(built.asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        usage = _run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run_tool("nvdisasm", "-c", file.name)
     registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None  # which are told of every kernel
+    assert registers is not None, "cuobjdump reports them for every kernel"
     threads = 32 * built.metadata.num_warps
     return Compiled(
         name=job.name,
@@ -126,11 +133,11 @@ def compile_one(job: Configuration) -> Compiled:
         registers=int(registers[1]),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=built.metadata.shared,
-        instructions=longest(code) * threads / weights(job.launch),
+        instructions=longest_loop(code) * threads / weights_at_once(job.launch),
     )
 
 
-def _type(name: str, job: Configuration) -> str | tuple[str, ...]:
+def _triton_type(name: str, job: Configuration) -> str | tuple[str, ...]:
     """The type of a kernel's argument, as Triton writes it."""
     if name in ("scale", "shift"):
         if job.launch.kernel == "quantize":
@@ -144,15 +151,15 @@ def _type(name: str, job: Configuration) -> str | tuple[str, ...]:
     return pointers.get(name) or {"smallest": "fp32"}.get(name, "i32")
 
 
-def _tool(name: str, *arguments: str) -> str:
-    """The output of one of the CUDA programs that come with Triton."""
+def _run_tool(name: str, *arguments: str) -> str:
+    """The output of a CUDA program that comes with Triton."""
     import triton.backends.nvidia as nvidia
 
     program = Path(nvidia.__file__).parent / "bin" / name
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def weights(launch: Launch) -> int:
+def weights_at_once(launch: Launch) -> int:
     """The weights that a program handles at a time."""
     c = launch.constants
     return {
@@ -165,8 +172,8 @@ def weights(launch: Launch) -> int:
     }[launch.kernel]()
 
 
-def longest(code: str) -> int:
-    """The instructions of the longest loop in disassembled code; of all the code where it has no loop."""
+def longest_loop(code: str) -> int:
+    """The number of instructions of the longest loop in disassembled code, or of all code if it has no loop."""
     count, labels, loops = 0, {}, []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x?_?\w+):", line):

@@ -1,4 +1,4 @@
-"""What `products` measured, for people: the answer in words, tables of ratios, a figure of speed over M."""
+"""The results of `products` for a reader: summary sentences, tables of ratios, and a figure of speed over M."""
 
 from collections.abc import Iterable
 from itertools import product
@@ -14,91 +14,95 @@ from matplotlib.figure import Figure
 
 from qbench.report.figures import BLUE, GREY, ORANGE, STYLE
 
-from .products import OPS, times
+from .products import OPS, median_times
 
 BANDS = {"M ≤ 16": range(1, 17), "M = 32–128": range(32, 129), "M ≥ 1024": range(1024, 1 << 20)}
 TITLES = {"linear": "forward, y = x·Wᵀ", "linear_dx": "backward, dx = g·W"}
 
 
 def write(result: dict, folder: Path) -> None:
-    """products.md and products.png in `folder`."""
-    name, dq = shown(result)
+    """Write products.md and products.png into `folder`."""
+    name, dq = main_format(result)
     with plt.rc_context(STYLE):
         figure = speed_over_rows(result, name, dq)
         figure.savefig(folder / "products.png")
         plt.close(figure)
-    (folder / "products.md").write_text("\n".join(lines(result, name, dq)) + "\n", "utf-8")
+    (folder / "products.md").write_text("\n".join(page_lines(result, name, dq)) + "\n", "utf-8")
 
 
-def shown(result: dict) -> tuple[str, bool]:
-    """The format that words and figure are about: nf4 with double quantization if it was measured, else the first."""
+def main_format(result: dict) -> tuple[str, bool]:
+    """The format that sentences and figure show: nf4 with double quantization if measured, else the first."""
     ours = list(product(result["plan"]["formats"], result["plan"]["dq"]))
     return ("nf4", True) if ("nf4", True) in ours else ours[0]
 
 
-def title(name: str, dq: bool) -> str:
+def format_title(name: str, dq: bool) -> str:
     return f"{name}{' + dq' * dq}"
 
 
-def ratios(result: dict, name: str, dq: bool, peer: str) -> dict[tuple, float]:
-    """How many times less time than a peer it takes, by (model, layer, op, M)."""
-    ours = times(result, format=name, dq=dq)
-    theirs = times(result, format=peer) if peer == "bf16" else times(result, format=peer, dq=dq)
+def speedups(result: dict, name: str, dq: bool, peer: str) -> dict[tuple, float]:
+    """The time of a peer divided by that of the format, by (model, layer, op, M)."""
+    ours = median_times(result, format=name, dq=dq)
+    theirs = median_times(result, format=peer) if peer == "bf16" else median_times(result, format=peer, dq=dq)
     return {key: theirs[key] / seconds for key, seconds in ours.items() if key in theirs}
 
 
-def fractions(result: dict, name: str, dq: bool) -> dict[tuple, float]:
-    """The share of a ceiling that was reached, by (model, layer, op, M).
+def ceiling_fractions(result: dict, name: str, dq: bool) -> dict[tuple, float]:
+    """The fraction of a ceiling that was reached, by (model, layer, op, M).
 
-    Of the copy's bytes a second for M ≤ 16, counting the packed weight, and for dequantize, counting what it reads and
-    writes; of the large product's operations a second for larger M.
+    For M ≤ 16 the ceiling is the copy's bytes a second, and the packed weight counts. For dequantize it is the same, and
+    reads and writes count. For larger M it is the large product's operations a second.
     """
     copy, flops = result["ceilings"]["copy_bytes_s"], result["ceilings"]["matmul_flop_s"]
-    found = {}
+    fractions = {}
     for case in result["cases"]:
         if (case["format"], case["dq"]) == (name, dq):
             n, k = case["shape"]
             seconds, rows = median(case["samples"]), case["rows"]
             moved = case["nbytes"] + (2 * n * k if case["op"] == "dequantize" else 0)
             share = moved / seconds / copy if rows <= 16 else 2 * rows * n * k / seconds / flops
-            found[case["model"], case["layer"], case["op"], rows] = share
-    return found
+            fractions[case["model"], case["layer"], case["op"], rows] = share
+    return fractions
 
 
-def span(values: Iterable[float], form: str = ".2f") -> str:
+def format_range(values: Iterable[float], form: str = ".2f") -> str:
     """'1.20' or '1.20 to 3.40'."""
     ordered = sorted(values)
     low, high = f"{ordered[0]:{form}}", f"{ordered[-1]:{form}}"
     return low if low == high else f"{low} to {high}"
 
 
-def answer(result: dict) -> list[str]:
-    """What came out, in words."""
-    name, dq = shown(result)
-    against, share = ratios(result, name, dq, "bf16"), fractions(result, name, dq)
-    peer = ratios(result, name, dq, f"bitsandbytes {name}")
+def summarize(result: dict) -> list[str]:
+    """The results as Markdown list items."""
+    name, dq = main_format(result)
+    against, share = speedups(result, name, dq, "bf16"), ceiling_fractions(result, name, dq)
+    peer = speedups(result, name, dq, f"bitsandbytes {name}")
     page = []
     for band, rows in BANDS.items():
         for op in OPS:
             mine = [v for (_, _, o, m), v in against.items() if o == op and m in rows]
             other = [v for (_, _, o, m), v in peer.items() if o == op and m in rows]
             if mine:
-                of_ceiling = span([v for (_, _, o, m), v in share.items() if o == op and m in rows], ".0%")
-                beside = f", {span(other)} times that of bitsandbytes" if other else ""
+                of_ceiling = format_range([v for (_, _, o, m), v in share.items() if o == op and m in rows], ".0%")
+                beside = f", {format_range(other)} times that of bitsandbytes" if other else ""
                 page.append(
-                    f"- {title(name, dq)}, {TITLES[op].partition(',')[0]}, {band}: {span(mine)} times the speed of bf16"
-                    f" weights{beside}; {of_ceiling} of the ceiling."
+                    f"- {format_title(name, dq)}, {TITLES[op].partition(',')[0]}, {band}: {format_range(mine)} times the"
+                    f" speed of bf16 weights{beside}; {of_ceiling} of the ceiling."
                 )
     decode = [v for (_, _, op, _), v in share.items() if op == "dequantize"]
-    return [*page, f"- {title(name, dq)}, dequantize to bf16: {span(decode, '.0%')} of the speed of a copy."]
+    page.append(
+        f"- {format_title(name, dq)}, dequantize to bf16: {format_range(decode, '.0%')} of the speed of a copy."
+    )
+    return page
 
 
-def lines(result: dict, name: str, dq: bool) -> list[str]:
+def page_lines(result: dict, name: str, dq: bool) -> list[str]:
+    """The lines of products.md."""
     environment, plan = result["environment"], result["plan"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
-    against, share = ratios(result, name, dq, "bf16"), fractions(result, name, dq)
-    peer = ratios(result, name, dq, f"bitsandbytes {name}")
-    page = [f"# Products with a packed weight on {environment['device']}", "", *answer(result), ""]
+    against, share = speedups(result, name, dq, "bf16"), ceiling_fractions(result, name, dq)
+    peer = speedups(result, name, dq, f"bitsandbytes {name}")
+    page = [f"# Products with a packed weight on {environment['device']}", "", *summarize(result), ""]
     copy, flops = (result["ceilings"][name] / 1e12 for name in ("copy_bytes_s", "matmul_flop_s"))
     page += [
         f"Ceilings, measured in the same run: a copy {copy:.3g} TB/s, a large bf16 product {flops:.3g} Tflop/s. A share"
@@ -110,7 +114,7 @@ def lines(result: dict, name: str, dq: bool) -> list[str]:
     ]
     for op in OPS:
         page += [
-            f"## {title(name, dq)}, {TITLES[op]}: speed in that of bf16 weights (in that of bitsandbytes) [share]",
+            f"## {format_title(name, dq)}, {TITLES[op]}: speed in that of bf16 weights (in that of bitsandbytes) [share]",
             "",
         ]
         page += layer_table(op, against, peer, share)
@@ -121,6 +125,7 @@ def lines(result: dict, name: str, dq: bool) -> list[str]:
 
 
 def layer_table(op: str, against: dict, peer: dict, share: dict) -> list[str]:
+    """A table of layers × M: speed against bf16 weights, (against bitsandbytes), [fraction of the ceiling]."""
     rows = sorted({m for _, _, o, m in against if o == op})
     table = [["layer", *(f"M = {m}" for m in rows)]]
     for model, layer in dict.fromkeys((model, layer) for model, layer, *_ in against):
@@ -131,46 +136,47 @@ def layer_table(op: str, against: dict, peer: dict, share: dict) -> list[str]:
                 f"{against[key]:.2f}" + (f" ({peer[key]:.2f})" if key in peer else "") + f" [{share[key]:.0%}]"
             )
         table.append([f"{model} {layer}", *cells])
-    return markdown(table)
+    return markdown_table(table)
 
 
 def format_table(result: dict) -> list[str]:
+    """A table of formats × op and M: speed against bf16 weights."""
     rows = result["plan"]["rows"]
     table = [["format", *(f"{op.replace('linear_dx', 'dx').replace('linear', 'y')}, {m}" for op in OPS for m in rows)]]
     for name, dq in dict.fromkeys((case["format"], case["dq"]) for case in result["cases"]):
         if name != "bf16":
-            found = ratios(result, name, dq, "bf16")
+            by_case = speedups(result, name, dq, "bf16")
             cells = [
-                f"{geometric_mean([v for (_, _, o, k), v in found.items() if (o, k) == (op, m)]):.2f}"
+                f"{geometric_mean([v for (_, _, o, k), v in by_case.items() if (o, k) == (op, m)]):.2f}"
                 for op in OPS
                 for m in rows
             ]
-            table.append([title(name, dq), *cells])
-    return markdown(table)
+            table.append([format_title(name, dq), *cells])
+    return markdown_table(table)
 
 
-def markdown(table: list[list[str]]) -> list[str]:
-    """A table, the first row its head."""
+def markdown_table(table: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table whose first row is the header."""
     head, *body = ["| " + " | ".join(row) + " |" for row in table]
     return [head, "|---" * len(table[0]) + "|", *body, ""]
 
 
 def speed_over_rows(result: dict, name: str, dq: bool) -> Figure:
-    """A panel a layer, forward above backward: speed in that of bf16 weights over M."""
+    """Speed against bf16 weights over M: one panel for each layer, forward above backward."""
     layers = list(dict.fromkeys((case["model"], case["layer"]) for case in result["cases"]))
-    curves = [(title(name, dq), ratios(result, name, dq, "bf16"), BLUE, "o")]
-    theirs = times(result, format=f"bitsandbytes {name}", dq=dq)
-    bf16 = times(result, format="bf16")
+    curves = [(format_title(name, dq), speedups(result, name, dq, "bf16"), BLUE, "o")]
+    theirs = median_times(result, format=f"bitsandbytes {name}", dq=dq)
+    bf16 = median_times(result, format="bf16")
     if theirs:
         speeds = {key: bf16[key] / seconds for key, seconds in theirs.items() if key in bf16}
-        curves.append((f"bitsandbytes {title(name, dq)}", speeds, ORANGE, "s"))
+        curves.append((f"bitsandbytes {format_title(name, dq)}", speeds, ORANGE, "s"))
     figure, panels = plt.subplots(
         len(OPS), len(layers), figsize=(2.1 * len(layers) + 1, 4.8), sharex=True, sharey=True, squeeze=False
     )
     for row, op in zip(panels, OPS, strict=True):
         for axes, place in zip(row, layers, strict=True):
-            for label, found, color, marker in curves:
-                points = sorted((m, v) for (*where, o, m), v in found.items() if (*where,) == place and o == op)
+            for label, by_case, color, marker in curves:
+                points = sorted((m, v) for (*where, o, m), v in by_case.items() if (*where,) == place and o == op)
                 style = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4, "label": label}
                 axes.plot(*zip(*points, strict=True), **style)
             axes.axhline(1, color=GREY, linewidth=1, label="bf16 weights")
@@ -183,7 +189,7 @@ def speed_over_rows(result: dict, name: str, dq: bool) -> Figure:
             else:
                 axes.set_xlabel("rows of x, M")
         row[0].set_ylabel(f"{TITLES[op]}\ntimes the speed of bf16")
-    panels[0][0].set_ylim(0, 1.08 * max(1, *(v for _, found, *_ in curves for v in found.values())))
+    panels[0][0].set_ylim(0, 1.08 * max(1, *(v for _, by_case, *_ in curves for v in by_case.values())))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Products with a packed weight, {result['environment']['device']}", x=0.01, ha="left")

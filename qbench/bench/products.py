@@ -1,7 +1,7 @@
-"""The product with a packed weight, forward and backward, over formats, shapes and numbers of rows, beside its peers.
+"""Times products with a packed weight, forward and backward, over formats, shapes and numbers of rows.
 
-The peers run in the same process on the same weights: bf16 weights through the device's own library, and bitsandbytes
-where it is installed and has the format. No weight is left in the last cache from one call to the next.
+Two peers run in the same process on the same weights: bf16 weights with the device's own library, and bitsandbytes if it
+is installed and has the format. Copies of a weight take turns, so that none is still in the last cache when it is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from formats import QuantizedTensor
 from qbench import ops  # noqa: F401  registers qbench::linear
 from qbench.results.provenance import environment
 
-from .timing import ceilings, relative_error, seconds, turns
+from .timing import ceilings, copies_beyond_cache, relative_error, time_calls
 
 #: the linear layers of Llama, [out_features, in_features] (arXiv 2302.13971, 2307.09288)
 SHAPES = {
@@ -39,7 +39,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. models: keys of SHAPES. rows: numbers of rows of x. repeats: samples of each time."""
+    """What to measure. models: keys of SHAPES. rows: numbers of rows of x. repeats: samples of each time."""
 
     formats: tuple[str, ...]
     dq: tuple[bool, ...] = (False, True)
@@ -49,15 +49,16 @@ class Plan:
     repeats: int = 10
 
     def steps(self) -> int:
+        """How often `measure` reports."""
         return sum(len(SHAPES[model]) for model in self.models) * (1 + len(self.formats) * len(self.dq))
 
 
-def measure(plan: Plan, device: torch.device, found: Callable[[dict, str], None]) -> dict:
-    """Run a plan. `found` is told the results so far, and what was measured last, plan.steps() times.
+def measure(plan: Plan, device: torch.device, report: Callable[[dict, str], None]) -> dict:
+    """Run a plan. report: called plan.steps() times, with the results so far and a description of the latest.
 
     Returns {environment, ceilings, plan, cases}; a case has {model, layer, shape, op, rows, format, dq, nbytes, error,
-    samples: seconds a call}. The peers' cases are of the formats "bf16" and "bitsandbytes nf4"; `op` is linear, linear_dx
-    or dequantize (to bf16).
+    samples: seconds a call}. The formats of the peers are "bf16" and, for example, "bitsandbytes nf4". `op` is linear,
+    linear_dx or dequantize (to bf16).
     """
     cases: list[dict] = []
     result = {"environment": environment(device), "ceilings": ceilings(device), "plan": vars(plan), "cases": cases}
@@ -66,46 +67,46 @@ def measure(plan: Plan, device: torch.device, found: Callable[[dict, str], None]
             place = {"model": model, "layer": layer, "shape": list(shape)}
             torch.manual_seed(0)
             w = torch.randn(shape, device=device).to(DTYPE)
-            cases += [place | case for case in _dense(w, plan)]
-            found(result, f"{model} {layer}, bf16")
+            cases += [place | case for case in _time_bf16(w, plan)]
+            report(result, f"{model} {layer}, bf16")
             for name, dq in pairs(plan.formats, plan.dq):
-                cases += [place | case for case in _packed(name, dq, w, plan)]
-                found(result, f"{model} {layer}, {name}{' + dq' * dq}")
+                cases += [place | case for case in _time_packed(name, dq, w, plan)]
+                report(result, f"{model} {layer}, {name}{' + dq' * dq}")
     return result
 
 
 def _inputs(w: Tensor, plan: Plan) -> Iterator[tuple[str, int, Tensor]]:
-    """(op, M, x of M rows) for every op and M."""
+    """Yield (op, M, x of M rows) for every op and M."""
     for op, rows in pairs(OPS, plan.rows):
         yield op, rows, torch.randn(rows, w.shape[1 if op == "linear" else 0], device=w.device).to(DTYPE)
 
 
-def _dense(w: Tensor, plan: Plan) -> Iterator[dict]:
-    copies = [w] + [w.clone() for _ in range(turns(w.device, w.nbytes) - 1)]
+def _time_bf16(w: Tensor, plan: Plan) -> Iterator[dict]:
+    copies = [w] + [w.clone() for _ in range(copies_beyond_cache(w.device, w.nbytes) - 1)]
     for op, rows, x in _inputs(w, plan):
         multiply = torch.nn.functional.linear if op == "linear" else torch.matmul
         calls = [partial(multiply, x, c) for c in copies]
-        yield _case("bf16", False, w.nbytes, op, rows, seconds(w.device, calls, plan.repeats))
+        yield _case("bf16", False, w.nbytes, op, rows, time_calls(w.device, calls, plan.repeats))
 
 
-def _packed(name: str, dq: bool, w: Tensor, plan: Plan) -> Iterator[dict]:
+def _time_packed(name: str, dq: bool, w: Tensor, plan: Plan) -> Iterator[dict]:
     q = formats.get(name, block=plan.block, dq=dq).quantize(w)
     exact = q.dequantize(torch.float32).double()
-    copies = [q] + [_copy(q) for _ in range(turns(w.device, q.nbytes) - 1)]
+    copies = [q] + [_copy(q) for _ in range(copies_beyond_cache(w.device, q.nbytes) - 1)]
     peers = _Bitsandbytes.of(name, dq, w, plan)
-    samples = seconds(w.device, [partial(c.dequantize, DTYPE) for c in copies], plan.repeats)
+    samples = time_calls(w.device, [partial(c.dequantize, DTYPE) for c in copies], plan.repeats)
     yield _case(name, dq, q.nbytes, "dequantize", 0, samples, relative_error(q.dequantize(DTYPE), exact))
     if peers:
-        yield _case(peers.name, dq, q.nbytes, "dequantize", 0, seconds(w.device, peers.dequantize(), plan.repeats))
+        yield _case(peers.name, dq, q.nbytes, "dequantize", 0, time_calls(w.device, peers.dequantize(), plan.repeats))
     for op, rows, x in _inputs(w, plan):
         expected = x.double() @ (exact.t() if op == "linear" else exact)
         calls: list[Callable[[], Tensor]] = [partial(_multiply, op, x, c) for c in copies]
         error = relative_error(calls[0](), expected)
-        yield _case(name, dq, q.nbytes, op, rows, seconds(w.device, calls, plan.repeats), error)
+        yield _case(name, dq, q.nbytes, op, rows, time_calls(w.device, calls, plan.repeats), error)
         if peers:
             calls = peers.multiply(op, x)
             error = relative_error(calls[0](), expected)
-            yield _case(peers.name, dq, q.nbytes, op, rows, seconds(w.device, calls, plan.repeats), error)
+            yield _case(peers.name, dq, q.nbytes, op, rows, time_calls(w.device, calls, plan.repeats), error)
 
 
 def _case(
@@ -126,7 +127,7 @@ def _multiply(op: str, x: Tensor, q: QuantizedTensor) -> Tensor:
 
 @dataclass
 class _Bitsandbytes:
-    """The same weight in bitsandbytes, as its Linear4bit multiplies with it."""
+    """The same weight in bitsandbytes, with the product of its Linear4bit."""
 
     name: str
     copies: list
@@ -144,7 +145,7 @@ class _Bitsandbytes:
             return functional.quantize_4bit(w, blocksize=plan.block, compress_statistics=dq, quant_type=name)
 
         codes, state = quantize()
-        others = [quantize() for _ in range(turns(w.device, codes.nbytes) - 1)]
+        others = [quantize() for _ in range(copies_beyond_cache(w.device, codes.nbytes) - 1)]
         return cls(f"bitsandbytes {name}", [(codes, state), *others])
 
     def dequantize(self) -> list[Callable[[], Tensor]]:
@@ -165,8 +166,8 @@ class _Bitsandbytes:
         return [partial(backward, c, s) for c, s in self.copies]
 
 
-def times(result: dict, **where: object) -> dict[tuple, float]:
-    """Median seconds by (model, layer, op, rows) of the cases that have the given values, such as format="nf4"."""
+def median_times(result: dict, **where: object) -> dict[tuple, float]:
+    """Median seconds by (model, layer, op, rows) of the cases with the given values, such as format="nf4"."""
     return {
         (case["model"], case["layer"], case["op"], case["rows"]): median(case["samples"])
         for case in result["cases"]

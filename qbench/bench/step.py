@@ -1,8 +1,9 @@
-"""A QLoRA training step: the harness beside PEFT with bitsandbytes, in turns.
+"""Times a QLoRA training step of qbench and of PEFT with bitsandbytes, in turns.
 
-Both sides train adapters of rank 16 on every linear layer but the head of a Llama with random weights, in NF4 with double
-quantization, block 64, the model in bf16 and the adapters in fp32, without gradient checkpointing, on the same tokens.
-Each has a process of its own, so that its memory is its own, and while one takes a step the other waits.
+Both train adapters of rank 16 on every linear layer except the head of a Llama with random weights. The layers are NF4
+with double quantization and block 64, the model is bf16, the adapters fp32. There is no gradient checkpointing, and the
+tokens are the same. Each side has its own process, so that memory is measured separately; while one takes a step the other
+waits.
 """
 
 import time
@@ -34,7 +35,7 @@ from qbench.training import adapters, optim
 from qbench.training.loop import train
 
 SEED, BATCH, BLOCK, DTYPE = 0, 4, 64, torch.bfloat16
-#: by device, the shape of SmolLM-135M and of Llama-3.2-1B, and the tokens of a window
+#: by device: the shape of SmolLM-135M on a CPU, of Llama-3.2-1B on CUDA
 SHAPES = {
     "cpu": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     | {"num_attention_heads": 9, "num_key_value_heads": 3},
@@ -43,16 +44,16 @@ SHAPES = {
 }
 WINDOW = {"cpu": 256, "cuda": 1024}
 
-Advance = Callable[[int, float, float], None]  #: is told the loss and the tokens/s of each step
+Advance = Callable[[int, float, float], None]  #: called with each step, its loss and tokens/s
 
 
 def measure(device: torch.device, steps: int, report: Callable[[str], None], shape: dict | None = None) -> dict:
-    """Time `steps` steps of each side, after one to warm up. `report` is told of every step, 2 · (steps + 1) times.
-    shape: what LlamaConfig takes, instead of the device's.
+    """Time `steps` steps of each side, after one to warm up. report: called for every step, 2 · (steps + 1) times.
+    shape: arguments of LlamaConfig, instead of the device's SHAPES.
 
-    Returns {environment, model, tokens: of a step, ours, theirs, ratio: of their tokens_s}; a side has {loss: of every
-    step, seconds: of every one but the first, tokens_s: the median, peak_bytes: while training; on a CPU without what the
-    process held before it had a model}. Raises InputError where bitsandbytes is missing.
+    Returns {environment, model, tokens: of a step, ours, theirs, ratio: of their tokens_s}. A side has {loss: of every
+    step, seconds: of every step but the first, tokens_s: the median, peak_bytes: while training}. On a CPU, peak_bytes is
+    without the process's memory before the model. Raises InputError if bitsandbytes is missing.
     """
     if not find_spec("bitsandbytes"):
         raise InputError(f"step: bitsandbytes is not installed; {install('bnb')} brings it")
@@ -71,14 +72,14 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
         for side, turn in turns.items():
             turn.send("end")
             sides[side]["peak_bytes"] = turn.recv()
-    for found in sides.values():
-        found["tokens_s"] = tokens / median(found["seconds"])
+    for timings in sides.values():
+        timings["tokens_s"] = tokens / median(timings["seconds"])
     ratio = sides["ours"]["tokens_s"] / sides["theirs"]["tokens_s"]
     return {"environment": environment(device), "model": shape, "tokens": tokens, **sides, "ratio": ratio}
 
 
-def answer(result: dict) -> list[str]:
-    """What came out, in words."""
+def summarize(result: dict) -> list[str]:
+    """The results as Markdown list items."""
     ours, theirs, device = result["ours"], result["theirs"], result["environment"]["device"]
     return [
         f"- On {device} a step of {result['tokens']} tokens takes {median(ours['seconds']):.3g} s, with PEFT and"
@@ -90,12 +91,13 @@ def answer(result: dict) -> list[str]:
 
 
 @contextmanager
-def _process(*what: object) -> Iterator[Connection]:
+def _process(*arguments: object) -> Iterator[Connection]:
+    """A process that runs `_train` on the arguments, and the connection to it."""
     context = get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_train, args=(there, torch.get_num_threads(), *what), daemon=True)
+    process = context.Process(target=_train, args=(there, torch.get_num_threads(), *arguments), daemon=True)
     process.start()
-    there.close()  # so that the end of the process is the end of what comes from it
+    there.close()  # so that reading fails when the process ends
     try:
         yield here
     finally:
@@ -104,8 +106,8 @@ def _process(*what: object) -> Iterator[Connection]:
 
 
 def _train(turn: Connection, threads: int, side: str, device: torch.device, shape: dict, steps: int) -> None:
-    """One side, in its process: a step for each message, then its peak memory."""
-    import bitsandbytes  # noqa: F401  on both sides, whose processes differ in nothing else
+    """Train one side in its own process: a step for each message, then send the peak memory."""
+    import bitsandbytes  # noqa: F401  on both sides, so that the processes are alike
 
     torch.set_num_threads(threads)
     before = psutil.Process().memory_info().rss if device.type == "cpu" else 0
@@ -131,7 +133,7 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
     torch.manual_seed(SEED)
     with device:
         model = LlamaForCausalLM(config)
-    model.to(DTYPE)  # type: ignore[arg-type]  # transformers wraps `to`, and its self gets lost
+    model.to(DTYPE)  # type: ignore[arg-type]  # the wrapper of transformers hides the arguments
     return model.requires_grad_(False)
 
 
@@ -146,15 +148,15 @@ def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
 
     layers = linear_layers(model)
     for name, layer in layers.items():
-        assert isinstance(layer, nn.Linear)  # a Llama has no other
+        assert isinstance(layer, nn.Linear)  # a Llama has no other kind
         packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=DTYPE, device="meta")
         packed.weight = Params4bit(
             layer.weight.data, requires_grad=False, quant_type="nf4", blocksize=BLOCK, compress_statistics=True
         )
-        model.set_submodule(name, packed.to(layer.weight.device))  # which quantizes
+        model.set_submodule(name, packed.to(layer.weight.device))  # this quantizes
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by r, any number will do
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # typed int by PEFT, which accepts floats
         target_modules=list(layers),
         task_type="CAUSAL_LM",
     )
@@ -164,8 +166,8 @@ def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
         return get_peft_model(model, config)
 
 
-def _usual_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed: int, advance: Advance) -> None:
-    """What `tune.train` does with one batch, as anyone would write it, with the loss that the model brings."""
+def _reference_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed: int, advance: Advance) -> None:
+    """The same training as `loop.train` with a single batch, as usually written, with the loss of transformers."""
     windows = windows.to(next(model.parameters()).device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.build(settings.optimizer, parameters, settings.lr, settings.weight_decay)
@@ -185,5 +187,5 @@ def _usual_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, seed:
 
 
 Build = Callable[[PreTrainedModel, TuneSettings], nn.Module]
-#: by side, what readies a model, and its loop, which takes what `_usual_loop` does
-BUILD: dict[str, tuple[Build, Callable[..., object]]] = {"ours": (_ours, train), "theirs": (_theirs, _usual_loop)}
+#: for each side, the function that prepares a model, and its loop, with the arguments of `_reference_loop`
+BUILD: dict[str, tuple[Build, Callable[..., object]]] = {"ours": (_ours, train), "theirs": (_theirs, _reference_loop)}

@@ -1,4 +1,4 @@
-"""Timing, and what a timing is measured against: the ceilings of the device, in the same run."""
+"""Times calls, and measures the ceilings of the device to compare the times with."""
 
 import statistics
 import time
@@ -8,25 +8,25 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-GRAPH_SECONDS = 1e-3  # a captured graph lasts at least this long, or holds MOST_LAUNCHES, so that its ends do not show
+GRAPH_SECONDS = 1e-3  # a captured graph runs this long, or holds MOST_LAUNCHES, so that its start and end do not count
 MOST_LAUNCHES = 100
 
 
-def turns(device: torch.device, nbytes: int) -> int:
-    """How many copies of a weight of `nbytes` bytes, taking turns, leave none of it in the last cache."""
+def copies_beyond_cache(device: torch.device, nbytes: int) -> int:
+    """The number of copies of a weight that, used in turn, push each other out of the last cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
     return min(max(2, -(-2 * cache // nbytes)), MOST_LAUNCHES)
 
 
-def seconds(device: torch.device, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds a call, `repeats` samples, each over all `calls`: the same work on inputs that take turns.
+def time_calls(device: torch.device, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Seconds of a call, `repeats` samples, each the mean over all `calls`, which do the same work on different copies.
 
-    On CUDA the calls are captured in a graph, and its replays timed by events.
+    On CUDA the calls are captured in a graph, and events time its replays.
     """
     for call in calls:
         call()
     if device.type == "cuda":
-        return _replays(device, calls, repeats)
+        return _time_replays(device, calls, repeats)
     samples = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -36,7 +36,7 @@ def seconds(device: torch.device, calls: Sequence[Callable[[], object]], repeats
     return samples
 
 
-def _replays(device: torch.device, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def _time_replays(device: torch.device, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     torch.cuda.synchronize(device)
     started = time.perf_counter()
     for call in calls:
@@ -55,7 +55,7 @@ def _replays(device: torch.device, calls: Sequence[Callable[[], object]], repeat
         with torch.cuda.graph(graph):
             run()
         replay = graph.replay
-    except RuntimeError:  # a peer that waits for the device cannot be captured: its launches are then part of its time
+    except RuntimeError:  # a call that synchronizes cannot be captured in a graph, so its launch time is included
         torch.cuda.synchronize(device)
         replay = run
     replay()
@@ -69,16 +69,16 @@ def _replays(device: torch.device, calls: Sequence[Callable[[], object]], repeat
 
 
 def ceilings(device: torch.device, repeats: int = 10) -> dict[str, float]:
-    """Bytes a second of a large copy, read and written, and operations a second of a large bf16 product."""
+    """Bytes a second of a large copy (reads and writes), and operations a second of a large bf16 product."""
     nbytes, size = (1 << 30, 8192) if device.type == "cuda" else (1 << 27, 1024)
     source = torch.randint(0, 127, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = statistics.median(seconds(device, [lambda: target.copy_(source)], repeats))
+    copy = statistics.median(time_calls(device, [lambda: target.copy_(source)], repeats))
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = statistics.median(seconds(device, [lambda: a @ b], repeats))
+    product = statistics.median(time_calls(device, [lambda: a @ b], repeats))
     return {"copy_bytes_s": 2 * nbytes / copy, "matmul_flop_s": 2 * size**3 / product}
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖, in float64."""
-    return float((found.double() - expected).norm() / expected.norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖, in float64."""
+    return float((actual.double() - expected).norm() / expected.norm())

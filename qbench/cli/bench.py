@@ -1,4 +1,4 @@
-"""python -m qbench.bench COMMAND: how fast the kernels and a training step are, beside their peers in the same run."""
+"""python -m qbench.bench COMMAND: benchmarks of the kernels and of a training step, with peers in the same run."""
 
 import sys
 from argparse import Namespace
@@ -26,7 +26,7 @@ console = Console()
 
 
 def run_products(arguments: Namespace) -> None:
-    """the product with a packed weight, forward and backward: formats × rows × the layers of Llama"""
+    """time products with a packed weight, forward and backward: formats × rows × layers of Llama"""
     device = _device(arguments.device)
     cuda = device.type == "cuda"
     plan = products.Plan(
@@ -39,33 +39,33 @@ def run_products(arguments: Namespace) -> None:
     folder = arguments.out
     with _progress(plan.steps()) as advance:
 
-        def found(result: dict, words: str) -> None:
+        def report(result: dict, description: str) -> None:
             write_json(folder / "products.json", result)
-            advance(words)
+            advance(description)
 
-        result = products.measure(plan, device, found)
+        result = products.measure(plan, device, report)
     page.write(result, folder)
-    console.print("\n".join(page.answer(result)))
+    console.print("\n".join(page.summarize(result)))
     console.print(f"{folder}: products.json, products.md, products.png")
 
 
 def run_step(arguments: Namespace) -> None:
-    """a QLoRA training step, beside PEFT with bitsandbytes"""
-    _needs("bitsandbytes", install("bnb"))
+    """time a QLoRA training step, and one of PEFT with bitsandbytes"""
+    _require("bitsandbytes", install("bnb"))
     device = _device(arguments.device)
     with _progress(2 * (arguments.steps + 1)) as advance:
         result = step.measure(device, arguments.steps, advance)
     write_json(arguments.out / "step.json", result)
-    console.print("\n".join(step.answer(result)))
+    console.print("\n".join(step.summarize(result)))
     console.print(f"{arguments.out}: step.json")
 
 
 def run_tune(arguments: Namespace) -> None:
-    """measure the best path and tiles for this GPU, and keep them for every later run"""
-    _needs("triton", "pip install triton")
+    """find the fastest path and tile sizes for this GPU, and save them for later runs"""
+    _require("triton", "pip install triton")
     device = _device("auto")
     if device.type != "cuda":
-        raise InputError("tune: there is no GPU here that PyTorch can use")
+        raise InputError("tune: PyTorch finds no GPU; run it on a machine with one")
     with _progress(len(products.OPS) * len(tiles.ROWS)) as advance:
         result = tiles.tune(device, tuple(arguments.models or ["7B", "70B"]), advance)
     file = arguments.out or choices.tuned_file(torch.cuda.get_device_name(device))
@@ -74,25 +74,23 @@ def run_tune(arguments: Namespace) -> None:
         for rule in result["choices"][op]:
             rows = "M beyond" if rule["up_to"] is None else f"M ≤ {rule['up_to']}"
             console.print(f"{op:<10} {rows:<10}", {k: v for k, v in rule.items() if k != "up_to"})
-    console.print(
-        f"{file} holds the choices" + (f"; QBENCH_TUNED={file} makes runs take them" if arguments.out else "")
-    )
+    console.print(f"choices written to {file}" + (f"; set QBENCH_TUNED={file} to use them" if arguments.out else ""))
 
 
 def run_compile(arguments: Namespace) -> None:
-    """registers, spills, shared memory and instructions a weight of every kernel; needs no GPU"""
-    _needs("triton", "pip install triton")
+    """count registers, spills, shared memory and instructions a weight of every kernel; needs no GPU"""
+    _require("triton", "pip install triton")
     capabilities = list(map(int, arguments.capability or compiled.DEVICES))
     with _progress(sum(len(compiled.configurations(capability)) for capability in capabilities)) as advance:
-        found = compiled.compile_all(capabilities, advance)
+        results = compiled.compile_all(capabilities, advance)
     if arguments.out:
-        write_json(arguments.out, [asdict(one) for one in found])
+        write_json(arguments.out, [asdict(kernel) for kernel in results])
     table = Table(
         Column("kernel", no_wrap=True), "sm", "registers", "spills", "KiB shared", "instr. a weight", box=None
     )
-    for one in found:
-        cells = one.registers, one.spills, f"{one.shared / 1024:.1f}", f"{one.instructions:.2f}"
-        table.add_row(one.name, str(one.capability), *map(str, cells))
+    for kernel in results:
+        cells = kernel.registers, kernel.spills, f"{kernel.shared / 1024:.1f}", f"{kernel.instructions:.2f}"
+        table.add_row(kernel.name, str(kernel.capability), *map(str, cells))
     console.print(table)
 
 
@@ -101,11 +99,11 @@ def _quantized() -> list[str]:
 
 
 def _device(name: str) -> torch.device:
-    """Raises InputError for a device that is not there."""
-    there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    if name not in ("auto", *there):
-        raise InputError(f"--device: {name!r} is not here; accepted: auto, {', '.join(there)}")
-    return torch.device(there[-1] if name == "auto" else name)
+    """The device that --device names. Raises InputError if it is not available."""
+    available = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    if name not in ("auto", *available):
+        raise InputError(f"--device: {name!r} is not available; accepted: auto, {', '.join(available)}")
+    return torch.device(available[-1] if name == "auto" else name)
 
 
 @contextmanager
@@ -113,10 +111,11 @@ def _progress(total: int) -> Iterator[Callable[..., None]]:
     columns = BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
-        yield lambda words="": progress.update(task, advance=1, description=words)
+        yield lambda description="": progress.update(task, advance=1, description=description)
 
 
-def _needs(module: str, how: str) -> None:
+def _require(module: str, how: str) -> None:
+    """Raises InputError if a module is not installed. how: the command that installs it."""
     if find_spec(module) is None:
         raise InputError(f"{module} is not installed; {how} brings it")
 

@@ -1,4 +1,4 @@
-"""How the weights lie within their blocks, to be seen against the levels of the format."""
+"""A histogram of the normalized weights, to compare with the levels of the format."""
 
 from collections.abc import Mapping
 
@@ -11,14 +11,14 @@ from formats.scales import decode_scales
 from qbench.model.selection import weight_of
 
 BINS = 160
-SAMPLE = 2**22  # weights of the whole model
+SAMPLE = 2**22  # weights to sample from the whole model
 
 
 def normalized_weights(layers: Mapping[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict:
-    """Histogram of (w − z)/s over all layers, as far as the levels L reach that such values are rounded to.
+    """Histogram of (w − z)/s over all layers, over the range of the levels.
 
-    Returns edges [BINS + 1], density [BINS], and levels, sorted: one list, or, where tensors have tables of their own, a
-    list for each of the first 16 layers. Without quantization s is the absmax of the block, and there are no levels.
+    Returns edges [BINS + 1], density [BINS], and levels, sorted lists: one list, or if each tensor has a table of its own,
+    one for each of the first 16 layers. Without quantization s is the absmax of the block, and there are no levels.
     """
     total = sum(q.numel for q in packed.values())
     counts = torch.zeros(BINS, dtype=torch.float64)

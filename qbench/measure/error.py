@@ -1,4 +1,4 @@
-"""The error that quantization makes: of the weights, and of the layers' outputs on real activations."""
+"""The quantization error of the weights, and of the layers' outputs on real activations."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from qbench.model.selection import weight_of
 
 @dataclass
 class Sums:
-    """Float64 sums from which every error is made: they add up over layers."""
+    """Float64 sums from which every error is computed. Sums of several layers can be added."""
 
     n: int = 0
     signal: float = 0.0  #: Σ w²
@@ -33,12 +33,17 @@ class Sums:
         )
 
     def metrics(self) -> dict:
-        """sqnr_db = 10·log10(Σw² / Σ(w−ŵ)²), None where there is no error; mse; relative (Frobenius norms); max_abs;
-        output_relative."""
-        return {**self.weights(), "output_relative": (self.output_noise / self.output) ** 0.5 if self.output else 0.0}
+        """Those of `weight_metrics`, and output_relative, the relative error of the layers' outputs."""
+        return {
+            **self.weight_metrics(),
+            "output_relative": (self.output_noise / self.output) ** 0.5 if self.output else 0.0,
+        }
 
-    def weights(self) -> dict:
-        """Those of the weights alone."""
+    def weight_metrics(self) -> dict:
+        """The errors of the weights: sqnr_db, mse, relative, max_abs.
+
+        sqnr_db = 10·log10(Σw² / Σ(w−ŵ)²), None if there is no error. relative: of Frobenius norms.
+        """
         return {
             "sqnr_db": 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
             "mse": self.noise / self.n,
@@ -48,13 +53,13 @@ class Sums:
 
 
 def compare_weights(w: Tensor, other: Tensor) -> Sums:
-    """w against what stands for it, of the same shape; in fp32, summed in fp64. The outputs are left out."""
+    """Compare weights with their approximation, of the same shape, in fp32 with sums in fp64. Output sums stay 0."""
     difference = w.float() - other.float()
     return Sums(w.numel(), _squares(w.float()), _squares(difference), float(difference.abs().max()))
 
 
 def _compare(w: Tensor, packed: QuantizedTensor, x: Tensor) -> Sums:
-    """w [out, in] against its packed form, on inputs x [..., in]; all in fp32, summed in fp64."""
+    """Compare w [out, in] with its packed form, on inputs x [..., in], in fp32 with sums in fp64."""
     w, other = w.float(), packed.dequantize(torch.float32)
     x = x.reshape(-1, x.shape[-1]).float()
     sums = compare_weights(w, other)
@@ -74,9 +79,9 @@ def layer_errors(
     windows: Tensor,
     advance: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Errors overall and by layer, from one forward of the unquantized model on windows [n, seq].
+    """Errors of the model and of each layer, from one forward of the unquantized model on windows [n, seq].
 
-    Each layer is compared as its input passes, so no activation is kept.
+    A hook compares each layer when it receives its input, so no activations are kept.
     """
     sums: dict[str, Sums] = {}
 
@@ -94,7 +99,7 @@ def layer_errors(
         for hook in hooks:
             hook.remove()
     for name, layer in layers.items():
-        if name not in sums:  # an expert that no token of these windows was sent to
+        if name not in sums:  # an expert that got no token of these windows
             w = weight_of(layer)
             sums[name] = _compare(w, packed[name], w.new_zeros(1, w.shape[1]))
     rows = [{"name": name, "shape": list(packed[name].shape), **sums[name].metrics()} for name in layers]

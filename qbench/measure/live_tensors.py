@@ -1,7 +1,7 @@
-"""The bytes of the tensors that are alive, counted operation by operation.
+"""Counts the bytes of live tensors, operation by operation.
 
-The resident set of a process holds what its libraries keep for later, and a CPU's allocator keeps no peak; this counts
-what a program holds, to the byte, on any device, the `meta` device included, where a tensor has a size and no memory.
+A process's resident set includes memory that libraries cache, and a CPU's allocator records no peak. This count is exact
+to the byte on any device. It also works on `meta`, where tensors have a size but no memory.
 """
 
 import weakref
@@ -16,18 +16,20 @@ from torch.utils._pytree import tree_leaves
 
 from qbench import ops
 
-DECODED = "decoded"  #: the kind of a weight that a product has decoded
+DECODED = "decoded"  #: the kind of a weight that was decoded for a product
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside make, each once however many tensors view it, until they are gone.
+    """While active, counts the bytes of all storages that operations create, until they are freed.
 
-    peak: the most bytes alive at once. peaks: for each `label` that a program sets on its way, the most that was alive
-    while it was set, by kind; a storage's kind is `kind` when it was made, and `tag` can change it. What an operation in
-    C++ holds for itself does not show, and neither does what was made outside.
+    A storage counts once, however many tensors view it. Not counted: temporaries inside a C++ operation, and tensors that
+    were created outside.
 
-    kernels: the module of `qbench.ops` whose `linear` and `linear_dx` stand for the device; they run operation by
-    operation, so that the weight they decode counts while it lasts.
+    peak: the most bytes alive at once. peaks: for each value that the program gives to `label`, the largest total while
+    it was set, as bytes by kind. The kind of a storage is the value of `kind` when it was created; `tag` changes it.
+
+    kernels: the module of `qbench.ops` whose `linear` and `linear_dx` replace the fused ops. They run operation by
+    operation, so that the decoded weight is counted while it lives.
     """
 
     def __init__(self, kernels: ModuleType = ops.cpu):
@@ -46,36 +48,36 @@ class LiveBytes(TorchDispatchMode):
         return max((sum(live.values()) for live in self.peaks.values()), default=0)
 
     def tag(self, tensor: Tensor, kind: str, nbytes: int | None = None) -> None:
-        """Give the storage of a tensor another kind, and another size where it is to stand for one."""
+        """Give the storage of a tensor another kind, and if `nbytes` is given, another size."""
         storage = tensor.untyped_storage()
         self._forget(storage._cdata)
-        self._keep(storage, kind, storage.nbytes() if nbytes is None else nbytes)
+        self._count(storage, kind, storage.nbytes() if nbytes is None else nbytes)
 
-    def answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """The result of an operation that no kernel stands for."""
+    def run_operation(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run an operation that has no entry in `kernels`."""
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):  # of which those unknown were made outside
+        for tensor in _tensors((args, kwargs)):  # unknown ones were created outside
             if tensor.untyped_storage()._cdata not in self._storages:
-                self._keep(tensor.untyped_storage(), self.kind, 0)
+                self._count(tensor.untyped_storage(), self.kind, 0)
         if func in self._kernels:
             with self:
                 result = self._kernels[func](*args, **kwargs)
         else:
-            result = self.answer(func, args, kwargs)
+            result = self.run_operation(func, args, kwargs)
         kind = DECODED if func is torch.ops.qbench.dequantize.default else self.kind
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
-                self._keep(storage, kind, storage.nbytes())
+                self._count(storage, kind, storage.nbytes())
         before = self.peaks.get(self.label)
         if before is None or sum(self.live.values()) > sum(before.values()):
             self.peaks[self.label] = dict(self.live)
         return result
 
-    def _keep(self, storage: torch.UntypedStorage, kind: str, nbytes: int) -> None:
+    def _count(self, storage: torch.UntypedStorage, kind: str, nbytes: int) -> None:
         key = storage._cdata
         reference = weakref.ref(storage, lambda _: self._forget(key))
         self._storages[key] = reference, kind, nbytes

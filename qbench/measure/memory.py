@@ -1,4 +1,4 @@
-"""Peak memory of a phase."""
+"""The peak memory of a phase of a run."""
 
 import re
 import sys
@@ -15,10 +15,10 @@ except ImportError:  # on Windows
 
 
 class PeakMemory:
-    """The peak between entering and leaving, in `bytes`.
+    """Measures the peak memory between entering and leaving, into `bytes`.
 
-    On CUDA {"allocated", "reserved"} of the device, from PyTorch's allocator. On a CPU {"rss"}: the resident set of the
-    process, of which Linux keeps the peak and lets a process reset its own. Elsewhere the peak since the process began.
+    On CUDA {"allocated", "reserved"}, of the device, from PyTorch's allocator. On a CPU {"rss"}, the peak of the process's
+    resident set. Linux can reset that peak; on other systems it is the peak since the process began.
     """
 
     def __init__(self, device: torch.device):
@@ -30,7 +30,7 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
-            with suppress(OSError):  # a container may forbid it: the peak is then the process's own, an upper bound
+            with suppress(OSError):  # a container may forbid it: then the peak of the whole process is an upper bound
                 _CLEAR.write_text("5", "utf-8")
         return self
 
@@ -50,10 +50,10 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 def _peak_rss() -> int:
     status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))):
-        return int(found[1]) * 1024
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))):
+        return int(match[1]) * 1024
     if resource is None:
-        held = psutil.Process().memory_info()
-        return getattr(held, "peak_wset", held.rss)
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

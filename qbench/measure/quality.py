@@ -1,7 +1,7 @@
-"""Quality on held-out text: negative log-likelihood, and how far a model has moved from the baseline, token by token.
+"""Quality on held-out text: negative log-likelihood, and the distance from the baseline, token by token.
 
-The baseline's logits are kept on disk in the dtype in which the model made them, so that every later model is compared
-with it on the same tokens, and nothing is lost between.
+The baseline's logits are stored on disk in the model's dtype, without rounding. Every later model is compared with them
+on the same tokens.
 """
 
 import math
@@ -21,21 +21,25 @@ from qbench.training.losses import logits_of
 
 from .statistics import clustered_mean, nll_difference
 
-BATCH_LOGITS = 2**24  #: logits at once, about: 64 MiB in fp32
+BATCH_LOGITS = 2**24  #: logits of a batch, about: 64 MiB in fp32
 
 
 @dataclass
 class Scores:
-    """nll: fp32 [windows, seq − 1], nats. Against the baseline, of the same shape: kl, and agree, whether the most
-    probable token is the same."""
+    """Scores of each token. nll: fp32 [windows, seq − 1], nats.
+
+    Compared with the baseline, of the same shape: kl (nats), and agree, whether the most probable token is the same.
+    """
 
     nll: np.ndarray
     kl: np.ndarray | None = None
     agree: np.ndarray | None = None
 
     def metrics(self, baseline: "Scores | None" = None) -> dict:
-        """nll (nats a token), its stderr, perplexity, tokens, and the mean of each window; against a baseline, paired:
-        delta_nll, its stderr and p value, kl_mean, kl_p99, top1_agreement."""
+        """nll (nats a token), its stderr, perplexity, tokens, and windows, the mean nll of each window.
+
+        With a baseline also against_baseline: the paired delta_nll, stderr and p, and kl_mean, kl_p99, top1_agreement.
+        """
         nll, stderr = clustered_mean(self.nll)
         result: dict[str, Any] = {
             "nll": nll,
@@ -56,9 +60,9 @@ class Scores:
 
 
 class BaselineLogits:
-    """The baseline's logits [windows, seq − 1, vocabulary] in a file, in the dtype in which the model made them.
+    """A file of the baseline's logits [windows, seq − 1, vocabulary], in the model's dtype.
 
-    dtype, shape: those of one window, for a file that holds them already.
+    dtype, shape: of one window, to read a file that is already written.
     """
 
     def __init__(self, file: BufferedIOBase, dtype: torch.dtype | None = None, shape: Sequence[int] = ()):
@@ -66,18 +70,19 @@ class BaselineLogits:
 
     @property
     def kind(self) -> tuple[str, tuple[int, ...]]:
-        """dtype and shape of one window."""
+        """The dtype and shape of one window."""
         return str(self._dtype).removeprefix("torch."), self._shape
 
     def write(self, logits: Tensor) -> None:
-        """Append logits [windows, seq − 1, vocabulary]. Raises OSError where the disk is full."""
+        """Append logits [windows, seq − 1, vocabulary]. Raises OSError if the disk is full."""
         self._dtype, self._shape = logits.dtype, tuple(logits.shape[1:])
         self._file.write(logits.cpu().contiguous().view(torch.uint8).numpy().data)
 
-    def read(self, at: int, windows: int) -> Tensor:
+    def read(self, first: int, windows: int) -> Tensor:
+        """The logits of `windows` windows, from number `first` on."""
         assert self._dtype is not None, "nothing has been written"
         window = math.prod(self._shape) * self._dtype.itemsize
-        self._file.seek(at * window)
+        self._file.seek(first * window)
         raw = bytearray(windows * window)
         if self._file.readinto(raw) != len(raw):
             raise OSError("the logits of the baseline are cut short")
@@ -87,8 +92,8 @@ class BaselineLogits:
         self._file.close()
 
 
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) [...], nats, of log-probabilities [..., vocabulary]; a token that p gives no chance adds nothing."""
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) [...], nats, from log-probabilities [..., vocabulary]; tokens with p = 0 add nothing."""
     terms = log_p.exp() * (log_p - log_q)
     return terms.where(log_p > -torch.inf, 0).sum(-1).clamp_(min=0)
 
@@ -101,28 +106,28 @@ def evaluate(
     is_baseline: bool = False,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> Scores:
-    """Score a model on windows [n, seq] of tokens, all but the first of each.
+    """Score a model on windows [n, seq] of tokens; the first token of each has no score.
 
-    `is_baseline` writes its logits to `baseline`; any other model is compared with them. Without a `baseline` there is the
-    nll alone.
+    baseline: where the baseline's logits are. With `is_baseline` this model's logits are written there, otherwise it is
+    compared with them. Without it only the nll is computed. Raises FloatingPointError if an nll is not finite.
     """
     device = next(model.parameters()).device
     n, seq = windows.shape
     nll, kl, agree = (np.zeros((n, seq - 1), t) for t in (np.float32, np.float32, bool))
-    config: Any = model.config  # which transformers gives it, and PEFT
+    config: Any = model.config  # transformers and PEFT models have it
     batch = max(1, BATCH_LOGITS // (seq * config.get_text_config().vocab_size))
-    for at in range(0, n, batch):
-        tokens = windows[at : at + batch].to(device)
+    for first in range(0, n, batch):
+        tokens = windows[first : first + batch].to(device)
         logits = logits_of(model, tokens)[:, :-1]
-        here = slice(at, at + len(tokens))
+        rows = slice(first, first + len(tokens))
         log_p = logits.float().log_softmax(-1)
-        nll[here] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
+        nll[rows] = -log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
         if baseline and is_baseline:
             baseline.write(logits)
         elif baseline:
-            reference = baseline.read(at, len(tokens)).to(device).float().log_softmax(-1)
-            agree[here] = (reference.argmax(-1) == log_p.argmax(-1)).cpu()
-            kl[here] = divergence(reference, log_p).cpu()
+            reference = baseline.read(first, len(tokens)).to(device).float().log_softmax(-1)
+            agree[rows] = (reference.argmax(-1) == log_p.argmax(-1)).cpu()
+            kl[rows] = kl_divergence(reference, log_p).cpu()
         advance(len(tokens))
     if not np.isfinite(nll).all():
         raise FloatingPointError(f"the model gives {int((~np.isfinite(nll)).sum())} tokens no finite likelihood")
@@ -131,7 +136,7 @@ def evaluate(
 
 @torch.inference_mode()
 def check_logits(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    """Raises InputError where a model gives no logits of tokens [n, seq] alone, as one that reads another's states."""
+    """Raises InputError for a model that needs more than tokens [n, seq], such as an encoder's states."""
     try:
         logits_of(model, tokens.to(model.device))
     except (torch.OutOfMemoryError, MemoryError):

@@ -1,4 +1,4 @@
-"""Where lm-eval tasks lie: those that come along, folders and YAML files of the user's, and those that lm-eval names."""
+"""Finds the files of lm-eval tasks: bundled ones, the user's folders and YAML files, and lm-eval's own by name."""
 
 import hashlib
 import re
@@ -8,44 +8,48 @@ from pathlib import Path
 
 from qbench.errors import InputError
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "tasks"
+BUNDLED_TASKS = Path(__file__).parents[1] / "assets" / "tasks"
 YAML = (".yaml", ".yml")
 _PARTS = {*YAML, ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow"}
 
 
-def shipped() -> list[str]:
-    """The names of the tasks that come along."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+def bundled_names() -> list[str]:
+    """The names of the bundled tasks."""
+    return sorted(file.stem for file in BUNDLED_TASKS.glob("*.yaml"))
 
 
-def unknown(entry: str, why: str = "is no task") -> InputError:
+def bad_entry(entry: str, why: str = "is no task") -> InputError:
+    """The InputError for an entry of `eval.tasks` that cannot be used."""
     return InputError(
-        f"eval.tasks: {entry!r} {why}; accepted: {', '.join(shipped())}, a folder or YAML file of lm-eval tasks, or, where"
-        " there is a network, the name of any lm-eval task"
+        f"eval.tasks: {entry!r} {why}; accepted: {', '.join(bundled_names())}, a folder or YAML file of lm-eval tasks, or,"
+        " where there is a network, the name of any lm-eval task"
     )
 
 
-def place(entry: str) -> Path | None:
-    """The YAML file or the folder of tasks that an entry of `eval.tasks` is; None for a name that lm-eval may know.
+def find_file(entry: str) -> Path | None:
+    """The YAML file or folder that an entry of `eval.tasks` means; None for a name, which lm-eval may know.
 
-    Raises InputError for a path that leads nowhere, or to a folder without tasks.
+    Raises InputError for a path that does not exist or is a folder without tasks.
     """
-    if entry in shipped():
-        return SHIPPED / f"{entry}.yaml"
+    if entry in bundled_names():
+        return BUNDLED_TASKS / f"{entry}.yaml"
     path = Path(entry).expanduser()
     if any(path.rglob("*.yaml")) if path.is_dir() else path.is_file() and path.suffix in YAML:
         return path
     if entry != path.name or path.suffix in YAML:
-        raise unknown(entry, "is no YAML file, nor a folder that holds one")
+        raise bad_entry(entry, "is no YAML file, nor a folder that holds one")
     return None
 
 
 def digest(entries: Iterable[str]) -> str:
-    """What tells tasks from others: SHA-256 over the files beside their YAML files and those named there; of the tasks
-    that lm-eval names, over its version. Raises InputError."""
+    """A SHA-256 that changes when the tasks change. Raises InputError.
+
+    It covers the files beside the tasks' YAML files and the files named in these. For lm-eval's own tasks it covers the
+    name and lm-eval's version.
+    """
     total = hashlib.sha256()
     for entry in entries:
-        path = place(entry)
+        path = find_file(entry)
         if path is None:
             total.update(f"{entry} {version('lm_eval')}".encode())
             continue

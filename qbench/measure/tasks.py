@@ -1,6 +1,6 @@
-"""lm-eval's tasks on a model that is in memory. Documents, requests, filters and metrics are lm-eval's own.
+"""Runs lm-eval's tasks on a model in memory. Documents, requests, filters and metrics are lm-eval's own.
 
-To import this takes seconds: it imports lm-eval.
+Importing this takes seconds, because it imports lm-eval.
 """
 
 import functools
@@ -37,72 +37,80 @@ from transformers import PreTrainedTokenizerBase
 
 from qbench.errors import InputError
 
-from .task_files import place, unknown
+from .task_files import bad_entry, find_file
 from .task_scores import TaskScores
 
-BOOTSTRAPS = 1000  #: draws for the standard error of a metric that has none in closed form
-# takes seconds, and lm-eval tells it in every result
-_environment = functools.cache(collect_env.get_pretty_env_info)
+BOOTSTRAPS = 1000  #: draws for the standard error of a metric without a closed form
+# cached because it takes seconds, and lm-eval asks for it at every evaluation
+_environment_info = functools.cache(collect_env.get_pretty_env_info)
 
 
 @dataclass
 class Tasks:
-    """top: what was asked for, tasks and groups of them. leaves: every task, by its name. groups: the names of all tasks
-    of each group. inside: the group that a task or group is in."""
+    """Loaded tasks. top: the tasks and groups that were asked for. leaves: every task, by name.
+
+    groups: for each group, the names of all its tasks. parents: for each task or group, the group that it is in.
+    """
 
     top: list[Task | Group] = field(default_factory=list)
     leaves: dict[str, Task] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
-    inside: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
 
-    def documents(self, limit: int | None = None) -> int:
-        """How many there are, at most `limit` of each task."""
+    def count_documents(self, limit: int | None = None) -> int:
+        """The number of documents, with at most `limit` of each task."""
         return sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in self.leaves.values())
 
 
 def load(entries: Sequence[str], scratch: Path | None = None) -> Tasks:
-    """The tasks of entries such as those of `eval.tasks`, with their documents.
+    """Load the tasks of entries such as those of `eval.tasks`, with their documents.
 
-    The network, and the hub's cache, are used for a task whose data are on the hub and for no other. Local data are read
-    by way of a folder in `scratch`, or in the system's for temporary files, that is removed. Raises InputError.
+    The network and the hub's cache are used only for tasks whose data are on the hub. Local data are read through a
+    temporary folder in `scratch`, or in the system's temporary folder. Raises InputError.
     """
     tasks = Tasks()
-    with _apart(), patch.object(datasets, "load_dataset", functools.partial(_dataset, datasets.load_dataset, scratch)):
+    with (
+        _isolated(),
+        patch.object(datasets, "load_dataset", functools.partial(_load_dataset, datasets.load_dataset, scratch)),
+    ):
         for entry in entries:
             try:
-                found = _load(entry)
+                loaded = _load_entry(entry)
             except (InputError, MemoryError):
                 raise
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
-                raise unknown(entry, f"could not be loaded ({type(error).__name__}: {reason})") from error
-            _add(tasks, found, entry)
+                raise bad_entry(entry, f"could not be loaded ({type(error).__name__}: {reason})") from error
+            _add(tasks, loaded, entry)
     return tasks
 
 
-def _load(entry: str) -> dict:
-    path = place(entry)
+def _load_entry(entry: str) -> dict:
+    """The tasks and groups of an entry, as lm-eval's TaskManager returns them."""
+    path = find_file(entry)
     if path is None:
         files = (file for file in Path(lm_eval.tasks.__file__).parent.rglob("*") if file.is_file())
-        if not any(entry.encode() in file.read_bytes() for file in files):  # in a second, where the index takes ten
-            raise unknown(entry)
+        if not any(entry.encode() in file.read_bytes() for file in files):  # takes a second; the index takes ten
+            raise bad_entry(entry)
         manager = TaskManager()
         if entry not in manager.task_index:
-            raise unknown(entry)
+            raise bad_entry(entry)
         return manager.load([entry])
     if path.is_dir():
         manager = TaskManager(include_path=path, include_defaults=False)
         if not manager.all_subtasks:
-            raise unknown(entry, "holds no task that lm-eval can read")
+            raise bad_entry(entry, "holds no task that lm-eval can read")
         return manager.load(manager.all_subtasks)
-    group = bool(re.search(r"^group\s*:", path.read_text("utf-8"), re.MULTILINE))  # it may name any task of lm-eval's
+    group = bool(
+        re.search(r"^group\s*:", path.read_text("utf-8"), re.MULTILINE)
+    )  # a group may name any of lm-eval's tasks
     return TaskManager(include_path=path.parent if group else None, include_defaults=group).load([str(path)])
 
 
-def _dataset(
+def _load_dataset(
     load_dataset: Callable, scratch: Path | None, path: str, *args: Any, **options: Any
 ) -> datasets.DatasetDict:
-    """`load_dataset`, which for local files would leave a copy of them in the home directory."""
+    """`load_dataset`, without the copy of local files that it would leave in the home directory."""
     local = Path(path).exists() or ("/" not in path and {"data_files", "data_dir"} & options.keys())
     if not local:
         return load_dataset(path, *args, **options)
@@ -110,9 +118,10 @@ def _dataset(
         return load_dataset(path, *args, **{**options, "cache_dir": folder, "keep_in_memory": True})
 
 
-def _add(tasks: Tasks, found: dict, entry: str) -> None:
-    groups = found.get("groups") or {}
-    for name, task in found["tasks"].items():
+def _add(tasks: Tasks, loaded: dict, entry: str) -> None:
+    """Add the tasks and groups of one entry to `tasks`."""
+    groups = loaded.get("groups") or {}
+    for name, task in loaded["tasks"].items():
         if name in tasks.leaves:
             raise InputError(f"eval.tasks: {entry!r} has {name} once more; accepted: tasks of different names")
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -120,9 +129,9 @@ def _add(tasks: Tasks, found: dict, entry: str) -> None:
                 f"eval.tasks: {name!r} runs what the model writes, or shows it more than text; others are accepted"
             )
         tasks.leaves[name] = task
-    tasks.inside |= {child: name for name, group in groups.items() for child in group.child_names}
+    tasks.parents |= {child: name for name, group in groups.items() for child in group.child_names}
     tasks.groups |= {name: [task.task_name for task in group.get_all_tasks()] for name, group in groups.items()}
-    tasks.top += [item for name, item in (groups | found["tasks"]).items() if name not in tasks.inside]
+    tasks.top += [item for name, item in (groups | loaded["tasks"]).items() if name not in tasks.parents]
 
 
 def evaluate(
@@ -133,17 +142,19 @@ def evaluate(
     batch: int = 8,
     advance: Callable[[float], None] = lambda documents: None,
 ) -> TaskScores:
-    """Score a causal LM, whatever its layers and adapters, as `lm_eval --model hf` does.
+    """Score a causal LM, with any layers and adapters, as `lm_eval --model hf` does.
 
-    limit: the first documents of each task, None all. batch: requests at once; another number moves scores in their last
-    digits. advance: is told of documents done. The log-likelihoods are taken in fp32 from logits in the model's dtype, as
-    lm-eval does with softmax_dtype=float32. Unlike there, no text begins with two beginning-of-text tokens. Raises
-    InputError for a tokenizer that does not fit the model.
+    limit: use the first `limit` documents of each task; None uses all. batch: requests at once, which changes the last
+    digits of scores. advance: called with the number of documents done, which may be a fraction.
+
+    Log-likelihoods are computed in fp32 from logits in the model's dtype, as with lm-eval's softmax_dtype=float32. Unlike
+    in lm-eval, no text begins with two beginning-of-text tokens. Raises InputError for a tokenizer that does not fit the
+    model.
     """
     tasks = tasks if isinstance(tasks, Tasks) else load(tasks)
     device = next(model.parameters()).device
-    with _apart(device):
-        lm = _Live(model, tokenizer, batch, advance)
+    with _isolated(device):
+        lm = _LiveModel(model, tokenizer, batch, advance)
         results = evaluator.simple_evaluate(
             model=lm,
             tasks=list(tasks.top),
@@ -157,8 +168,8 @@ def evaluate(
     return TaskScores(results, results.pop("samples"))
 
 
-def check(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError for a tokenizer with which lm-eval scores nothing."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a tokenizer that lm-eval cannot use."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(
             "eval.tasks: the model's tokenizer has no token that begins or ends a text, which lm-eval puts before one;"
@@ -166,43 +177,44 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-class _Live(HFLM):
-    """lm-eval's view of a model, which tells of the documents it is done with. No text begins twice."""
+class _LiveModel(HFLM):
+    """lm-eval's wrapper of a model in memory. It reports progress, and no text gets two beginning-of-text tokens."""
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: int, advance: Callable[[float], None]
     ):
-        check(tokenizer)
+        check_tokenizer(tokenizer)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
         self._vocabulary = self.config.get_text_config().vocab_size
         adapter = getattr(model, "active_peft_config", None)
         if adapter and adapter.is_prompt_learning:  # virtual tokens take positions
             self._max_length = self.max_length - adapter.num_virtual_tokens
-        self._advance, self._share = advance, 0.0
+        self._advance, self._documents_per_row = advance, 0.0
 
     def _expect(self, requests: list[Instance], rows: int) -> None:
-        self._share = len({(request.task_name, request.doc_id) for request in requests}) / rows
+        """Set the documents that each of `rows` rows of a batch counts for."""
+        self._documents_per_row = len({(request.task_name, request.doc_id) for request in requests}) / rows
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._expect(requests, len(requests))
         return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        # lm-eval puts the beginning of text before what `tok_encode` makes, though that begins with one already
-        with patch.object(self, "tok_encode", self._encode_rest):
+        # lm-eval prepends a beginning-of-text token to the tokens, even if they already begin with one
+        with patch.object(self, "tok_encode", self._encode_without_prefix):
             windows = [math.ceil(len(self.tok_encode(request.args[0])) / self.max_length) for request in requests]
             self._expect(requests, sum(windows))
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
-    def _encode_rest(self, text: str) -> list[int]:
-        """The tokens of a text but the one that begins it."""
+    def _encode_without_prefix(self, text: str) -> list[int]:
+        """The tokens of a text, without a beginning-of-text token."""
         tokens = super().tok_encode(text)
         return tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        # lm-eval asks the first alone whether all bring their beginning along
+        # lm-eval looks only at the first string to decide whether to add beginning-of-text tokens to all
         if len({has_bos_prefix(text, self.tokenizer.bos_token) for text in strings}) == 1:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, **options)
         rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
@@ -214,18 +226,18 @@ class _Live(HFLM):
         return super().generate_until(requests, disable_tqdm)
 
     def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
-        self._check(inps)
+        self._check_vocabulary(inps)
         logits = super()._model_call(inps, *args, **options)
-        self._advance(self._share * len(inps))
+        self._advance(self._documents_per_row * len(inps))
         return logits
 
     def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Tensor:
-        self._check(context)
+        self._check_vocabulary(context)
         tokens = super()._model_generate(context, *args, **options)
-        self._advance(self._share * len(context))
+        self._advance(self._documents_per_row * len(context))
         return tokens
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check_vocabulary(self, tokens: Tensor) -> None:
         if (largest := int(tokens.max())) >= self._vocabulary:
             raise InputError(
                 f"model.path: its tokenizer makes token {largest} of a task's text, but the model knows"
@@ -234,12 +246,13 @@ class _Live(HFLM):
 
 
 @contextmanager
-def _apart(device: torch.device | None = None) -> Iterator[None]:
-    """lm-eval without its voice, and without its hand on the seeds of whoever calls it, nor processes of its own."""
-    bar, disabled, states = tqdm.__init__, logging.root.manager.disable, (random.getstate(), np.random.get_state())
+def _isolated(device: torch.device | None = None) -> Iterator[None]:
+    """Run lm-eval without output and child processes, and restore the caller's random state."""
+    tqdm_init, logging_level = tqdm.__init__, logging.root.manager.disable
+    states = random.getstate(), np.random.get_state()
 
     def silent(self: tqdm, *args: Any, **options: Any) -> None:
-        bar(self, *args, **options | {"disable": True})
+        tqdm_init(self, *args, **options | {"disable": True})
 
     logging.disable(logging.WARNING)
     try:
@@ -247,14 +260,14 @@ def _apart(device: torch.device | None = None) -> Iterator[None]:
             warnings.catch_warnings(action="ignore"),
             redirect_stdout(io.StringIO()),
             patch.object(tqdm, "__init__", silent),
-            patch.object(collect_env, "get_pretty_env_info", _environment),
-            # of the working directory, where there may be none, and git says so aloud
+            patch.object(collect_env, "get_pretty_env_info", _environment_info),
+            # the working directory may be no git repository, and then git prints an error
             patch.object(evaluator, "get_git_commit_hash", lambda: None),
             patch.dict(os.environ, DISABLE_MULTIPROC="1"),
             torch.random.fork_rng([device] if device and device.type == "cuda" else []),
         ):
             yield
     finally:
-        logging.disable(disabled)
+        logging.disable(logging_level)
         random.setstate(states[0])
         np.random.set_state(states[1])

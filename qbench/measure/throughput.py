@@ -1,4 +1,4 @@
-"""Throughput, always with its raw samples: their number and spread say how far to trust the median."""
+"""Throughput, as a median and its raw samples, whose number and spread show how reliable it is."""
 
 import statistics
 import time
@@ -11,16 +11,21 @@ from formats import Format, QuantizedTensor
 from formats.contract import first_line
 from qbench.model.selection import weight_of
 
-ROWS = (1, 4, 16, 64)
-CACHES = ("cache", "past_key_values", "cache_params", "state")  #: from transformers 5.24 on, before, of Mambas, of RWKV
+ROWS = (1, 4, 16, 64)  #: tokens at once, for `by_rows`
+CACHES = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+    "state",
+)  #: in transformers 5.24 and later, before that, in Mamba, in RWKV
 
 
-def summary(samples: list[float]) -> dict:
+def summarize(samples: list[float]) -> dict:
     return {"median": statistics.median(samples), "samples": samples}
 
 
-def _rates(device: torch.device, work: Callable[[], None], amount: float, repeats: int) -> dict:
-    """Amount a second of `work`, once to warm up and then `repeats` times."""
+def _measure_rates(device: torch.device, work: Callable[[], None], amount: float, repeats: int) -> dict:
+    """Time `work`, once to warm up and then `repeats` times, as `amount` per second."""
     work()
     samples = []
     for _ in range(repeats):
@@ -29,7 +34,7 @@ def _rates(device: torch.device, work: Callable[[], None], amount: float, repeat
         work()
         _wait(device)
         samples.append(amount / (time.perf_counter() - started))
-    return summary(samples)
+    return summarize(samples)
 
 
 def _wait(device: torch.device) -> None:
@@ -37,14 +42,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def weights_rates(
+def quantize_rates(
     layers: Mapping[str, nn.Module],
     packed: dict[str, QuantizedTensor],
     fmt: Format,
     dtype: torch.dtype,
     repeats: int = 3,
 ) -> dict:
-    """Weights a second, over all layers, to quantize and to dequantize to `dtype`."""
+    """Weights a second to quantize, and to dequantize to `dtype`, over all layers."""
     device = next(iter(packed.values())).device
     count = sum(q.numel for q in packed.values())
 
@@ -57,39 +62,39 @@ def weights_rates(
             q.dequantize(dtype)
 
     return {
-        "quantize_weights_s": _rates(device, quantize, count, repeats),
-        "dequantize_weights_s": _rates(device, dequantize, count, repeats),
+        "quantize_weights_s": _measure_rates(device, quantize, count, repeats),
+        "dequantize_weights_s": _measure_rates(device, dequantize, count, repeats),
     }
 
 
 @torch.inference_mode()
 def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decodes: int = 16) -> dict:
-    """Tokens a second of one sequence, window [seq]: reading it whole, and decoding greedily after its first half.
+    """Tokens a second of one sequence, window [seq]: prefill of all of it, and greedy decoding after its first half.
 
-    by_rows: reading its first M tokens at once, so that each weight meets M rows, for M in ROWS and the whole. untimed:
-    why a rate is None, by its name, if any is: a model may have no KV cache, by which to decode.
+    by_rows: prefill of the first M tokens, for M in ROWS and the whole window; each weight is multiplied with M rows.
+    untimed: the reason for each rate that is None. A model without a KV cache cannot be timed decoding.
     """
     device = next(model.parameters()).device
     prompt = window[None].to(device)
 
-    def read(rows: int) -> dict:
-        return _rates(device, lambda: model(input_ids=prompt[:, :rows], use_cache=False), rows, prefills)
+    def prefill_rate(rows: int) -> dict:
+        return _measure_rates(device, lambda: model(input_ids=prompt[:, :rows], use_cache=False), rows, prefills)
 
-    prefill = read(prompt.shape[1])
-    by_rows = [{"rows": rows, **read(rows)} for rows in ROWS if rows < prompt.shape[1]]
+    prefill = prefill_rate(prompt.shape[1])
+    by_rows = [{"rows": rows, **prefill_rate(rows)} for rows in ROWS if rows < prompt.shape[1]]
     rates = {"prefill_tokens_s": prefill, "by_rows": [*by_rows, {"rows": prompt.shape[1], **prefill}]}
     try:
         return {**rates, "decode_tokens_s": _decode_rate(model, prompt, decodes)}
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # whatever a model answers to a cache that it does not know
+    except Exception as error:  # a model may raise anything for a cache that it does not support
         return {**rates, "decode_tokens_s": None, "untimed": {"decode_tokens_s": first_line(error)}}
 
 
 def _decode_rate(model: nn.Module, prompt: Tensor, decodes: int) -> dict:
-    """Raises ValueError where the model cannot go on from what it has read."""
+    """Time greedy decoding, token by token. Raises ValueError if the model gives no cache to continue from."""
     adapter = getattr(model, "active_peft_config", None)
-    if adapter is not None and adapter.is_prompt_learning:  # only `generate` could decode after them
+    if adapter is not None and adapter.is_prompt_learning:  # only `generate` supports decoding with them
         raise ValueError("PEFT puts virtual tokens before each call")
     half = max(1, prompt.shape[1] // 2)
     out = model(input_ids=prompt[:, :half], use_cache=True)
@@ -104,4 +109,4 @@ def _decode_rate(model: nn.Module, prompt: Tensor, decodes: int) -> dict:
         out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
         _wait(prompt.device)
         samples.append(1 / (time.perf_counter() - started))
-    return summary(samples[1:])
+    return summarize(samples[1:])

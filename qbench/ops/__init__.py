@@ -1,7 +1,16 @@
 """Fast kernels for the ops of `formats.blockwise`, and the product with a quantized weight.
 
-One schema and one fake an op; a device's kernels are registered in a module of its own (`cpu`, `cuda`). Importing this
-package is all it takes, and `formats` does so by itself where qbench is installed.
+Importing this package registers them as PyTorch ops; `formats` imports it if qbench is installed. In go weights, codes,
+levels and scales as tensors; out come tensors. Read linear.py first.
+
+linear    defines qbench::linear and qbench::linear_dx, for every device, with autograd and autocast
+cpu       the CPU kernels, compiled by numba
+avx512    inner loops of the CPU kernels for CPUs with AVX-512
+threads   compiles CPU kernels for several threads, and survives forks
+cuda      the ops on a GPU: picks a kernel and launches it
+kernels   the Triton kernels
+launches  the grid and the compile-time constants of a kernel launch
+choices   which kernel and tile sizes a product uses, by its number of rows
 """
 
 import warnings
@@ -17,7 +26,7 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=2,
     )
-    cpu = linear  # whose products are for every device
+    cpu = linear  # its products work on every device
 else:
     from . import cpu  # type: ignore[no-redef]
 

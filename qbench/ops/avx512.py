@@ -1,7 +1,9 @@
-"""The inner loops of the CPU kernels for a CPU with AVX-512: a table of 16 fits in a register, and one permute looks 16 or
-32 codes up at once. Quantize and dequantize give the bits of the plain loops of `cpu`, in a quarter of their time.
+"""The inner loops of the CPU kernels for CPUs with AVX-512.
 
-Written as LLVM vector code, since a permute by a vector of indices is the one thing here that numba cannot be led to.
+A table of 16 values fits in a register, and one permute looks up 16 or 32 codes at once. Quantize and dequantize give the
+same bits as the loops in `cpu`, in a quarter of the time.
+
+They are written as LLVM vector code, because numba cannot generate a permute by a vector of indices.
 """
 
 from typing import Any
@@ -13,19 +15,19 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .threads import shared
+from .threads import threaded_kernel
 
-intrinsic: Any = _intrinsic  # whose types do not know that numba passes the first argument
+intrinsic: Any = _intrinsic  # its type omits the first argument, which numba passes
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-AHEAD = 2048  # bytes of codes that a product asks for before it needs them: memory is far
+AHEAD = 2048  # bytes of codes that a product prefetches
 
 
 def available() -> bool:
-    """Whether this CPU has the instructions, and the system saves their registers."""
+    """Whether this CPU has the instructions and the operating system supports them."""
     try:
         features = llvm.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot tell on this kind of machine
+    except RuntimeError:  # LLVM does not know on this platform
         return False
     return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl"))
 
@@ -45,7 +47,7 @@ def _constant(element: ir.Type, n: int, value: float):
 
 
 def _address(context, builder, array_type, array, index, vector: ir.VectorType):
-    """Where a vector that starts at array[index] lies."""
+    """The address of a vector that starts at array[index]."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
@@ -69,7 +71,7 @@ def _call(builder, name: str, result: ir.Type, arguments, fastmath=()):
 
 
 def _prefetch(context, builder, array_type, array, index) -> None:
-    """Ask for the cache line of array[index], which may lie beyond the end."""
+    """Prefetch the cache line of array[index], which may be beyond the end."""
     address = _address(context, builder, array_type, array, index, _vector(I8, 1))
     address = builder.bitcast(address, I8.as_pointer())
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
@@ -83,9 +85,9 @@ def _permute(builder, table, indices):
 
 @intrinsic
 def _encode_32(typing, w, i, inverse, shift, edges, order, codes, at):
-    """The codes of (w[i : i + 32] − shift) · inverse, two to a byte, to codes[at : at + 16].
+    """Write the codes of (w[i : i + 32] − shift) · inverse, two a byte, to codes[at : at + 16].
 
-    A rank counts the edges[:15] that lie below: a binary search in four steps. Its code is order[rank].
+    A code is order[rank]. The rank is the number of edges[:15] below, from a binary search in four steps.
     """
 
     def generate(context, builder, signature, arguments):
@@ -97,7 +99,7 @@ def _encode_32(typing, w, i, inverse, shift, edges, order, codes, at):
             x = builder.fmul(builder.fsub(x, _splat(builder, shift, 16)), _splat(builder, inverse, 16))
             rank = _constant(I32, 16, 0)
             for step in (8, 4, 2, 1):
-                # the table begins at step − 1, so that the index of the permute is the rank itself
+                # the table begins at step − 1, so that the rank is the index of the permute
                 table = _load(context, builder, edges_type, edges, I64(step - 1), _vector(F32, 16))
                 above = builder.fcmp_ordered(">", x, _permute(builder, table, rank))
                 rank = builder.select(above, builder.add(rank, _constant(I32, 16, step)), rank)
@@ -124,7 +126,7 @@ def _table(context, builder, levels_type, levels, scale, shift):
 
 @intrinsic
 def _decode_block(typing, codes, start, count, levels, scale, shift, out, at):
-    """The values of the codes in `count` bytes, two a byte and a multiple of 16 bytes, to out[at …], fp32 or bf16."""
+    """Decode `count` bytes, a multiple of 16, of two codes each, to out[at …], fp32 or bf16."""
     bf16 = out.dtype == types.uint16
 
     def generate(context, builder, signature, arguments):
@@ -159,7 +161,7 @@ def _decode_block(typing, codes, start, count, levels, scale, shift, out, at):
 
 
 def _round_to_bf16(builder, values):
-    """16 fp32 to the upper halves of their bits, nearest even, twice over: a permute of 16-bit lanes reads 32."""
+    """Round 16 fp32 to bf16, nearest even. Returned twice, because a permute of 16-bit lanes needs 32."""
     bits = builder.bitcast(values, _vector(I32, 16))
     odd = builder.and_(builder.lshr(bits, _constant(I32, 16, 16)), _constant(I32, 16, 1))
     rounded = builder.add(bits, builder.add(odd, _constant(I32, 16, 0x7FFF)))
@@ -171,8 +173,8 @@ def _round_to_bf16(builder, values):
 def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, odd, x_at):
     """Σ over blocks of scale · Σ L[c]·x, for one row of W and one of x, as fp32.
 
-    The row begins at codes[at] and at scale[scale_at]; each of its blocks has `count` bytes, a multiple of 16. even, odd:
-    x at even and odd places, which the high and the low codes of the bytes meet, from x_at on.
+    The row begins at codes[at] and scale[scale_at]; each block has `count` bytes, a multiple of 16. even, odd: elements of
+    x at even and odd positions, from x_at on. They are multiplied with the high and low codes of the bytes.
     """
 
     def generate(context, builder, signature, arguments):
@@ -254,13 +256,13 @@ class _steps:
         builder.position_at_end(self.end)
 
 
-@shared
-def encode_pairs(shares, w, scale, scale_given, shift, smallest, edges, order, codes):
-    """As `cpu.encode_rows` for 4-bit codes, two to a byte, of whole blocks of a multiple of 32 weights."""
+@threaded_kernel
+def encode_pairs(threads, w, scale, scale_given, shift, smallest, edges, order, codes):
+    """As `cpu.encode_rows` for 4-bit codes, two a byte, in whole blocks of a multiple of 32 weights."""
     size = w.shape[1]
     flat, bits, scale_bits = w.reshape(-1), w.view(np.uint32), scale.view(np.uint32)
-    for share in prange(shares):
-        start, stop = len(w) * share // shares, len(w) * (share + 1) // shares
+    for thread in prange(threads):
+        start, stop = len(w) * thread // threads, len(w) * (thread + 1) // threads
         for b in range(start, stop):
             if not scale_given:
                 top = np.uint32(0)
@@ -274,20 +276,20 @@ def encode_pairs(shares, w, scale, scale_given, shift, smallest, edges, order, c
                 _encode_32(flat, i, inverse, z, edges, order, codes, i // 2)
 
 
-@shared
-def decode_pairs(shares, codes, levels, scale, shift, bf16, out):
+@threaded_kernel
+def decode_pairs(threads, codes, levels, scale, shift, bf16, out):
     """As `cpu.decode_pairs`, for rows of a multiple of 16 bytes."""
     count = codes.shape[1]
     source, target = codes.reshape(-1), out.reshape(-1)
-    for share in prange(shares):
-        start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
+    for thread in prange(threads):
+        start, stop = len(codes) * thread // threads, len(codes) * (thread + 1) // threads
         for b in range(start, stop):
             z = shift[b] if len(shift) else np.float32(-0.0)
             _decode_block(source, b * count, count, levels, scale[b], z, target, 2 * b * count)
 
 
-@shared
-def multiply_pairs(shares, codes, levels, scale, shift, even, odd, block_sums, y):
+@threaded_kernel
+def multiply_pairs(threads, codes, levels, scale, shift, even, odd, block_sums, y):
     """y[m, n] = Σ_k x[m, k]·W[n, k] for rows of W of whole blocks of a multiple of 32 weights.
 
     codes: [N, K/2]. scale, shift: [N, K/block]. even, odd: x[:, 0::2], x[:, 1::2]. block_sums: Σ x of each block
@@ -296,8 +298,8 @@ def multiply_pairs(shares, codes, levels, scale, shift, even, odd, block_sums, y
     blocks = scale.shape[1]
     width = codes.shape[1]
     source, scales, evens, odds = codes.reshape(-1), scale.reshape(-1), even.reshape(-1), odd.reshape(-1)
-    for share in prange(shares):
-        start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
+    for thread in prange(threads):
+        start, stop = len(codes) * thread // threads, len(codes) * (thread + 1) // threads
         for n in range(start, stop):
             for m in range(len(even)):
                 size = width // blocks
@@ -307,11 +309,11 @@ def multiply_pairs(shares, codes, levels, scale, shift, even, odd, block_sums, y
                         y[m, n] += shift[n, b] * block_sums[m, b]
 
 
-@shared
-def decode_nested(shares, codes, levels, absmax, offset, block, out):
+@threaded_kernel
+def decode_nested(threads, codes, levels, absmax, offset, block, out):
     """As `cpu.decode_nested`, for blocks of a multiple of 16."""
-    for share in prange(shares):
-        start, stop = len(absmax) * share // shares, len(absmax) * (share + 1) // shares
+    for thread in prange(threads):
+        start, stop = len(absmax) * thread // threads, len(absmax) * (thread + 1) // threads
         for b in range(start, stop):
             first, last = b * block, min((b + 1) * block, len(codes))
             whole = last - (last - first) % 16

@@ -1,15 +1,15 @@
-"""The CPU kernels: quantize, dequantize and the product, compiled by numba, no compiler needed.
+"""The CPU kernels: quantize, dequantize and the product, compiled by numba; no C compiler is needed.
 
-Each kernel shares the blocks or rows of its arrays out among threads (`team`). The results of quantize and dequantize are
-those of the reference in `formats.blockwise` to the last bit, and all are the same for any number of threads.
+Each kernel divides the blocks or rows of its arrays among threads (`threads`). Results do not depend on the number of
+threads. Those of quantize and dequantize equal the reference in `formats.blockwise` to the last bit.
 
-Work a weight, 4 bits a code: quantize reads 4 bytes and asks 15 boundaries; dequantize looks one of 16 values up, which
-were scaled and rounded once a block, and writes it. `avx512` has those two loops in fewer instructions, and a product with
-the codes as they are, which reads half a byte a weight and pays as long as x has few rows.
+Work for each weight with 4-bit codes: quantize reads 4 bytes and compares with 15 boundaries. Dequantize looks up one of
+16 values, which are scaled and rounded once a block, and writes it. `avx512` does both in fewer instructions. It also has
+a product that reads the codes directly, half a byte a weight, which is faster when x has few rows.
 
-Tried and left: `torch.bucketize`, as in the reference (70 times slower); `torch.compile` (asks for a C++ compiler); own
-threads (they wait for cores on which PyTorch's still spin: twice the time); a product with 256 levels that looks each
-up where it is used (twice the time of decoding the weight first).
+Tried and rejected: `torch.bucketize`, as in the reference (70 times slower); `torch.compile` (needs a C++ compiler); a
+thread pool of our own (its threads wait for cores on which PyTorch's spin: twice the time); a product with 256 levels that
+looks each up where it is used (twice the time of decoding the weight first).
 """
 
 import math
@@ -31,64 +31,71 @@ from . import avx512
 from .linear import checked
 from .linear import linear as decoded_linear
 from .linear import linear_dx as decoded_linear_dx
-from .threads import kernel, shared, shares_of
+from .threads import inner_kernel, thread_count, threaded_kernel
 
-CHUNK = 1 << 20  # weights of 16 bit that quantize makes fp32 at once: they stay in the L2 cache
-GROUP = 1 << 12  # weights that go through the loops of quantize together: they stay in the L1 cache
-FEW_ROWS = 4  # of x, up to which a product with the packed weight is faster than decoding it first
+CHUNK = 1 << 20  # 16-bit weights that quantize converts to fp32 at once: they stay in the L2 cache
+GROUP = 1 << 12  # weights that go through all loops of quantize together: they stay in the L1 cache
+FEW_ROWS = 4  # up to so many rows of x, a product with the codes is faster than decoding the weight first
 AVX512 = avx512.available()
 AMX = torch.cpu._is_amx_tile_supported()
-CELLS = 1 << 12  # of the grid that finds a rank among many levels
+CELLS = 1 << 12  # of the grid that speeds up the search among many levels
 
-# Below, signed indices and bounds of a loop that are computed would keep numba from using vector registers: hence the
-# two dimensions, blocks × weights, and the loops over a whole row.
-
-
-_kept: list[ndarray] = []
+# Signed indices and computed loop bounds keep numba from using vector registers. Hence the arrays below have two
+# dimensions, blocks × weights, and their inner loops go over a whole row.
 
 
-def _memory(n: int, dtype: type) -> ndarray:
-    """An uninitialised array for one decoded weight; once the tensor made of it is gone, the next weight gets its memory.
+_free: list[ndarray] = []  #: at most one buffer, to be used again
 
-    The pages of fresh memory take longer to come by than a weight takes to decode, and a model decodes layer after layer.
-    No more than one weight's bytes are kept.
+
+def _reusable_array(n: int, dtype: type) -> ndarray:
+    """An uninitialised array for a decoded weight. When its tensor is freed, the next weight gets the same memory.
+
+    A model decodes layer after layer, and getting fresh memory pages takes longer than decoding a weight. At most one
+    weight's memory is kept.
     """
     nbytes = n * np.dtype(dtype).itemsize
-    if nbytes < 1 << 20:  # malloc keeps such by itself
+    if nbytes < 1 << 20:  # malloc reuses small blocks itself
         return np.empty(n, dtype)
-    raw = _kept.pop() if _kept else None
+    raw = _free.pop() if _free else None
     if raw is None or not nbytes <= raw.nbytes <= 2 * nbytes:
         raw = np.empty(nbytes, np.uint8)
-    lent: ndarray = raw[:nbytes].view(dtype)
-    weakref.finalize(lent, _keep, raw).atexit = False
-    return lent
+    array: ndarray = raw[:nbytes].view(dtype)
+    weakref.finalize(array, _give_back, raw).atexit = False
+    return array
 
 
-def _keep(raw: ndarray) -> None:
-    if not _kept:
-        _kept.append(raw)
+def _give_back(raw: ndarray) -> None:
+    if not _free:
+        _free.append(raw)
 
 
-class _Memory:
-    """Memory as numpy takes it."""
+class _ArrayInterface:
+    """Exposes the memory of a tensor to numpy."""
 
     def __init__(self, tensor: Tensor):
-        self.tensor = tensor  # which stays as long as the array does
+        self.tensor = tensor  # keeps the memory alive as long as the array
         data = tensor.data_ptr(), False
-        self.__array_interface__ = {"typestr": _KINDS[tensor.dtype], "shape": tensor.shape, "data": data, "version": 3}
+        self.__array_interface__ = {
+            "typestr": _TYPE_STRINGS[tensor.dtype],
+            "shape": tensor.shape,
+            "data": data,
+            "version": 3,
+        }
 
 
-_KINDS = {torch.float32: "<f4", torch.uint8: "|u1"}
+_TYPE_STRINGS = {torch.float32: "<f4", torch.uint8: "|u1"}
 
 
 def _array(tensor: Tensor) -> ndarray:
-    """The memory of a weight, whole or packed. `Tensor.numpy()` would forbid to resize it, which FSDP does to free what it
-    gathered."""
-    return np.asarray(_Memory(tensor.contiguous()))
+    """A numpy view of a weight, unpacked or packed.
+
+    After `Tensor.numpy()` the storage could not be resized, which FSDP does to free gathered weights.
+    """
+    return np.asarray(_ArrayInterface(tensor.contiguous()))
 
 
 def _parts(start: int, stop: int, block: int) -> Iterator[tuple[int, int, slice, int]]:
-    """Of the whole blocks in start … stop, and of a shorter tail: first and last weight, the blocks, the block size."""
+    """Split start … stop into its whole blocks and a shorter tail: (start, stop, blocks, block size) of each."""
     whole = start + (stop - start) // block * block
     if start < whole:
         yield start, whole, slice(start // block, whole // block), block
@@ -96,9 +103,9 @@ def _parts(start: int, stop: int, block: int) -> Iterator[tuple[int, int, slice,
         yield whole, stop, slice(whole // block, None), stop - whole
 
 
-@kernel
+@inner_kernel
 def _absmax(w: ndarray, scale: ndarray) -> None:
-    """By the order of the bits as integers: a NaN or an Inf is then larger than any number, and shows."""
+    """The absmax of each block. It compares bits as integers, so a NaN or Inf is larger than any number and shows."""
     bits, top_bits = w.view(np.uint32), scale.view(np.uint32)
     for b in range(bits.shape[0]):
         top = np.uint32(0)
@@ -108,9 +115,9 @@ def _absmax(w: ndarray, scale: ndarray) -> None:
         top_bits[b] = top
 
 
-@kernel
+@inner_kernel
 def _normalize(w: ndarray, scale: ndarray, shift: ndarray, smallest: np.float32, tail: bool, x: ndarray) -> None:
-    """x = (w − z) · (1/s), in the tail (w − z) / s."""
+    """x = (w − z) · (1/s); for the tail (w − z) / s."""
     for b in range(w.shape[0]):
         s = smallest if abs(scale[b]) < smallest else scale[b]
         z = shift[b] if len(shift) else np.float32(0)
@@ -123,15 +130,15 @@ def _normalize(w: ndarray, scale: ndarray, shift: ndarray, smallest: np.float32,
                 x[b, i] = (w[b, i] - z) * inverse
 
 
-@kernel
+@inner_kernel
 def _below(edge: np.float32, x: np.float32) -> np.uint32:
-    """1 if edge < x, else 0: the sign of a difference, which stays in vector registers where a comparison does not."""
+    """1 if edge < x, else 0. It reads the sign of a difference; unlike a comparison, that stays in vector registers."""
     return np.float32(edge - x).view(np.uint32) >> np.uint32(31)
 
 
-@kernel
+@inner_kernel
 def encode_few(x: ndarray, e: ndarray, order: ndarray, codes: ndarray) -> None:
-    """codes[i] = order[rank], the rank how many of the boundaries e[:15] lie below x[i], by asking all of them."""
+    """codes[i] = order[rank], where rank is the number of boundaries e[:15] below x[i]. Compares with all of them."""
     e0, e1, e2, e3, e4, e5, e6, e7 = e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]
     e8, e9, e10, e11, e12, e13, e14 = e[8], e[9], e[10], e[11], e[12], e[13], e[14]
     for i in range(len(x)):
@@ -143,54 +150,55 @@ def encode_few(x: ndarray, e: ndarray, order: ndarray, codes: ndarray) -> None:
         codes[i] = order[codes[i]]
 
 
-@kernel
+@inner_kernel
 def _density(e: ndarray, cells: int) -> np.float32:
-    """Cells a unit of x, where `cells` equal parts reach from the first of the boundaries to the last."""
+    """Cells per unit of x, if `cells` equal cells span the boundaries from first to last."""
     return np.float32(cells) / max(e[-2] - e[0], np.float32(SMALLEST))
 
 
-@kernel
+@inner_kernel
 def _cell(x: np.float32, start: np.float32, density: np.float32, cells: int) -> np.uint32:
-    """Which cell holds x; what lies outside, or is NaN, goes to an end."""
+    """The cell that contains x. Values outside of the cells, and NaN, belong to the first or last."""
     t = (x - start) * density
     t = t if t < np.float32(cells - 1) else np.float32(cells - 1)
     t = t if t > np.float32(0) else np.float32(0)
     return np.uint32(t)
 
 
-@kernel
+@inner_kernel
 def encode_many(x: ndarray, e: ndarray, order: ndarray, first: ndarray, codes: ndarray) -> None:
-    """As `encode_few` for any number of boundaries, an Inf at their end: first[c] of them lie in cells before c."""
+    """As `encode_few` for any number of boundaries, ending in Inf. first[c]: how many lie in cells before c."""
     density = _density(e, len(first))
     for i in range(len(x)):
         rank = first[_cell(x[i], e[0], density, len(first))]
         rank += np.uint32(x[i] > e[rank])
-        while x[i] > e[rank]:  # two boundaries in a cell: rare, unless the levels crowd
+        while x[i] > e[rank]:  # several boundaries in a cell: rare, unless levels are very close
             rank += np.uint32(1)
         codes[i] = order[rank]
 
 
-@kernel
+@inner_kernel
 def _first_in_cells(e: ndarray, first: ndarray) -> None:
+    """Count into first[c], initially 0, the boundaries in cells before c."""
     density = _density(e, len(first))
     for k in range(len(e) - 1):
         for c in range(_cell(e[k], e[0], density, len(first)) + 1, len(first)):
             first[c] += 1
 
 
-@shared
+@threaded_kernel
 def encode_rows(
-    shares: int, w: ndarray, scale: ndarray, scale_given: bool, shift: ndarray, smallest: np.float32, tail: bool,
+    threads: int, w: ndarray, scale: ndarray, scale_given: bool, shift: ndarray, smallest: np.float32, tail: bool,
     edges: ndarray, order: ndarray, first: ndarray, pairs: bool, codes: ndarray,
 ) -> None:  # fmt: skip
-    """Rows of w, a block each, to their scales, unless given, and their codes, a byte each or, as `pairs`, two to a byte.
+    """Encode rows of w, one block each: compute the scales, unless given, and the codes, one or (`pairs`) two a byte.
 
-    A `tail` is a row of its own, treated as bitsandbytes treats it: its scale is at least `smallest`, and divides.
+    tail: w is the last, short block. As in bitsandbytes, it is divided by its scale, clamped to `smallest`.
     """
     size = w.shape[1]
     group = max(GROUP // size, 1) * 2
-    for share in prange(shares):
-        start, stop = len(w) * share // shares, len(w) * (share + 1) // shares
+    for thread in prange(threads):
+        start, stop = len(w) * thread // threads, len(w) * (thread + 1) // threads
         x = np.empty((group, size), np.float32)
         single = np.zeros(group * size + 1, np.uint8)
         for at in range(start, stop, group):
@@ -215,23 +223,23 @@ def encode_rows(
                     target[i] = single[2 * i] << np.uint8(4) | single[2 * i + 1]
 
 
-@kernel
+@inner_kernel
 def _bf16(value: np.float32) -> np.uint16:
-    """The upper half of an fp32, rounded to nearest even."""
+    """The upper 16 bits of an fp32, rounded to nearest even."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@shared
+@threaded_kernel
 def decode_pairs(
-    shares: int, codes: ndarray, levels: ndarray, scale: ndarray, shift: ndarray, bf16: bool, out: ndarray
+    threads: int, codes: ndarray, levels: ndarray, scale: ndarray, shift: ndarray, bf16: bool, out: ndarray
 ) -> None:
-    """Bytes of two 4-bit codes to s · L[c] (+ z): the 16 values of a block are made once, then looked up."""
-    for share in prange(shares):
-        start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
+    """Decode bytes of two 4-bit codes to s · L[c] (+ z). The 16 values of a block are computed once, then looked up."""
+    for thread in prange(threads):
+        start, stop = len(codes) * thread // threads, len(codes) * (thread + 1) // threads
         table = np.empty(16, out.dtype)
         for b in range(start, stop):
-            z = shift[b] if len(shift) else np.float32(-0.0)  # which leaves every number as it is
+            z = shift[b] if len(shift) else np.float32(-0.0)  # adding it changes no number
             for c in range(16):
                 value = levels[c] * scale[b] + z
                 table[c] = _bf16(value) if bf16 else value
@@ -240,13 +248,13 @@ def decode_pairs(
                 out[b, 2 * i + 1] = table[codes[b, i] & np.uint8(15)]
 
 
-@shared
+@threaded_kernel
 def decode_single(
-    shares: int, codes: ndarray, levels: ndarray, scale: ndarray, shift: ndarray, bf16: bool, out: ndarray
+    threads: int, codes: ndarray, levels: ndarray, scale: ndarray, shift: ndarray, bf16: bool, out: ndarray
 ) -> None:
-    """Bytes of one code to s · L[c] (+ z)."""
-    for share in prange(shares):
-        start, stop = len(codes) * share // shares, len(codes) * (share + 1) // shares
+    """Decode bytes of one code to s · L[c] (+ z)."""
+    for thread in prange(threads):
+        start, stop = len(codes) * thread // threads, len(codes) * (thread + 1) // threads
         for b in range(start, stop):
             z = shift[b] if len(shift) else np.float32(-0.0)
             for i in range(codes.shape[1]):
@@ -254,20 +262,20 @@ def decode_single(
                 out[b, i] = _bf16(value) if bf16 else value
 
 
-@shared
+@threaded_kernel
 def decode_nested(
-    shares: int, codes: ndarray, levels: ndarray, absmax: ndarray, offset: np.float32, block: int, out: ndarray
+    threads: int, codes: ndarray, levels: ndarray, absmax: ndarray, offset: np.float32, block: int, out: ndarray
 ) -> None:
-    """See `formats.scales.decode_scales`."""
-    for share in prange(shares):
-        start, stop = len(absmax) * share // shares, len(absmax) * (share + 1) // shares
+    """Decode double-quantized scales; see `formats.scales.decode_scales`."""
+    for thread in prange(threads):
+        start, stop = len(absmax) * thread // threads, len(absmax) * (thread + 1) // threads
         for b in range(start, stop):
             for i in range(b * block, min((b + 1) * block, len(codes))):
                 out[i] = levels[codes[i]] * absmax[b] + offset
 
 
 def _decode_scales(stored: Sequence[Tensor]) -> ndarray:
-    """The fp32 scales of `stored`; of nothing, none."""
+    """The fp32 scales of `stored`; empty if there are none."""
     if not stored:
         return np.empty(0, np.float32)
     if len(stored) == 1:
@@ -275,7 +283,7 @@ def _decode_scales(stored: Sequence[Tensor]) -> ndarray:
     codes, absmax, offset = map(_array, stored)
     out = np.empty(len(codes), np.float32)
     decode = avx512.decode_nested if AVX512 else decode_nested
-    decode(shares_of(len(codes)), codes, _array(dynamic_map()), absmax, offset[()], NESTED_BLOCK, out)
+    decode(thread_count(len(codes)), codes, _array(dynamic_map()), absmax, offset[()], NESTED_BLOCK, out)
     return out
 
 
@@ -289,12 +297,12 @@ def quantize(
     given = scale is not None
     scales = np.empty(block_count(n, block), np.float32) if scale is None else scale.numpy().copy()
     shifts = shift.numpy() if shift is not None else np.empty(0, np.float32)
-    parting, ranks = boundaries.numpy(), order.numpy()
-    few = len(parting) <= 15
-    edges = np.full(32 if few else len(parting) + 1, np.inf, np.float32)
-    edges[: len(parting)] = parting + np.float32(0)  # −0 becomes +0: `_below` reads signs
-    ranked = np.zeros(max(16, len(ranks)), np.int32)
-    ranked[: len(ranks)] = ranks
+    thresholds, codes_by_rank = boundaries.numpy(), order.numpy()
+    few = len(thresholds) <= 15
+    edges = np.full(32 if few else len(thresholds) + 1, np.inf, np.float32)
+    edges[: len(thresholds)] = thresholds + np.float32(0)  # −0 becomes +0, because `_below` reads signs
+    padded_order = np.zeros(max(16, len(codes_by_rank)), np.int32)
+    padded_order[: len(codes_by_rank)] = codes_by_rank
     first = np.zeros(0 if few else CELLS, np.uint32)
     if not few:
         _first_in_cells(edges, first)
@@ -309,12 +317,12 @@ def quantize(
             target = codes[start // 2 :] if pairs else codes[start:]
             common = rows, scales[blocks], given, shifts[blocks], smallest
             if AVX512 and pairs and size == block and size % 32 == 0:
-                avx512.encode_pairs(shares_of(rows.size), *common, edges, ranked, target)
+                avx512.encode_pairs(thread_count(rows.size), *common, edges, padded_order, target)
             else:
-                encode_rows(shares_of(rows.size), *common, size < block, edges, ranked, first, pairs, target)
+                encode_rows(thread_count(rows.size), *common, size < block, edges, padded_order, first, pairs, target)
     packed = torch.from_numpy(codes)
     if not pairs:
-        packed = pack(packed, bits, fill=int(ranked[np.searchsorted(edges, np.float32(0))]))
+        packed = pack(packed, bits, fill=int(padded_order[np.searchsorted(edges, np.float32(0))]))
     return packed, torch.from_numpy(scales)
 
 
@@ -328,14 +336,14 @@ def dequantize(
     per_byte = 2 if bits == 4 and block % 2 == 0 else 1
     packed = _array(codes if per_byte == 2 else unpack(codes, bits, n))
     bf16 = dtype == torch.bfloat16
-    out = _memory(n + n % per_byte, np.uint16 if bf16 else np.float32)  # with room for the pair of an odd end
+    out = _reusable_array(n + n % per_byte, np.uint16 if bf16 else np.float32)  # an odd end needs room for a pair
     for start, stop, blocks, size in _parts(0, n, block):
         stop += stop % per_byte
         source = packed[start // per_byte : stop // per_byte].reshape(-1, -(size // -per_byte))
         pairs = avx512.decode_pairs if AVX512 and size % 32 == 0 else decode_pairs
         decode = pairs if per_byte == 2 else decode_single
         values = out[start:stop].reshape(len(source), -1)
-        decode(shares_of(values.size), source, _array(levels), scales[blocks], shifts[blocks], bf16, values)
+        decode(thread_count(values.size), source, _array(levels), scales[blocks], shifts[blocks], bf16, values)
     w = torch.from_numpy(out)[:n].view(shape)
     return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
@@ -344,7 +352,7 @@ def linear(
     x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
     out_features: int, in_features: int,
 ) -> Tensor:  # fmt: skip
-    """See `qbench.ops.linear`: a few rows of x meet the codes as they are, more are worth decoding the weight for."""
+    """See `qbench.ops.linear`. A few rows of x are multiplied with the codes; for more the weight is decoded first."""
     rows = x.numel() // max(in_features, 1)
     few = 0 < rows <= FEW_ROWS and x.dtype != torch.float64
     if not (AVX512 and few and bits == 4 and block % 32 == 0 and in_features % block == 0):
@@ -356,8 +364,8 @@ def linear(
     scales, shifts = (_decode_scales(stored).reshape(-1, in_features // block) for stored in (scale, shift))
     packed = _array(codes).reshape(out_features, -1)
     y = np.empty((rows, out_features), np.float32)
-    shares = shares_of(y.size * in_features)
-    avx512.multiply_pairs(shares, packed, _array(levels), scales, shifts, even, odd, sums, y)
+    threads = thread_count(y.size * in_features)
+    avx512.multiply_pairs(threads, packed, _array(levels), scales, shifts, even, odd, sums, y)
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], out_features)
 
 
@@ -367,9 +375,9 @@ def linear_dx(g: Tensor, *weight: Any) -> Tensor:
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """fp32 for a product of 16 bit that has no matrix unit: it is then faster by a half, and as accurate at least.
+    """fp32 for a 16-bit product with many rows on a CPU without AMX: it is half faster there, and at least as accurate.
 
-    For fewer rows the larger decoded weight takes longer than the product gains.
+    With fewer rows, decoding the larger fp32 weight takes longer than the product gains.
     """
     many = x.numel() >= 64 * x.shape[-1]
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) and many and not AMX else x.dtype

@@ -1,7 +1,7 @@
-"""The CUDA side of the ops: they choose a path, make room for the result, and launch a kernel.
+"""The ops on CUDA: they choose a path, allocate the result, and launch a kernel.
 
-Nothing here keeps memory between calls: a weight decoded on the way to cuBLAS lives for one product, and PyTorch's
-allocator hands its memory to the next layer's. The same input takes the same path, and every path adds in a fixed order.
+No memory is kept between calls. A weight decoded for cuBLAS lives for one product, and PyTorch's allocator reuses its
+memory for the next layer. Results are deterministic: the same input takes the same path, which sums in a fixed order.
 """
 
 import math
@@ -19,7 +19,7 @@ from formats.packing import pack, packed_bytes
 from formats.scales import Stored, dynamic_map
 
 from . import launches
-from . import linear as plain
+from . import linear as reference
 from .choices import choices, choose
 from .launches import Launch
 
@@ -28,7 +28,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @lru_cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The module of kernels, or None where this device cannot run them: then a warning, once, says why."""
+    """The module of kernels, or None if this device cannot run them; the first call then warns why."""
     try:
         from . import kernels
     except ImportError as error:
@@ -48,7 +48,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 @lru_cache
 def _device(device: torch.device) -> tuple[dict, int]:
-    """The choices for a device, and its number of multiprocessors."""
+    """The choices for a device (`choices`), and its number of multiprocessors."""
     if device.type != "cuda":
         return choices("interpreter", 0), 2
     properties = torch.cuda.get_device_properties(device)
@@ -62,7 +62,7 @@ def _launch(launch: Launch, on: Tensor, *arguments: Any) -> None:
 
 
 def _scales(stored: Sequence[Tensor]) -> Stored:
-    """As the kernels take them: double-quantized ones with the map of their codes."""
+    """Stored scales as the kernels' argument: double-quantized ones are followed by their dynamic map."""
     return (*stored, dynamic_map(stored[0].device)) if len(stored) == 3 else tuple(stored)
 
 
@@ -70,7 +70,7 @@ def quantize(
     w: Tensor, boundaries: Tensor, order: Tensor, bits: int, block: int, scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `formats.blockwise.quantize_reference`; to the same bits."""
+    """See `formats.blockwise.quantize_reference`, which gives the same bits."""
     if not w.numel() or block > launches.LARGEST_BLOCK or _kernels(w.device) is None:
         return quantize_reference(w, boundaries, order, bits, block, scale, shift)
     w = w.detach().reshape(-1).contiguous()
@@ -87,7 +87,7 @@ def quantize(
             target = codes[start // 2 if pairs else start :]
             z = () if shift is None else (shift[first:],)
             _launch(launch, w, w[start:], boundaries, order, scale[first:], z, target, count, size, SMALLEST)
-    if not pairs and bits < 8:  # to ask for the code of zero waits for the device
+    if not pairs and bits < 8:  # reading the code of zero waits for the device
         zero = order[torch.bucketize(torch.zeros((), dtype=torch.float32, device=w.device), boundaries)]
         codes = pack(codes, bits, fill=int(zero))
     return codes, scale
@@ -97,7 +97,7 @@ def dequantize(
     codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
     shape: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `formats.blockwise.dequantize_reference`; to the same bits."""
+    """See `formats.blockwise.dequantize_reference`, which gives the same bits."""
     n = math.prod(shape)
     if not n or _kernels(codes.device) is None:
         return dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype)
@@ -107,26 +107,26 @@ def dequantize(
     return out
 
 
-@plain.checked
+@reference.checked
 def linear(x: Tensor, *weight: Any) -> Tensor:
     """See `qbench.ops.linear.linear`."""
     return product("linear", x, *weight)
 
 
-@plain.checked
+@reference.checked
 def linear_dx(g: Tensor, *weight: Any) -> Tensor:
     """See `qbench.ops.linear.linear_dx`."""
     return product("linear_dx", g, *weight)
 
 
 def product(op: str, x: Tensor, *weight: Any, choice: dict | None = None) -> Tensor:
-    """One of the two products, along the path chosen for its number of rows, or along a given one."""
+    """The product `op`, on the path chosen for its number of rows, or on that of `choice`."""
     codes, levels, scale, shift, bits, block, n, k = weight
     m = x.shape[:-1].numel()
     rules, processors = _device(x.device)
-    choice = choice or choose(rules[op], m, _usable(op, x, bits, block, n, k))
+    choice = choice or choose(rules[op], m, _usable_paths(op, x, bits, block, n, k))
     if choice["path"] == "decode":
-        return getattr(plain, op)(x, *weight)
+        return getattr(reference, op)(x, *weight)
     launch = launches.product(op, choice, m, n, k, bits, block, x.is_cuda, processors)
     rows = x.reshape(m, -1)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -141,13 +141,13 @@ def product(op: str, x: Tensor, *weight: Any, choice: dict | None = None) -> Ten
     return y
 
 
-def _usable(op: str, x: Tensor, bits: int, block: int, n: int, k: int) -> set[str]:
+def _usable_paths(op: str, x: Tensor, bits: int, block: int, n: int, k: int) -> set[str]:
     """The paths that a product can take."""
     paths = {"decode"}
     if x.numel() and n and x.dtype in DTYPES and launches.unit(bits, block, k) and _kernels(x.device) is not None:
         if op == "linear":
             paths.add("multiply_row")
-        if x.dtype != torch.float32:  # the matrix units round it
+        if x.dtype != torch.float32:  # the matrix units would round fp32
             paths.add("matmul")
     return paths
 

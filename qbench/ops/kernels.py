@@ -1,28 +1,35 @@
-"""The Triton kernels of the one equation, w = s·L[c] (+ z): quantize, decode, and the products with a packed weight.
+"""The Triton kernels: quantize, dequantize, and the products with a packed weight, all for w = s·L[c] (+ z).
 
-One set for every format. A kernel sees a table of levels, a block size and stored scales (`formats.scales`), never a
-format's name. Products are taken in the dtype of x and summed in fp32; a weight is s·L (+ z) in fp32, rounded once.
+All formats share them. A kernel gets a table of levels, a block size and stored scales (`formats.scales`), and does not
+know the format. A weight is s·L (+ z) in fp32, rounded once. Products are computed in the dtype of x and summed in fp32.
 
-A weight is read in *units*: the largest power of two, up to a tile, that divides both the block and the row, so that a
-unit has one scale and a tile is whole units. With codes of 4 or 8 bits a unit is a run of bytes. A byte of two 4-bit
-codes is an even and an odd weight, and these stay two tiles of their own, which meet the even and the odd elements of x:
-nothing is interleaved. Other widths, and units below 16 (an odd row, a block of 100), are decoded element by element,
-right and slow, and then multiplied by cuBLAS.
+A weight is read in *units*: the largest power of two, up to a tile, that divides both the block and the row. So a unit has
+one scale, and a tile is made of whole units. With codes of 4 or 8 bits a unit is a run of bytes.
 
-Work a weight, 4 bits, one row of x: take its code from a byte, look its level up, multiply and add. In the time that half
-a byte takes to come an H100 starts some 6 instructions. What was tried is in `reports/gpu/LOG.md`.
+A byte of two 4-bit codes holds an even and an odd weight. The even weights form one tile and the odd ones another; these
+are multiplied with the even and the odd elements of x, so nothing has to be interleaved:
+
+    bytes    [ c0 c1 ] [ c2 c3 ] [ c4 c5 ] …
+    byte >> 4, even:   c0  c2  c4 …   times   x0  x2  x4 …
+    byte & 15, odd:    c1  c3  c5 …   times   x1  x3  x5 …
+
+Other widths, and units below 16 (an odd row, a block of 100), are decoded element by element, which is slow, and then
+multiplied by cuBLAS.
+
+Work for each weight with 4 bits and one row of x: take its code from a byte, look up its level, multiply and add. An H100
+starts some 6 instructions in the time that it takes to load half a byte. `reports/gpu/LOG.md` lists what was tried.
 """
 
 import triton
 import triton.language as tl
 
-NESTED_BLOCK = tl.constexpr(256)  # scales under one absmax, `formats.scales.NESTED_BLOCK`
+NESTED_BLOCK = tl.constexpr(256)  # scales that share one absmax, `formats.scales.NESTED_BLOCK`
 NO_HINT = tl.constexpr("")
 
 
 @triton.jit
 def _load(pointer, mask, eviction: tl.constexpr = NO_HINT):
-    """What lies at `pointer`, 0 where the mask says no; a mask of None lets vectors be as wide as they can."""
+    """Load from `pointer`, with 0 where the mask is false. Without a mask, vector loads can be widest."""
     if mask is None:
         return tl.load(pointer, eviction_policy=eviction)
     else:
@@ -42,7 +49,7 @@ def _stored(stored, at, mask):
 
 @triton.jit
 def _table(levels, BITS: tl.constexpr, LANES: tl.constexpr):
-    """What `_scaled` looks levels up in: the pointer or, over the LANES of a warp, the level of each lane's number."""
+    """The table for `_scaled`: the pointer, or with LANES, in each lane of a warp the level of the lane's number."""
     if LANES:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; and.b32 lane, lane, $2;"
@@ -59,8 +66,8 @@ def _table(levels, BITS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _scaled(table, code, s, z, BITS: tl.constexpr, LANES: tl.constexpr):
-    """s · L[code] (+ z), fp32. code: its lowest BITS count. z: None where there is no shift."""
-    if LANES:  # a shuffle reads the lowest 5 bits, and the lanes repeat a shorter table
+    """s · L[code] (+ z), fp32. code: only its lowest BITS are used. z: None if there is no shift."""
+    if LANES:  # a shuffle uses the lowest 5 bits of the code; a table shorter than a warp is repeated over the lanes
         w = tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
             "=f,f,r",
@@ -79,7 +86,7 @@ def _scaled(table, code, s, z, BITS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _spread(values, WIDTH: tl.constexpr):
-    """[rows, blocks] to [rows, blocks · WIDTH]: what belongs to a block, at each of its places."""
+    """[rows, blocks] to [rows, blocks · WIDTH]: repeat the value of each block WIDTH times."""
     rows: tl.constexpr = values.shape[0]
     blocks: tl.constexpr = values.shape[1]
     if blocks == 1:
@@ -94,11 +101,12 @@ def quantize(
     BITS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr,
     TAIL: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of w to codes and, unless GIVEN, to their absmax; see `formats.blockwise.quantize_reference`.
+    """Encode blocks of w and, unless GIVEN, compute their absmax; see `formats.blockwise.quantize_reference`.
 
-    w: [blocks, size]. scale: fp32 [blocks], read or written. shift: () or (fp32 [blocks],). codes: uint8, one a byte, or
-    two as PAIRS, the first in the high half. WIDTH: the power of two that holds size. EVEN: no block of ROWS, no place
-    of WIDTH is spare. TAIL: the one short block, whose scale is at least `smallest` and divides.
+    w: [blocks, size]. scale: fp32 [blocks], read if GIVEN, else written. shift: () or (fp32 [blocks],). codes: uint8, one
+    code a byte, or with PAIRS two, the first in the high half. WIDTH: size, rounded up to a power of two. EVEN: ROWS
+    divides the blocks and WIDTH is size, so no mask is needed. TAIL: the last, short block. It is divided by its scale,
+    clamped to `smallest`.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -111,7 +119,7 @@ def quantize(
     x = _load(w + first * size + at, mask).to(tl.float32)
     if GIVEN:
         s = _load(scale + first + row, there)
-    else:  # the order of the bits as integers puts a NaN above all numbers: it shows in the scale
+    else:  # compared as integers, a NaN is above all numbers, so it shows in the scale
         s = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
         if TAIL:
             s = tl.where(s < smallest, smallest, s)
@@ -124,8 +132,8 @@ def quantize(
     else:
         x *= tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), s)[:, None]
     if not EVEN:
-        x = tl.where(mask, x, 0.0)  # a spare half byte holds the code of zero
-    rank = tl.zeros((ROWS, WIDTH), tl.int32)  # how many boundaries lie below x: a binary search
+        x = tl.where(mask, x, 0.0)  # an unused half byte holds the code of zero
+    rank = tl.zeros((ROWS, WIDTH), tl.int32)  # the number of boundaries below x, by binary search
     for i in tl.static_range(BITS):
         step = 1 << (BITS - 1 - i)
         edge = tl.load(boundaries + rank + (step - 1), eviction_policy="evict_last")
@@ -147,7 +155,7 @@ def dequantize(
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Weights 0 … n − 1 to out, any float dtype, TILE a program. EVEN: TILE divides n. UNITS: in a block."""
+    """Decode weights 0 … n − 1 to out, any float dtype, TILE a program. EVEN: TILE divides n. UNITS: of a block."""
     first = tl.program_id(0).to(tl.int64) * TILE
     WIDTH: tl.constexpr = UNIT * BITS // 8
     left = tl.minimum(n - first, TILE).to(tl.int32)
@@ -197,10 +205,10 @@ def multiply_row(
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] · Wᵀ, a row of x and ROWS rows of W a program, COLUMNS of them at a time.
+    """y [M, N] = x [M, K] · Wᵀ. A program multiplies one row of x with ROWS rows of W, COLUMNS of them at a time.
 
-    x: rows `stride` apart. EVEN: ROWS divides N and COLUMNS divides K. UNITS: in a block. A unit's Σ L[c]·x is taken
-    first and then scaled: exact in fp32, and one multiplication a unit instead of one a weight.
+    x: rows are `stride` apart. EVEN: ROWS divides N and COLUMNS divides K. UNITS: of a block. Σ L[c]·x of a unit is
+    summed first and scaled then, with one multiplication a unit instead of one a weight.
     """
     WIDTH: tl.constexpr = UNIT * BITS // 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -220,16 +228,16 @@ def multiply_row(
         at = unit[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
         byte = _load(codes + at, bytes_there, "evict_first").to(tl.uint32)
         s = _stored(scale, unit // UNITS, there)
-        some_x = _load(x + m * stride + u[:, None] * UNIT + tl.arange(0, UNIT)[None, :], x_there).to(tl.float32)
+        x_tile = _load(x + m * stride + u[:, None] * UNIT + tl.arange(0, UNIT)[None, :], x_there).to(tl.float32)
         if BITS == 4:
-            even, odd = tl.split(tl.reshape(some_x, COLUMNS // UNIT, WIDTH, 2))
+            even, odd = tl.split(tl.reshape(x_tile, COLUMNS // UNIT, WIDTH, 2))
             product = _scaled(table, byte >> 4, even[None], None, BITS, LANES)
             product += _scaled(table, byte, odd[None], None, BITS, LANES)
         else:
-            product = _scaled(table, byte, some_x[None], None, BITS, LANES)
+            product = _scaled(table, byte, x_tile[None], None, BITS, LANES)
         total += tl.sum(product, 2) * s
         if len(shift) > 0:
-            total += _stored(shift, unit // UNITS, there) * tl.sum(some_x, 1)[None, :]
+            total += _stored(shift, unit // UNITS, there) * tl.sum(x_tile, 1)[None, :]
     tl.store(y + m * N + row, tl.sum(total, 1).to(y.dtype.element_ty), row < N)
 
 
@@ -239,9 +247,10 @@ def _weights(
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The tile of W [N, K] at rows `row`, int64, and COLUMNS columns from `column` on, fp32: its even and its odd columns.
+    """The tile of W [N, K], fp32, at rows `row` (int64) and COLUMNS columns from `column` on.
 
-    Or, with 8 bits, the tile alone. Rows beyond N and columns beyond K are 0.
+    With 4 bits a tuple of its even and its odd columns, with 8 bits a tuple of one tile. Rows
+    beyond N and columns beyond K are 0.
     """
     WIDTH: tl.constexpr = UNIT * BITS // 8
     u = column // UNIT + tl.arange(0, COLUMNS // UNIT)
@@ -269,29 +278,29 @@ def matmul(
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """y [parts, M, N]: the products x [M, K] · Wᵀ over each part of K, TOKENS × ROWS a program.
+    """y [parts, M, N]: x [M, K] · Wᵀ, summed over each part of K. A program computes TOKENS × ROWS of it.
 
-    EVEN: ROWS divides N and COLUMNS divides K. UNITS: in a block. W stands on the left, as the operand that a Hopper's
-    matrix unit takes from registers, so a few tokens fill a tile whose other side is rows of W.
+    EVEN: ROWS divides N and COLUMNS divides K. UNITS: of a block. W is the left operand, which Hopper's matrix unit can
+    take from registers. Then tokens are the short side of the tile, and few of them fill it.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     part = tl.cdiv(tl.cdiv(K, COLUMNS), tl.num_programs(2)) * COLUMNS
     start = tl.program_id(2) * part
     table = _table(levels, BITS, LANES)
-    some_x = x + token.to(tl.int64)[:, None] * stride
+    x_rows = x + token.to(tl.int64)[:, None] * stride
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for column in range(start, tl.minimum(start + part, K), COLUMNS):
         k = column + tl.arange(0, COLUMNS)
         mask = (token < M)[:, None]
         if not EVEN:
             mask = mask & (k < K)[None, :]
-        these = tl.load(some_x + k[None, :], mask, other=0)
+        tile = tl.load(x_rows + k[None, :], mask, other=0)
         w = _weights(codes, table, scale, shift, row, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
         if len(w) == 2:
-            these, odd = tl.split(tl.reshape(these, TOKENS, COLUMNS // 2, 2))
+            tile, odd = tl.split(tl.reshape(tile, TOKENS, COLUMNS // 2, 2))
             total = tl.dot(w[1].to(x.dtype.element_ty), tl.trans(odd), total, input_precision="ieee")
-        total = tl.dot(w[0].to(x.dtype.element_ty), tl.trans(these), total, input_precision="ieee")
+        total = tl.dot(w[0].to(x.dtype.element_ty), tl.trans(tile), total, input_precision="ieee")
     at = (tl.program_id(2).to(tl.int64) * M + token)[:, None] * N + row[None, :]
     tl.store(y + at, tl.trans(total).to(y.dtype.element_ty), (token < M)[:, None] & (row < N)[None, :])
 
@@ -302,27 +311,27 @@ def matmul_dx(
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dx [parts, M, K]: the products g [M, N] · W over each part of N, TOKENS × COLUMNS a program.
+    """dx [parts, M, K]: g [M, N] · W, summed over each part of N. A program computes TOKENS × COLUMNS of it.
 
-    As `matmul` otherwise.
+    Otherwise as `matmul`.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS
     part = tl.cdiv(tl.cdiv(N, ROWS), tl.num_programs(2)) * ROWS
     start = tl.program_id(2) * part
     table = _table(levels, BITS, LANES)
-    some_g = g + token.to(tl.int64)[:, None] * stride
+    g_rows = g + token.to(tl.int64)[:, None] * stride
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     total = tl.zeros((TOKENS, COLUMNS // HALVES), tl.float32)
     total_odd = tl.zeros((TOKENS, COLUMNS // HALVES), tl.float32)
     for first in range(start, tl.minimum(start + part, N), ROWS):
         row = first + tl.arange(0, ROWS)
-        these = tl.load(some_g + row[None, :], (token < M)[:, None] & (row < N)[None, :], other=0)
+        tile = tl.load(g_rows + row[None, :], (token < M)[:, None] & (row < N)[None, :], other=0)
         row_at = row.to(tl.int64)
         w = _weights(codes, table, scale, shift, row_at, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
         if len(w) == 2:
-            total_odd = tl.dot(these, w[1].to(g.dtype.element_ty), total_odd, input_precision="ieee")
-        total = tl.dot(these, w[0].to(g.dtype.element_ty), total, input_precision="ieee")
+            total_odd = tl.dot(tile, w[1].to(g.dtype.element_ty), total_odd, input_precision="ieee")
+        total = tl.dot(tile, w[0].to(g.dtype.element_ty), total, input_precision="ieee")
     if HALVES == 2:
         total = tl.reshape(tl.join(total, total_odd), TOKENS, COLUMNS)
     k = column + tl.arange(0, COLUMNS)
@@ -332,7 +341,7 @@ def matmul_dx(
 
 @triton.jit
 def add_parts(parts, y, n, count, TILE: tl.constexpr):
-    """y [n] = Σ parts [count, n], always in the same order."""
+    """y [n] = Σ parts [count, n], in a fixed order."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for _ in range(count):

@@ -1,6 +1,6 @@
-"""How a kernel is launched for an op: over which grid, and what is compiled into it.
+"""The launch of a kernel for an op: its grid, its compile-time constants and compiler options.
 
-Free of tensors and of Triton, so that a launch can be looked at, and compiled, where there is no GPU.
+It uses neither tensors nor Triton, so launches can be inspected, and their kernels compiled, without a GPU.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -17,14 +17,14 @@ def _version(package: str) -> str:
         return ""
 
 
-LARGEST_BLOCK = 8192  #: weights that a quantize program can hold at once
+LARGEST_BLOCK = 8192  #: the most weights that a quantize program can hold
 #: whether a loop with assembly in it can be pipelined: Triton 3.7 fails on one
 ASSEMBLY_PIPELINED = not _version("triton").startswith("3.7.")
-ANY_TILE = 1024  # elements of a program that takes them one by one
+ANY_TILE = 1024  # elements of a program that handles them one by one
 
 
 class Launch(NamedTuple):
-    """kernel: its name in `kernels`. constants: what is compiled into it. options: what the compiler is told."""
+    """kernel: its name in `kernels`. constants: its constexpr arguments. options: for Triton's compiler."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -33,14 +33,14 @@ class Launch(NamedTuple):
 
 
 def unit(bits: int, block: int, *along: int) -> int:
-    """The weights of a unit (see `kernels`) where a tile, or a tile and a row, are `along` long; 0 where there is none."""
+    """The weights of a unit (see `kernels`), which divides the block and all lengths `along`; 0 if there is none."""
     size = gcd(block, *along)
     size &= -size
     return size if bits in (4, 8) and size >= 16 else 0
 
 
 def quantize(choice: dict, bits: int, blocks: int, size: int, given: bool, tail: bool, pairs: bool) -> Launch:
-    """`blocks` blocks of `size` weights each. pairs: two codes to a byte."""
+    """Quantize `blocks` blocks of `size` weights. given: scales are given. tail: short block. pairs: two codes a byte."""
     width = max(_ceiling(size), 2)
     rows = min(max(choice["tile"] // width, 1), _ceiling(blocks))
     even = width == size and blocks % rows == 0
@@ -50,7 +50,7 @@ def quantize(choice: dict, bits: int, blocks: int, size: int, given: bool, tail:
 
 
 def dequantize(choice: dict, bits: int, block: int, n: int, lanes: bool) -> Launch:
-    """n weights. No fused multiply-add: the reference rounds s·L before it adds z."""
+    """Decode n weights. No fused multiply-add: the reference rounds s·L before it adds z."""
     options = {"num_warps": choice["num_warps"], "enable_fp_fusion": False}
     size = unit(bits, block, choice["tile"])
     if not size:
@@ -64,7 +64,7 @@ def dequantize(choice: dict, bits: int, block: int, n: int, lanes: bool) -> Laun
 def product(
     op: str, choice: dict, m: int, n: int, k: int, bits: int, block: int, lanes: bool, processors: int
 ) -> Launch:
-    """`linear` or `linear_dx` of m rows with a weight [n, k], along the path of the choice, on so many processors."""
+    """`linear` or `linear_dx` of m rows with a weight [n, k], as `choice` says, on `processors` multiprocessors."""
     rows, columns = choice["rows"], choice["columns"]
     constants = {
         **_units(bits, block, unit(bits, block, k, columns), lanes),
@@ -86,12 +86,12 @@ def product(
 
 
 def add_parts(n: int) -> Launch:
-    """The sum of the parts of n results."""
+    """Sum the partial results of n elements."""
     return Launch("add_parts", (block_count(n, ANY_TILE),), {"TILE": ANY_TILE}, {"enable_fp_fusion": True})
 
 
 def _units(bits: int, block: int, size: int, lanes: bool) -> dict[str, int | bool]:
-    """What every kernel that reads units is told. lanes: whether there are any, to hold a table of 16 levels."""
+    """Constants of all kernels that read units. lanes: whether the device has warp lanes, to hold a table of 16 levels."""
     return {"BITS": bits, "UNIT": size, "UNITS": block // size, "LANES": lanes and bits == 4}
 
 

@@ -1,11 +1,11 @@
 """The product with a quantized weight: `qbench::linear` (y = x·Wᵀ) and its gradient `qbench::linear_dx` (dx = g·W).
 
-W is decoded where it is used, in the dtype of x, and forgotten; autograd keeps the packed weight and nothing else, so a
-frozen layer costs its backward no copy. The kernels here, for every device, are the definition: decode, then the
-product of the library that the device has. Each op is the other's gradient, so derivatives of any order are right.
+W is decoded for each use, in the dtype of x, and then freed. Autograd saves only the packed weight, so the backward of a
+frozen layer needs no copy of it. The implementations here work on every device and define the ops: decode, then PyTorch's
+own product. Each op is the gradient of the other, so derivatives of any order are right.
 
-Under autocast both do as `torch.nn.Linear` does: x is cast to its dtype, and the result is in that dtype. Scales and
-levels are never cast.
+Under autocast both act as `torch.nn.Linear` does: x is cast to autocast's dtype, which is also that of the result. Scales
+and levels are never cast.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ library.define(f"linear_dx(Tensor g, {_WEIGHT}) -> Tensor")
 
 
 def checked(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`product`, a `linear` or `linear_dx` for some device, that names what does not fit before it begins.
+    """Wrap a device's `linear` or `linear_dx` so that it checks its arguments first.
 
-    Raises ValueError for sizes or devices that do not match, TypeError for a dtype that is not a float.
+    It then raises ValueError for sizes or devices that do not match, and TypeError for an x that is not floating-point.
     """
 
     @wraps(product)
@@ -69,12 +69,12 @@ def _decode(
 
 
 def linear(x: Tensor, *weight: Any) -> Tensor:
-    """x [..., in_features], any float dtype, times the weight [out_features, in_features], transposed."""
+    """y = x·Wᵀ, for x [..., in_features] of any float dtype and W [out_features, in_features]."""
     return torch.nn.functional.linear(x, _decode(x, *weight))
 
 
 def linear_dx(g: Tensor, *weight: Any) -> Tensor:
-    """The gradient for x of `linear`, from g [..., out_features]."""
+    """dx = g·W, the gradient of `linear` for x, from g [..., out_features]."""
     return g @ _decode(g, *weight)
 
 
@@ -87,7 +87,7 @@ def _(
     x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
     out_features: int, in_features: int,
 ) -> Tensor:  # fmt: skip
-    _same_device("linear", x, codes, levels, *scale, *shift)  # of tensors that are partly on meta, this is what runs
+    _same_device("linear", x, codes, levels, *scale, *shift)  # with some tensors on meta, only this runs
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -100,7 +100,7 @@ def _(
     return g.new_empty(*g.shape[:-1], in_features)
 
 
-def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, levels, scale, shift, ctx.bits, ctx.block, ctx.out_features, ctx.in_features = inputs
     if any(tensor.requires_grad for tensor in (levels, *scale, *shift)):
         raise TypeError("a packed weight cannot be trained: its levels and scales take no gradient; x takes one")
@@ -109,7 +109,7 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(op: str) -> Callable[..., tuple[Any, ...]]:
-    """The backward of one of the two products, by the other."""
+    """The backward of one product, which calls the other, `op`."""
 
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         codes, levels, *rest = ctx.saved_tensors
@@ -121,16 +121,16 @@ def _gradient(op: str) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-torch.library.register_autograd("qbench::linear", _gradient("linear_dx"), setup_context=_keep_weight, lib=library)
-torch.library.register_autograd("qbench::linear_dx", _gradient("linear"), setup_context=_keep_weight, lib=library)
+torch.library.register_autograd("qbench::linear", _gradient("linear_dx"), setup_context=_save_weight, lib=library)
+torch.library.register_autograd("qbench::linear_dx", _gradient("linear"), setup_context=_save_weight, lib=library)
 
 
 def _autocast(op: str, device: str) -> Callable[..., Tensor]:
-    """One of the two products under autocast on a kind of device."""
+    """The product `op` under autocast on a kind of device."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
     def product(x: Tensor, *weight: Any) -> Tensor:
-        cast = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device  # as PyTorch's own ops
+        cast = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device  # as PyTorch's own ops do
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return getattr(torch.ops.qbench, op)(x.to(torch.get_autocast_dtype(device)) if cast else x, *weight)
 

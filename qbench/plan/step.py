@@ -202,11 +202,11 @@ def _peak_of_step(numels: tuple[int, ...], name: str, together: bool, dtype: tor
 class _MetaStep(LiveBytes):
     """Counts, and answers questions about values: a model asks whether its windows are whole. They are."""
 
-    def answer(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def run_operation(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         # an optimizer's number of steps is a real tensor, and read as usual
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 0
-        return super().answer(func, args, kwargs)
+        return super().run_operation(func, args, kwargs)
 
 
 @contextmanager

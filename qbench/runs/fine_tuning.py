@@ -77,7 +77,7 @@ def train_adapters(
     if tune.method == FULL:
         model.to(context.dtype).requires_grad_(False)  # type: ignore[arg-type]  # typed as no method
     context.metrics["tune"] = {**asdict(log), "left": inputs.without_adapter}
-    context.metrics["throughput"]["tune_tokens_s"] = throughput.summary(log.tokens_s)
+    context.metrics["throughput"]["tune_tokens_s"] = throughput.summarize(log.tokens_s)
     model.save_pretrained(str(context.folder / ADAPTER))
 
 

@@ -47,7 +47,7 @@ def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) 
         metrics["error"] = error.layer_errors(model, layers, packed, inputs.held_out[:ERROR_WINDOWS], advance)
         metrics["weights"] = distribution.normalized_weights(layers, packed)
     with context.phases("time_format", "time the format"):
-        metrics["throughput"] |= throughput.weights_rates(layers, packed, settings.format, context.dtype)
+        metrics["throughput"] |= throughput.quantize_rates(layers, packed, settings.format, context.dtype)
     starts: dict[str, lora_init.LoraInit] = {}
     if settings.tune and settings.tune.init != "default":
         trained = {name: layer for name, layer in layers.items() if name not in inputs.without_adapter}
@@ -78,7 +78,9 @@ def _start_lora(
     with context.phases("init", f"initialise by {tune.init}", len(layers)) as advance:
         for name, layer in layers.items():
             w = weight_of(layer)
-            start = lora_init.initialize(w, context.settings.format, tune.rank, tune.init, tune.init_rounds, f"{name}.weight")
+            start = lora_init.initialize(
+                w, context.settings.format, tune.rank, tune.init, tune.init_rounds, f"{name}.weight"
+            )
             starts[name] = start
             quantized[name] = error.compare_weights(w, packed[name].dequantize())
             initial[name] = error.compare_weights(w, start.dequantize())
@@ -86,10 +88,10 @@ def _start_lora(
     context.metrics["init"] = {
         "method": tune.init,
         "base": f"{ADAPTER}/{BASE}",
-        "quantized": sum(quantized.values(), error.Sums()).weights(),
-        "initial": sum(initial.values(), error.Sums()).weights(),
+        "quantized": sum(quantized.values(), error.Sums()).weight_metrics(),
+        "initial": sum(initial.values(), error.Sums()).weight_metrics(),
         "layers": [
-            {"name": name, "quantized": quantized[name].weights(), "initial": initial[name].weights()}
+            {"name": name, "quantized": quantized[name].weight_metrics(), "initial": initial[name].weight_metrics()}
             for name in starts
         ],
     }

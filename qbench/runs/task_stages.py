@@ -28,7 +28,7 @@ class TaskStages:
             from qbench.measure import tasks  # here, because most runs need no lm-eval
 
             self.lm_eval = tasks
-            tasks.check(tokenizer)
+            tasks.check_tokenizer(tokenizer)
             self.tasks = tasks.load(context.settings.eval.tasks, context.folder)
 
     def score_baseline(self, model: nn.Module, folder: Path) -> None:
@@ -52,7 +52,7 @@ class TaskStages:
 
     def _score(self, stage: str, model: nn.Module, folder: Path) -> None:
         settings = self.context.settings.eval
-        count = self.tasks.documents(settings.limit)
+        count = self.tasks.count_documents(settings.limit)
         with self.context.phases(f"tasks_{stage}", f"tasks of the {stage} model", count) as advance:
             scores = self.lm_eval.evaluate(model, self.tokenizer, self.tasks, settings.limit, settings.batch, advance)
         scores.save(folder / FOLDER, stage)

@@ -1,4 +1,4 @@
-"""The benchmark of the products runs where there is no GPU, and its page says what its numbers say."""
+"""The benchmark of products runs without a GPU, and its page agrees with its numbers."""
 
 import json
 import sys
@@ -13,10 +13,10 @@ from qbench.cli import bench as command
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     plan = products.Plan(formats=("nf4", "int8"), models=("tiny",), rows=(1, 32, 1024), repeats=2)
-    told = []
-    found = products.measure(plan, torch.device("cpu"), lambda result, words: told.append(words))
-    assert len(told) == plan.steps() and "nf4 + dq" in told[2]
-    return json.loads(json.dumps(found))
+    reports = []
+    result = products.measure(plan, torch.device("cpu"), lambda result, description: reports.append(description))
+    assert len(reports) == plan.steps() and "nf4 + dq" in reports[2]
+    return json.loads(json.dumps(result))
 
 
 def test_every_case_is_measured_and_right(result):
@@ -35,7 +35,7 @@ def test_bitsandbytes_computes_the_same(result):
     assert theirs and all(case["error"] < 1e-2 for case in theirs)
 
 
-def made(seconds: dict) -> dict:
+def make_result(seconds: dict) -> dict:
     """A result of one layer, with nf4 + dq at the given seconds by (op, rows), bf16 at 1."""
     place = {"model": "7B", "layer": "attention", "shape": [4, 8]}
     cases = []
@@ -50,14 +50,14 @@ def made(seconds: dict) -> dict:
 
 
 def test_ratios_and_shares():
-    found = made({("linear", 1): 0.5, ("linear", 1024): 2.0, ("linear_dx", 1): 0.25, ("dequantize", 0): 4.0})
-    ratios, shares = page.ratios(found, "nf4", True, "bf16"), page.fractions(found, "nf4", True)
+    result = make_result({("linear", 1): 0.5, ("linear", 1024): 2.0, ("linear_dx", 1): 0.25, ("dequantize", 0): 4.0})
+    ratios, shares = page.speedups(result, "nf4", True, "bf16"), page.ceiling_fractions(result, "nf4", True)
     at = "7B", "attention"
     assert ratios[(*at, "linear", 1)] == 2 and ratios[(*at, "linear_dx", 1)] == 4
     assert shares[(*at, "linear", 1)] == 16 / 0.5 / 64  # the packed bytes
-    assert shares[(*at, "linear", 1024)] == 2 * 1024 * 32 / 2.0 / found["ceilings"]["matmul_flop_s"]
+    assert shares[(*at, "linear", 1024)] == 2 * 1024 * 32 / 2.0 / result["ceilings"]["matmul_flop_s"]
     assert shares[(*at, "dequantize", 0)] == (16 + 2 * 32) / 4.0 / 64
-    words = "\n".join(page.answer(found))
+    words = "\n".join(page.summarize(result))
     assert "forward, M ≤ 16: 2.00 times the speed of bf16 weights; 50% of the ceiling" in words
     assert "M ≥ 1024: 0.50 times" in words and "M = 32" not in words
 
@@ -89,6 +89,6 @@ def test_bad_input_is_one_line(line, said, monkeypatch, capsys):
 @pytest.mark.parametrize("op", products.OPS)
 @pytest.mark.parametrize("rows", tiles.ROWS)
 def test_candidates_are_choices(op, rows):
-    found = list(tiles.candidates(op, rows))
-    assert found[0] == {"path": "decode"} and len(found) > 6
-    assert all(choice["path"] != "multiply_row" or op == "linear" for choice in found)
+    choices = list(tiles.candidates(op, rows))
+    assert choices[0] == {"path": "decode"} and len(choices) > 6
+    assert all(choice["path"] != "multiply_row" or op == "linear" for choice in choices)

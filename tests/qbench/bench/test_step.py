@@ -1,4 +1,4 @@
-"""A training step beside its peer: both sides learn the same, each in a process of its own."""
+"""The benchmark of a training step: both sides learn the same, each in its own process."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ TINY = {
 
 def test_both_sides_train_the_same():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the test extra")
-    told = []
-    result = step.measure(torch.device("cpu"), 4, told.append, TINY)
+    reports = []
+    result = step.measure(torch.device("cpu"), 4, reports.append, TINY)
     ours, theirs = result["ours"], result["theirs"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3) and ours["loss"][-1] < ours["loss"][0]
-    assert len(told) == 10 and all(len(side["seconds"]) == 4 and side["tokens_s"] > 0 for side in (ours, theirs))
+    assert len(reports) == 10 and all(len(side["seconds"]) == 4 and side["tokens_s"] > 0 for side in (ours, theirs))
     assert (
         result["ratio"] == ours["tokens_s"] / theirs["tokens_s"] and min(ours["peak_bytes"], theirs["peak_bytes"]) > 0
     )

@@ -1,4 +1,4 @@
-"""Measures against references written plainly, in float64."""
+"""Measures against simple references in float64."""
 
 import math
 import subprocess
@@ -48,10 +48,10 @@ def test_quality_against_float64(llama, tmp_path):
         return -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
 
     kl = (before.exp() * (before - after)).sum(-1)
-    found = scores.metrics(baseline)
-    against = found["against_baseline"]
-    assert found["nll"] == pytest.approx(float(nll(after).mean()), rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(float(nll(after).mean())), rel=1e-4)
+    metrics = scores.metrics(baseline)
+    against = metrics["against_baseline"]
+    assert metrics["nll"] == pytest.approx(float(nll(after).mean()), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(float(nll(after).mean())), rel=1e-4)
     assert against["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert against["kl_p99"] == pytest.approx(float(kl.flatten().quantile(0.99)), rel=1e-3)
     assert against["top1_agreement"] == float((before.argmax(-1) == after.argmax(-1)).double().mean())
@@ -62,18 +62,18 @@ def test_quality_against_float64(llama, tmp_path):
 
 
 def test_masked_tokens_add_nothing_to_the_divergence(llama, tmp_path):
-    """Some models give a part of their vocabulary no chance: their logits are −inf there, quantized or not."""
+    """Some models mask part of their vocabulary: its logits are −inf, quantized or not."""
     log_p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
     log_q = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.0, 0.5]]).log()
     expected = [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), math.log(2)]
-    assert quality.divergence(log_p, log_q).tolist() == pytest.approx(expected)
+    assert quality.kl_divergence(log_p, log_q).tolist() == pytest.approx(expected)
     masked = torch.arange(904, 914)
     llama.lm_head.register_forward_hook(lambda head, inputs, logits: logits.index_fill(-1, masked, -torch.inf))
     tokens, logits = windows() % 900, logits_in(tmp_path)
     baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
     replace(llama, quantizing.quantize(linear_layers(llama), formats.get("fp4_e3m0")))
-    found = quality.evaluate(llama, tokens, logits).metrics(baseline)["against_baseline"]
-    assert 0 < found["kl_mean"] < found["kl_p99"] < math.inf
+    metrics = quality.evaluate(llama, tokens, logits).metrics(baseline)["against_baseline"]
+    assert 0 < metrics["kl_mean"] < metrics["kl_p99"] < math.inf
 
 
 def test_batches_do_not_matter(llama, tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_batches_do_not_matter(llama, tmp_path, monkeypatch):
 
 
 def test_the_standard_error_covers_the_truth():
-    """95% intervals from correlated tokens hold the true mean about 95 times in a hundred."""
+    """95% intervals from correlated tokens contain the true mean in about 95% of cases."""
     generator = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
@@ -125,14 +125,14 @@ def test_error_against_float64(llama):
     fmt = formats.get("nf4", block=32)
     packed = quantizing.quantize(layers, fmt)
     tokens = windows(2)
-    found = error.layer_errors(llama, layers, packed, tokens)
+    errors = error.layer_errors(llama, layers, packed, tokens)
     name = "model.layers.1.mlp.down_proj"
     inputs = []
     hook = layers[name].register_forward_hook(lambda layer, args, out: inputs.append(args[0]))
     llama(input_ids=tokens)
     hook.remove()
     w, back, x = layers[name].weight.double(), packed[name].dequantize().double(), inputs[0].double()
-    row = next(row for row in found["layers"] if row["name"] == name)
+    row = next(row for row in errors["layers"] if row["name"] == name)
     noise = w - back
     assert row["sqnr_db"] == pytest.approx(10 * math.log10(w.square().sum() / noise.square().sum()), rel=1e-5)
     assert row["mse"] == pytest.approx(float(noise.square().mean()), rel=1e-4)
@@ -140,23 +140,23 @@ def test_error_against_float64(llama):
     assert row["max_abs"] == pytest.approx(float(noise.abs().max()), rel=1e-4)
     assert row["output_relative"] == pytest.approx(float((x @ noise.t()).norm() / (x @ w.t()).norm()), rel=1e-4)
     everything = sum(float(layer.weight.double().square().sum()) for layer in layers.values())
-    lost = sum(row["mse"] * math.prod(row["shape"]) for row in found["layers"])
-    assert found["relative"] == pytest.approx(math.sqrt(lost / everything), rel=1e-4)
+    lost = sum(row["mse"] * math.prod(row["shape"]) for row in errors["layers"])
+    assert errors["relative"] == pytest.approx(math.sqrt(lost / everything), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", formats.names())
 def test_normalized_weights_are_a_density_within_the_levels(llama, name):
     layers = linear_layers(llama)
-    found = distribution.normalized_weights(layers, quantizing.quantize(layers, formats.get(name)))
-    width = np.diff(found["edges"])
-    assert (np.array(found["density"]) * width).sum() == pytest.approx(1)
-    for levels in found["levels"]:
+    histogram = distribution.normalized_weights(layers, quantizing.quantize(layers, formats.get(name)))
+    width = np.diff(histogram["edges"])
+    assert (np.array(histogram["density"]) * width).sum() == pytest.approx(1)
+    for levels in histogram["levels"]:
         assert levels == sorted(levels) and len(levels) == 2 ** formats.get(name).bits
-    assert bool(found["levels"]) == (name != "none")
+    assert bool(histogram["levels"]) == (name != "none")
 
 
 def test_peak_memory_sees_what_was_let_go():
-    """In a process of its own, as a system that lets none reset its peak has that since the process began."""
+    """In its own process: on systems that cannot reset the peak, it counts from the start of the process."""
     program = """
 import torch
 from qbench.measure.memory import PeakMemory
@@ -182,7 +182,7 @@ def test_live_bytes_count_a_storage_until_it_is_gone():
     with LiveBytes() as live:
         live.kind = live.label = "first"
         x = torch.zeros(1000, requires_grad=True)
-        y = (x * outside.sum()).exp()  # the product is gone, the result is there, and so is the sum that is saved
+        y = (x * outside.sum()).exp()  # the product is freed; the result and the saved sum are alive
         assert live.live["first"] == 4000 + 4000 + 4
         z, y, view = y.sum(), None, x[10:]
         assert live.live["first"] == 4000 + 4000 + 4 + 4, "autograd has kept y, and a view costs nothing"
@@ -196,7 +196,7 @@ def test_live_bytes_count_a_storage_until_it_is_gone():
 
 
 def test_live_bytes_count_what_the_allocator_gives(llama):
-    """PyTorch's own record of its allocator: the same step, the same peak."""
+    """The peak equals that of PyTorch's allocator for the same step."""
     tokens = windows(4, 32)
     optimizer = torch.optim.AdamW(llama.parameters())
     llama.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""lm-eval's tasks in a run: the scores of its own command line, paired with the baseline, without a network."""
+"""lm-eval's tasks in a run: the scores of its command line, paired with the baseline, without a network."""
 
 import json
 import math
@@ -25,7 +25,7 @@ import formats
 from qbench.checkpoint import location
 from qbench.errors import InputError
 from qbench.measure import task_files, tasks
-from qbench.measure.task_scores import BLOCKS, shares
+from qbench.measure.task_scores import BLOCKS, pseudo_values
 from qbench.model.selection import linear_layers
 from qbench.results import store
 from qbench.runs.experiment import run
@@ -33,7 +33,7 @@ from qbench.settings import DataSettings, EvalSettings, ModelSettings, Settings,
 from qbench.training import adapters, data
 
 ROOT = Path(__file__).parents[3]
-SHIPPED = ["qbench_docs", "qbench_continuation", "qbench_grammar"]
+BUNDLED_TASKS = ["qbench_docs", "qbench_continuation", "qbench_grammar"]
 CASES = """task: cases
 dataset_path: json
 dataset_kwargs:
@@ -84,21 +84,34 @@ def loaded(folder: Path, dtype=torch.float32) -> tuple:
 
 def test_the_scores_are_those_of_lm_evals_own_command_line(tmp_path):
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
-    command += ["--model_args", f"pretrained={location.BUNDLED},dtype=float32", "--include_path", task_files.SHIPPED]
-    command += ["--tasks", ",".join(SHIPPED), "--limit", "4", "--log_samples", "--output_path", tmp_path / "theirs"]
+    command += [
+        "--model_args",
+        f"pretrained={location.BUNDLED},dtype=float32",
+        "--include_path",
+        task_files.BUNDLED_TASKS,
+    ]
+    command += [
+        "--tasks",
+        ",".join(BUNDLED_TASKS),
+        "--limit",
+        "4",
+        "--log_samples",
+        "--output_path",
+        tmp_path / "theirs",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("results_*.json")
     theirs = json.loads(file.read_text())
-    ours = tasks.evaluate(*loaded(location.BUNDLED), SHIPPED, limit=4)
-    assert list(ours.results["results"]) == SHIPPED
-    for task in SHIPPED:
+    ours = tasks.evaluate(*loaded(location.BUNDLED), BUNDLED_TASKS, limit=4)
+    assert list(ours.results["results"]) == BUNDLED_TASKS
+    for task in BUNDLED_TASKS:
         assert ours.results["results"][task] == theirs["results"][task], "to the last digit"
         (file,) = tmp_path.rglob(f"samples_{task}_*.jsonl")
         samples = [json.loads(line) for line in file.read_text().splitlines()]
-        for one, other in zip(ours.samples[task], samples, strict=True):
-            assert one["doc_hash"] == other["doc_hash"] and one["prompt_hash"] == other["prompt_hash"]
-            assert all(json.loads(json.dumps(one[m])) == other[m] for m in one["metrics"])
+        for our, their in zip(ours.samples[task], samples, strict=True):
+            assert our["doc_hash"] == their["doc_hash"] and our["prompt_hash"] == their["prompt_hash"]
+            assert all(json.loads(json.dumps(our[m])) == their[m] for m in our["metrics"])
 
 
 TINY = {"data": DataSettings(seq=32), "device": "cpu"}
@@ -111,19 +124,19 @@ def settings(model: Path, steps: int | None = 2, name: str = "nf4", **evaluated)
     return Settings(formats.get(name, block=64), model_settings, tune=tune, eval=evaluation, **TINY)
 
 
-def test_a_run_keeps_what_lm_eval_found_and_pairs_it_by_document(tiny_llama, tmp_path):
-    asked = settings(tiny_llama, tasks=SHIPPED, limit=12)
+def test_a_run_keeps_lm_evals_results_and_pairs_them_by_document(tiny_llama, tmp_path):
+    asked = settings(tiny_llama, tasks=BUNDLED_TASKS, limit=12)
     result = run(asked, tmp_path / "with")
     stages = result["metrics"]["tasks"]
-    assert list(stages) == ["baseline", "quantized", "tuned"] and list(stages["tuned"]) == SHIPPED
+    assert list(stages) == ["baseline", "quantized", "tuned"] and list(stages["tuned"]) == BUNDLED_TASKS
     kept, samples = {}, {}
     for stage in stages:
         kept[stage] = json.loads((tmp_path / "with" / "lm_eval" / f"{stage}.json").read_text())["results"]
-        for task in SHIPPED:
+        for task in BUNDLED_TASKS:
             lines = (tmp_path / "with" / "lm_eval" / f"{stage}_{task}.jsonl").read_text().split("\n")[:-1]
             samples[stage, task] = [json.loads(line) for line in lines]
-    for stage, found in stages.items():
-        for task, scores in found.items():
+    for stage, by_task in stages.items():
+        for task, scores in by_task.items():
             for metric, score in scores.items():
                 assert score["value"] == kept[stage][task][f"{metric},none"] and score["n"] == 12
                 ours, base = (np.array([row[metric] for row in samples[s, task]], float) for s in (stage, "baseline"))
@@ -142,7 +155,7 @@ def test_a_run_keeps_what_lm_eval_found_and_pairs_it_by_document(tiny_llama, tmp
                 if metric == "acc" and np.ptp(ours - base):
                     assert against["p"] == pytest.approx(ttest_rel(ours, base).pvalue)
                     assert against["stderr"] == pytest.approx(np.std(ours - base, ddof=1) / 12**0.5)
-                elif metric != "acc":  # documents differ in length, which the error of a ratio counts
+                elif metric != "acc":  # documents differ in length, which adds to the error of a ratio
                     assert against["stderr"] == pytest.approx(np.std(ours - base, ddof=1) / 12**0.5, rel=0.5)
                     assert 0 < against["p"] < 1
     assert (
@@ -176,10 +189,10 @@ def test_the_baselines_scores_are_measured_once_a_sweep(tiny_llama, tmp_path):
 def test_a_folder_and_a_group_of_tasks(local, tiny_llama):
     model, tokenizer = loaded(tiny_llama)
     done: list[float] = []
-    found = tasks.load([str(local)])
-    metrics = tasks.evaluate(model, tokenizer, found, advance=done.append).metrics(found)
+    loaded_tasks = tasks.load([str(local)])
+    metrics = tasks.evaluate(model, tokenizer, loaded_tasks, advance=done.append).metrics(loaded_tasks)
     assert set(metrics) == {"cases", "one", "two"} and "exact_match,first" in metrics["cases"]
-    assert found.documents() == 15 and sum(done) == pytest.approx(15) and len(done) > 3
+    assert loaded_tasks.count_documents() == 15 and sum(done) == pytest.approx(15) and len(done) > 3
     group = tasks.Tasks()
     tasks._add(group, tasks.TaskManager(include_path=local, include_defaults=False).load(["both"]), "both")
     scores = tasks.evaluate(model, tokenizer, group)
@@ -206,7 +219,7 @@ def test_what_a_task_reads_is_part_of_what_a_run_is(local, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("method", ["prefix", "p_tuning"])
 def test_virtual_tokens_take_positions(method, tiny_llama):
-    """With learned positions, a document as long as the model can read has no room for more."""
+    """With learned positions, a document of the model's maximal length leaves no room for virtual tokens."""
     config = dict(vocab_size=4096, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config(**config)).eval()
@@ -221,7 +234,7 @@ BEGIN = "<s>"
 
 
 def beginning(add: bool) -> tuple:
-    """A model whose tokenizer has a beginning of text of its own, which it adds to texts itself or not."""
+    """A model whose tokenizer has a beginning-of-text token, which it adds itself or not."""
     tokenizer = AutoTokenizer.from_pretrained(location.BUNDLED)
     tokenizer.add_special_tokens({"bos_token": BEGIN, "pad_token": "<pad>"})
     begin = tokenizer.bos_token_id
@@ -234,15 +247,19 @@ def beginning(add: bool) -> tuple:
 
 def of_lm_eval(model, tokenizer, folders: list, **options) -> dict:
     lm = tasks.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32", **options)
-    found = tasks.load(list(map(str, folders)))
+    loaded_tasks = tasks.load(list(map(str, folders)))
     return tasks.evaluator.simple_evaluate(
-        lm, tasks=found.top, task_manager=tasks.TaskManager(include_defaults=False), limit=4, bootstrap_iters=1000
+        lm,
+        tasks=loaded_tasks.top,
+        task_manager=tasks.TaskManager(include_defaults=False),
+        limit=4,
+        bootstrap_iters=1000,
     )["results"]
 
 
 @pytest.mark.parametrize("add", [True, False])
 def test_scores_with_a_tokenizer_that_begins_texts(add, local):
-    """They are lm-eval's; of rolling likelihoods, before which it puts a beginning of its own, if it is told of that."""
+    """Scores are lm-eval's. For rolling likelihoods it adds a beginning-of-text token itself, so it needs to be told."""
     model, tokenizer = beginning(add)
     choices, rolling = [local / "one.yaml"], ["qbench_docs"]
     ours = [tasks.evaluate(model, tokenizer, list(map(str, t)), limit=4).results["results"] for t in (choices, rolling)]
@@ -254,7 +271,7 @@ def test_scores_with_a_tokenizer_that_begins_texts(add, local):
 
 @pytest.mark.parametrize("add", [True, False])
 def test_no_text_of_a_task_begins_twice(add, local, monkeypatch):
-    """Whether it brings its own beginning, and the text beside it in the batch another, or none."""
+    """Whether or not a text, or the one beside it in the batch, brings its own beginning-of-text token."""
     for name in ("cases", "one"):
         texts = [f"{BEGIN * (i % 2)}The {name} {i}" for i in range(4)]
         rows = [{"a": text, "b": "table"} for text in [f"The longest of the {name}, the first of its batch", *texts]]
@@ -271,13 +288,13 @@ def test_no_text_of_a_task_begins_twice(add, local, monkeypatch):
     seen = []
     forward = model.forward
 
-    def told(input_ids, *args, **options):
+    def check_inputs(input_ids, *args, **options):
         seen.extend(input_ids.tolist())
         return forward(input_ids, *args, **options)
 
-    monkeypatch.setattr(model, "forward", told)
-    found = tasks.evaluate(model, tokenizer, [str(local / f"{name}.yaml") for name in ("cases", "one", "two")])
-    assert set(found.results["results"]) == {"cases", "one", "two"}
+    monkeypatch.setattr(model, "forward", check_inputs)
+    scores = tasks.evaluate(model, tokenizer, [str(local / f"{name}.yaml") for name in ("cases", "one", "two")])
+    assert set(scores.results["results"]) == {"cases", "one", "two"}
     begin = tokenizer.bos_token_id
     rows = [[token for token in row if token != tokenizer.pad_token_id] for row in seen]
     begun = [row[0] == begin for row in rows if len(row) > 1]
@@ -296,21 +313,21 @@ def test_a_tokenizer_that_does_not_fit_the_model(local):
 
 
 @given(st.lists(st.tuples(st.floats(-200, -1), st.integers(1, 60)), min_size=3, max_size=40))
-def test_shares_of_a_perplexity(items):
-    """They have the mean of its logarithm, and nearly the error that a ratio has by the delta method."""
-    found = shares(lambda some: math.log(weighted_perplexity(some)), items)
+def test_pseudo_values_of_a_perplexity(items):
+    """Their mean is the logarithm of the perplexity, and their error is nearly that of the delta method."""
+    values = pseudo_values(lambda subset: math.log(weighted_perplexity(subset)), items)
     loss, words = -np.array([a for a, _ in items]), np.array([b for _, b in items], float)
     ratio = loss.sum() / words.sum()
-    assert found.mean() == pytest.approx(ratio)
+    assert values.mean() == pytest.approx(ratio)
     influence = (loss - ratio * words) / words.mean()
     if len(items) > 20 and words.min() > 10:
-        assert np.std(found) == pytest.approx(np.std(influence), rel=0.5, abs=1e-9)
+        assert np.std(values) == pytest.approx(np.std(influence), rel=0.5, abs=1e-9)
 
 
-def test_shares_of_a_mean_are_its_items_and_many_are_in_blocks():
+def test_pseudo_values_of_a_mean_are_its_items_and_many_are_in_blocks():
     items = list(np.random.default_rng(0).normal(size=1000))
-    assert shares(mean, items).tolist() == items
-    blocks = shares(lambda some: float(np.mean(some)), items)
+    assert pseudo_values(mean, items).tolist() == items
+    blocks = pseudo_values(lambda subset: float(np.mean(subset)), items)
     assert len(blocks) == BLOCKS and blocks.mean() == pytest.approx(np.mean(items))
     assert np.std(blocks) / BLOCKS**0.5 == pytest.approx(np.std(items) / 1000**0.5, rel=0.15)
 
@@ -357,7 +374,7 @@ def test_limits_and_batches_are_positive():
 
 
 def test_a_task_that_nobody_knows(tmp_path, tiny_llama):
-    """Neither comes along nor is one of lm-eval's, whose list needs no network."""
+    """It is neither bundled nor one of lm-eval's tasks, whose list needs no network."""
     asked = settings(tiny_llama, tasks=["no_such_task"])
     with pytest.raises(
         InputError, match=r"'no_such_task' is no task; accepted: qbench_continuation, .* any lm-eval task"
@@ -368,7 +385,7 @@ def test_a_task_that_nobody_knows(tmp_path, tiny_llama):
 
 NO_SOCKETS = """import socket
 def refuse(*_, **__):
-    open({told!r}, "a").write("asked\\n")
+    open({record!r}, "a").write("asked\\n")
     raise OSError("there is no network")
 for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, refuse)
@@ -377,24 +394,29 @@ socket.getaddrinfo = refuse
 
 
 def test_a_run_asks_for_no_network_and_writes_nothing_else(tiny_llama, local, tmp_path):
-    """As a process whose home is empty, and where a socket would be told of."""
+    """In a process with an empty home, where opening a socket is recorded."""
     places = {name: tmp_path / name for name in ("site", "home", "temporary", "work")}
     for folder in places.values():
         folder.mkdir()
-    told = tmp_path / "told"
-    (places["site"] / "sitecustomize.py").write_text(NO_SOCKETS.format(told=str(told)))
+    record = tmp_path / "sockets"
+    (places["site"] / "sitecustomize.py").write_text(NO_SOCKETS.format(record=str(record)))
     path = os.pathsep.join(map(str, (places["site"], ROOT)))
     environment = os.environ | {"PYTHONPATH": path, "HOME": str(places["home"]), "TMPDIR": str(places["temporary"])}
     environment |= {"HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "MPLCONFIGDIR": str(tmp_path)}
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
         environment.pop(name, None)
     line = [sys.executable, "-m", "qbench", "+format=nf4", f"model.path={tiny_llama}", "tune=none", "eval.tokens=64"]
-    line += ["data.seq=32", "eval.limit=2", f"eval.tasks=[{','.join([*SHIPPED, str(local)])}]", "hydra.run.dir=out"]
+    line += [
+        "data.seq=32",
+        "eval.limit=2",
+        f"eval.tasks=[{','.join([*BUNDLED_TASKS, str(local)])}]",
+        "hydra.run.dir=out",
+    ]
     done = subprocess.run(line, cwd=places["work"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not told.exists()
-    found = store.read(places["work"] / "out")["metrics"]["tasks"]["quantized"]
-    assert list(found) == [*SHIPPED, "cases", "one", "two"]
+    assert not record.exists()
+    by_task = store.read(places["work"] / "out")["metrics"]["tasks"]["quantized"]
+    assert list(by_task) == [*BUNDLED_TASKS, "cases", "one", "two"]
     assert [entry.name for entry in places["work"].iterdir()] == ["out"] and not list(places["temporary"].iterdir())
     left = {file.relative_to(places["home"]).parts[:2] for file in places["home"].rglob("*") if file.is_file()}
     assert left <= {(".cache", "numba"), (".triton", "cache")}, left
@@ -408,21 +430,23 @@ def test_the_documents_are_made_again_byte_for_byte(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     runpy.run_path(str(folder / "make.py"))["main"](tmp_path)
     files = sorted(tmp_path.iterdir())
-    assert [file.stem for file in files] == task_files.shipped()
+    assert [file.stem for file in files] == task_files.bundled_names()
     for file in files:
-        assert file.read_bytes() == (task_files.SHIPPED / file.name).read_bytes() and file.stat().st_size < 200_000
+        assert (
+            file.read_bytes() == (task_files.BUNDLED_TASKS / file.name).read_bytes() and file.stat().st_size < 200_000
+        )
 
 
 def test_no_run_is_trained_on_the_documents():
     trained = " ".join(" ".join(data.read("docs").train).split()) + " ".join(data.read("kjv").train)
-    rows = {name: (task_files.SHIPPED / f"{name}.jsonl").read_text().splitlines() for name in SHIPPED[:2]}
+    rows = {name: (task_files.BUNDLED_TASKS / f"{name}.jsonl").read_text().splitlines() for name in BUNDLED_TASKS[:2]}
     parts = [part for row in rows["qbench_docs"] for part in json.loads(row)["text"].split("\n\n") if len(part) > 80]
     parts += [json.loads(row)["context"] for row in rows["qbench_continuation"]]
     assert len(parts) > 150 and not [part for part in parts if " ".join(part.split()) in trained]
 
 
 def test_the_sentences_differ_in_one_word():
-    rows = [json.loads(line) for line in (task_files.SHIPPED / "qbench_grammar.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (task_files.BUNDLED_TASKS / "qbench_grammar.jsonl").read_text().splitlines()]
     for row in rows:
         good, bad = row["good"].split(), row["bad"].split()
         assert len(good) == len(bad) and sum(a != b for a, b in zip(good, bad, strict=True)) == 1

@@ -1,4 +1,4 @@
-"""The CUDA side of the ops against float64 and the plain PyTorch reference: on a GPU, or else in Triton's interpreter."""
+"""The CUDA ops against float64 and the PyTorch reference, on a GPU or in Triton's interpreter."""
 
 import json
 
@@ -31,7 +31,7 @@ def packed(name: str, block: int, dq: bool, n: int, k: int, seed: int = 0) -> Qu
 
 
 def check_products(q: QuantizedTensor, m: int, dtype: torch.dtype, choice: dict | None, stride: int = 0) -> None:
-    """Both products along the path of `choice`, or the path that is chosen, against float64; rows `stride` too long."""
+    """Compare both products with float64, on the path of `choice` or the default one. x has `stride` unused columns."""
     n, k = q.shape
     choice = choice if launches.unit(q.bits, q.block, k) else None
     w = q.dequantize(torch.float32).double()
@@ -42,7 +42,7 @@ def check_products(q: QuantizedTensor, m: int, dtype: torch.dtype, choice: dict 
         y = cuda.product(op, x, *arguments(q), n, k, choice=choice)
         expected = x.double() @ matrix
         assert y.dtype == dtype and y.shape == expected.shape
-        # of a small result, terms can cancel: then what its norm would be if they did not
+        # terms of a small result can cancel; then use the norm without cancellation
         size = max(expected.norm(), (x.double().abs() @ matrix.abs()).norm() / inner**0.5)
         assert (y.double() - expected).norm() <= TOLERANCE[dtype] * size
         assert torch.equal(y, cuda.product(op, x, *arguments(q), n, k, choice=choice)), "not the same twice"
@@ -67,9 +67,9 @@ def test_quantize_and_dequantize_equal_the_reference(name, w, block, dq, dtype):
     expected_codes, expected_scale = blockwise.quantize_reference(*recipe)
     assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
     q = f.quantize(w.to(DEVICE))
-    found = cuda.dequantize(*arguments(q), q.shape, dtype)
+    values = cuda.dequantize(*arguments(q), q.shape, dtype)
     expected = blockwise.dequantize_reference(*arguments(q), q.shape, dtype)
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -194,6 +194,6 @@ def test_tuned_choices_are_read_and_a_broken_file_is_named(tmp_path, monkeypatch
         choices.choices("some device", 9)
     rules = [{"up_to": None, "path": "decode"}]
     file.write_text(json.dumps({"choices": {"linear": rules}}))
-    found = choices.choices("some device", 9)
-    assert found["linear"] == rules and found["linear_dx"] == choices.default(9)["linear_dx"]
+    by_op = choices.choices("some device", 9)
+    assert by_op["linear"] == rules and by_op["linear_dx"] == choices.default(9)["linear_dx"]
     choices.choices.cache_clear()

@@ -1,4 +1,4 @@
-"""A forked child computes what its parent does, whatever threads that had used; and nobody's number of threads changes."""
+"""A forked child computes the same as its parent, whatever threads that used, and no number of threads changes."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ generator = torch.Generator().manual_seed(0)
 large, small = (torch.randn(n, 1024, generator=generator) for n in (600, 8))
 
 def work():
-    found = []
+    results = []
     for w in (small, large, large.bfloat16()):
         for name, dq in (("nf4", True), ("int8", False), ("q4_1", False), ("quantile", False)):
             q = formats.get(name, dq=dq).quantize(w * 0.5)
@@ -27,8 +27,8 @@ def work():
             x = torch.ones(2, 1024, dtype=w.dtype, requires_grad=True)
             y = layer(x)
             y.sum().backward()
-            found += [q.codes, *q.scale, q.dequantize(), q.dequantize(torch.float32), y.detach(), x.grad]
-    return found
+            results += [q.codes, *q.scale, q.dequantize(), q.dequantize(torch.float32), y.detach(), x.grad]
+    return results
 
 def same(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))

@@ -1,4 +1,4 @@
-"""What both products refuse, in one line and before anything is launched; and what happens where no kernel can run."""
+"""Products refuse wrong arguments in one line, before a launch, and fall back to PyTorch if no kernel can run."""
 
 import warnings
 

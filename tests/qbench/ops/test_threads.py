@@ -1,4 +1,4 @@
-"""Kernels where nothing can be kept beside the code or at home, as in a container with a read-only root."""
+"""Kernels where neither the code's folder nor the home folder can hold a cache, as with a read-only root."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has a
 
 @pytest.fixture(scope="module")
 def read_only(tmp_path_factory) -> Path:
-    """The packages where even root can keep nothing: a file is in the place of each folder for it."""
+    """Copies of the packages in which even root cannot write a cache: a file stands in for each cache folder."""
     root = tmp_path_factory.mktemp("packages")
     for package in ("formats", "qbench"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,7 +33,7 @@ def read_only(tmp_path_factory) -> Path:
 
 
 def quantized(root: Path, temporary: Path) -> str:
-    """What a process prints that has no home, and `temporary` for its temporary files."""
+    """The output of a process that has no home, and `temporary` as its temporary folder."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "NUMBA_"))}
     env |= {
         "HOME": "/dev/null",
@@ -65,17 +65,17 @@ def test_kernels_are_compiled_where_they_can_be_kept_nowhere(read_only, tmp_path
     assert not list(tmp_path.rglob("*.nbc"))
 
 
-@pytest.mark.parametrize("found", ["open to others", "a link", "a file"])
-def test_a_folder_that_others_could_write_to_is_not_used(found, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder_is", ["open to others", "a link", "a file"])
+def test_a_folder_that_others_could_write_to_is_not_used(folder_is, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(threads._config, "CACHE_DIR", "")
     folder = tmp_path / f"qbench-{os.getuid()}"
-    if found == "open to others":
+    if folder_is == "open to others":
         folder.mkdir()
         folder.chmod(0o770)
-    elif found == "a link":
+    elif folder_is == "a link":
         (tmp_path / "elsewhere").mkdir(mode=0o700)
         folder.symlink_to(tmp_path / "elsewhere")
     else:
         folder.touch()
-    assert not threads._kept_elsewhere.__wrapped__() and threads._config.CACHE_DIR == ""
+    assert not threads._cache_in_temporary_folder.__wrapped__() and threads._config.CACHE_DIR == ""
