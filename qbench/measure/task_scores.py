@@ -69,7 +69,7 @@ class TaskScores:
     @classmethod
     def read(cls, folder: Path, stage: str) -> "TaskScores":
         """Read what `save` wrote."""
-        results = json.loads((folder / f"{stage}.json").read_to_json("utf-8"))
+        results = json.loads((folder / f"{stage}.json").read_text("utf-8"))
         samples = {}
         for task in results["configs"]:
             with _samples_file(folder, stage, task).open(encoding="utf-8") as lines:
