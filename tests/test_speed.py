@@ -1,6 +1,6 @@
-"""Speed beside bitsandbytes in the same run: python -m pytest tests/test_speed.py; compare medians within a group.
+"""Speed of qbench and bitsandbytes in the same run: python -m pytest tests/test_speed.py. Compare medians within a group.
 
-4096 × 4096 weights, block 64, as many threads as PyTorch takes. Nothing here asserts a time.
+Weights are 4096 × 4096, block 64, with PyTorch's number of threads. No test asserts a time.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Text to windows: what is held out, what a window begins with, what is refused."""
+"""Text to windows: which part is held out, how windows begin, and which files are refused."""
 
 import gzip
 import hashlib
@@ -62,7 +62,7 @@ def test_the_split_of_the_bundled_texts_stays_as_it_is(name, tokenizer):
 
 
 def joined(text: data.Text) -> str:
-    """The pieces in their order."""
+    """All pieces of a text, in their order."""
     held_out, train = iter(text.held_out), iter(text.train)
     count = len(text.train) + len(text.held_out)
     last = count < data.HELD_OUT
@@ -118,11 +118,11 @@ def test_gzip(tmp_path):
 
 def test_windows(tokenizer):
     text = data.read("kjv")
-    found = data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=0)
-    assert found.shape == (10, 64) and (found[:, 0] == tokenizer.bos_token_id).all()
-    assert (data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=0) == found).all()
-    assert (data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=1) != found).any()
-    words = tokenizer.decode(found[0, 1:])
+    windows = data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=0)
+    assert windows.shape == (10, 64) and (windows[:, 0] == tokenizer.bos_token_id).all()
+    assert (data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=0) == windows).all()
+    assert (data.windows(text.held_out, tokenizer, 4096, 64, 10, seed=1) != windows).any()
+    words = tokenizer.decode(windows[0, 1:])
     assert any(words[5:60] in piece for piece in text.held_out)
 
 
@@ -274,7 +274,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 @pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="others do not limit a process's memory")
 def test_an_archive_that_unpacks_to_more_than_the_memory_is_one_line(tmp_path):
-    """Gigabytes from some hundred thousand bytes, with room for one of them."""
+    """A small archive that unpacks to gigabytes, with memory for only one of them."""
     import resource  # which Windows lacks
 
     (tmp_path / "bomb.txt").write_bytes(gzip.compress(b"a line of it\n" * 2**22) * 80)
@@ -318,7 +318,7 @@ def test_a_tokenizer_that_makes_nothing_of_the_text(case):
 
 
 def test_special_tokens_beyond_the_vocabulary():
-    """That the text has none of is not enough: a window begins with one, a document ends with one."""
+    """Special tokens count too: a window begins with one and a document ends with one."""
     for marks, makers in {"bos_token": (data.windows, data.examples), "eos_token": (data.examples,)}.items():
         tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
         tokenizer.add_special_tokens({marks: "<new>"})
@@ -333,7 +333,7 @@ def test_special_tokens_beyond_the_vocabulary():
     st.sampled_from([{"bos_token": "<s>", "eos_token": "</s>"}, {"bos_token": "<s>", "eos_token": "<s>"}]),
 )
 def test_no_beginning_of_text_follows_another(words, seq, marks):
-    """Whether the text brings its own or not; and nothing but these is added to it."""
+    """Whether or not the text already has it; and no other token is added."""
     tokenizer = tokenizer_of(WordLevel({"a": 0, "b": 1, "<s>": 3, "</s>": 4}, "<s>"), **marks)
     tokenizer.backend_tokenizer.add_special_tokens(["<s>", "</s>"])
     pieces = [f"{word} a" for word in words]
@@ -342,16 +342,16 @@ def test_no_beginning_of_text_follows_another(words, seq, marks):
     ]
     assert [t for part in data._split(plain, 3, seq) for t in part if t != 3] == [t for t in plain if t != 3]
     try:
-        found = [*data.windows(pieces, tokenizer, 6, seq, 1000, 0), *data.examples(pieces, tokenizer, 6, seq, 1000, 0)]
+        parts = [*data.windows(pieces, tokenizer, 6, seq, 1000, 0), *data.examples(pieces, tokenizer, 6, seq, 1000, 0)]
     except InputError as error:
         assert "less than one window" in str(error)
         return
-    for part in found:
+    for part in parts:
         assert part[0] == 3 and not ((part[:-1] == 3) & (part[1:] == 3)).any()
 
 
 def test_the_split_is_in_the_result(tiny_llama, tmp_path, capsys):
-    """Of 12 documents, four of them empty and one there twice; what was trained on is told, and what was scored."""
+    """Of 12 documents four are empty and one is repeated; the result has the counts of both parts."""
     rows = [f"Document {i} is about the number {i}. " * 20 * (i % 3 > 0) for i in (*range(11), 10)]
     (tmp_path / "a.json").write_text(json.dumps([{"text": row} for row in rows]))
     settings = Settings(
@@ -362,13 +362,13 @@ def test_the_split_is_in_the_result(tiny_llama, tmp_path, capsys):
         EvalSettings(tokens=10**6),
         device="cpu",
     )
-    found = run(settings, tmp_path / "run")["metrics"]
+    metrics = run(settings, tmp_path / "run")["metrics"]
     said = capsys.readouterr().err.splitlines()[0]
     assert re.fullmatch(r"qbench: eval\.tokens: 1000000 are more than the \d+ held out; all of these are scored", said)
-    assert found["data"] == {
+    assert metrics["data"] == {
         "unit": "documents", "held_out": 1, "train": 6, "empty": 4, "repeated": 1, "examples": 4
     }  # fmt: skip
-    assert found["quality"]["baseline"]["tokens"] < 1000
+    assert metrics["quality"]["baseline"]["tokens"] < 1000
 
 
 def test_more_tokens_than_there_are_is_told_at_once(tokenizer):
@@ -376,10 +376,10 @@ def test_more_tokens_than_there_are_is_told_at_once(tokenizer):
     with pytest.warns(
         UserWarning, match="qbench: eval.tokens: 99999999999 are more than the 9690 held out; all of these"
     ):
-        found = data.held_out(text, tokenizer, 4096, 256, 99999999999)
-    assert found.shape == (38, 256) and time.monotonic() - began < 10
+        windows = data.held_out(text, tokenizer, 4096, 256, 99999999999)
+    assert windows.shape == (38, 256) and time.monotonic() - began < 10
     with warnings.catch_warnings(action="error"):
-        assert (data.held_out(text, tokenizer, 4096, 256, 9690) == found).all()
+        assert (data.held_out(text, tokenizer, 4096, 256, 9690) == windows).all()
         assert data.held_out(text, tokenizer, 4096, 256, 256).shape == (2, 256), "whole windows"
 
 
@@ -391,14 +391,14 @@ def test_paragraphs_are_the_documents_of_a_text(tmp_path):
 
 
 def test_examples(tmp_path, tokenizer):
-    """Every token of a document, in examples of at most seq tokens, each with a beginning, the last with an end."""
+    """Every token of a document is in examples of at most seq tokens; each has a start token, the last an end token."""
     long = " ".join(f"word{i}" for i in range(100))
     text = jsonl(tmp_path / "a.jsonl", ["short", long, "", "a"])
-    found = data.examples(text.documents(), tokenizer, 4096, 64, 100, seed=0)
-    assert all(len(e) <= 64 and e[0] == tokenizer.bos_token_id for e in found)
-    parts = [e for e in found if len(e) > 10]
+    examples = data.examples(text.documents(), tokenizer, 4096, 64, 100, seed=0)
+    assert all(len(e) <= 64 and e[0] == tokenizer.bos_token_id for e in examples)
+    parts = [e for e in examples if len(e) > 10]
     assert tokenizer.decode(torch.cat([e[1:] for e in parts])[:-1]) == long
-    assert {int(e[-1]) for e in found if len(e) < 64} == {tokenizer.eos_token_id}
+    assert {int(e[-1]) for e in examples if len(e) < 64} == {tokenizer.eos_token_id}
     assert len(data.examples(text.documents(), tokenizer, 4096, 64, 2, seed=0)) == 2
     with pytest.raises(InputError, match="knows 100 tokens"):
         data.examples(text.documents(), tokenizer, 100, 64, 4, seed=0)
