@@ -24,14 +24,18 @@ def test_seeds_are_one_row_and_differences_are_paired():
         runs.append(finished("none", seed, text, text - 1 + 0.02 * seed))
         runs.append(finished("nf4", seed, text + 0.05 + noise, text - 1 + 0.02 * seed + noise))
         runs.append(finished("int4", seed, text + 0.5, text - 1 + 0.1 * seed))
-    found = {c.title: c for c in only(runs).configurations}
-    assert next(iter(found)) == "16 bit" and len(found) == 3 and all(len(c.runs) == 3 for c in found.values())
-    nf4, int4 = found["nf4, block 64"].differences, found["int4, block 64"].differences
+    configurations = {c.title: c for c in only(runs).configurations}
+    assert (
+        next(iter(configurations)) == "16 bit"
+        and len(configurations) == 3
+        and all(len(c.runs) == 3 for c in configurations.values())
+    )
+    nf4, int4 = configurations["nf4, block 64"].differences, configurations["int4, block 64"].differences
     assert nf4["quantized"].delta == pytest.approx(0.05, abs=0.003) and nf4["quantized"].distinguishable
     assert not nf4["tuned"].distinguishable and str(nf4["tuned"]).startswith("≈ ")
     assert int4["tuned"].stderr == pytest.approx(0.08 / 3**0.5), "seeds disagree by more than windows do"
-    assert found["16 bit"].differences == {}
-    assert found["16 bit"].mean("quality", "tuned", "nll") == pytest.approx(text.mean() - 0.98)
+    assert configurations["16 bit"].differences == {}
+    assert configurations["16 bit"].mean("quality", "tuned", "nll") == pytest.approx(text.mean() - 0.98)
 
 
 def test_p_values_are_corrected_for_their_number():
@@ -39,10 +43,10 @@ def test_p_values_are_corrected_for_their_number():
     text = generator.normal(3, 1, 50)
     runs = [finished("none", 0, text, text)]
     runs += [finished(f"f{i}", 0, text + generator.normal(0, 0.1, 50), text) for i in range(200)]
-    some = only(runs).configurations
-    found = [c.differences["quantized"] for c in some if c.differences]
-    assert len(found) == 200 and sum(d.distinguishable for d in found) <= 2
-    assert all(d.p == 1 for c in some for s, d in c.differences.items() if s == "tuned")
+    configurations = only(runs).configurations
+    differences = [c.differences["quantized"] for c in configurations if c.differences]
+    assert len(differences) == 200 and sum(d.distinguishable for d in differences) <= 2
+    assert all(d.p == 1 for c in configurations for s, d in c.differences.items() if s == "tuned")
 
 
 def test_there_is_always_a_16_bit_row():
@@ -54,8 +58,8 @@ def test_there_is_always_a_16_bit_row():
 
 
 def test_other_words_about_a_format_are_no_other_format():
-    told = [{"name": "nf4", "source": source} for source in ("a paper", "the paper, section 3")]
-    runs = [finished("nf4", seed, format=one) for seed, one in enumerate(told)]
+    descriptions = [{"name": "nf4", "source": source} for source in ("a paper", "the paper, section 3")]
+    runs = [finished("nf4", seed, format=fmt) for seed, fmt in enumerate(descriptions)]
     _, nf4 = only(runs).configurations
     assert len(nf4.runs) == 2
 
@@ -85,17 +89,17 @@ def test_on_the_frontier_is_what_nothing_beats():
 
 def test_what_is_featured_begins_with_16_bit_even_where_that_was_never_fine_tuned():
     runs = [finished(f"f{i}", 0, [3.1 + i / 100, 3.2], [2 + i / 100, 2.1]) for i in range(5)]
-    some = select_best(only(runs), 3).configurations
-    assert [c.format for c in some] == ["none", "f0", "f1"]
+    best = select_best(only(runs), 3).configurations
+    assert [c.format for c in best] == ["none", "f0", "f1"]
     assert len(select_best(only([*runs, finished("none", 0, [3.0, 3.1], [1.9, 2.0])]), 3).configurations) == 3
 
 
 def test_pairs_differ_in_one_thing():
     runs = [finished(n, 0, block=b, dq=dq) for n in ("nf4", "int4") for b in (32, 64, 128) for dq in (False, True)]
-    some = only([*runs, finished("none")])
-    blocks = [(a.title, b.title) for a, b in pairs_differing_in(some, "block", "quantized")]
+    setting = only([*runs, finished("none")])
+    blocks = [(a.title, b.title) for a, b in pairs_differing_in(setting, "block", "quantized")]
     assert ("nf4, block 128", "nf4, block 64") in blocks and len(blocks) == 8
-    double = [(a.title, b.title) for a, b in pairs_differing_in(some, "dq", "quantized")]
+    double = [(a.title, b.title) for a, b in pairs_differing_in(setting, "dq", "quantized")]
     assert ("int4 + dq, block 32", "int4, block 32") in double and len(double) == 6
 
 
@@ -107,9 +111,9 @@ def test_the_words_are_as_sure_as_the_tests():
         finished("nf4", 0, text + noise - noise.mean() + 1e-4),
         finished("int4", 0, text + 0.1),
     ]
-    said = " ".join(findings.describe_findings(only(runs)))
-    assert "1 of 2 quantized configurations are not distinguishable from 16 bit: nf4, block 64." in said
-    assert "The worst is int4, block 64, with +10.52% ± 0.00%" in said
+    text = " ".join(findings.describe_findings(only(runs)))
+    assert "1 of 2 quantized configurations are not distinguishable from 16 bit: nf4, block 64." in text
+    assert "The worst is int4, block 64, with +10.52% ± 0.00%" in text
 
 
 @pytest.fixture
@@ -136,10 +140,10 @@ def sweep(tmp_path) -> Path:
 def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["qbench.report", str(sweep)])
     assert main() == 0
-    said = capsys.readouterr()
-    assert "| nf4 + dq, block 64 (2 seeds) |" in said.out and "| 16 bit (2 seeds) | 16.000 |" in said.out
+    output = capsys.readouterr()
+    assert "| nf4 + dq, block 64 (2 seeds) |" in output.out and "| 16 bit (2 seeds) | 16.000 |" in output.out
     for name, why in (("cut", "not whole JSON"), ("new", "schema 2; 1 is accepted"), ("odd", "is incomplete")):
-        assert re.search(rf"skipped: .*{name}/result.json.*{why}", said.err)
+        assert re.search(rf"skipped: .*{name}/result.json.*{why}", output.err)
     out = sweep / "report"
     html, twin = (out / "report.html").read_text(), (out / "report.md").read_text()
     for text in (html, twin):

@@ -24,7 +24,7 @@ def tuned(name="nf4", seed=0, delta=0.0, noise=0.01, untuned=0.05, **keys) -> di
     return finished(name, seed, TEXT + untuned * (name != "none"), after, tune=LORA | keys, **more)
 
 
-def said(runs) -> list[str]:
+def describe(runs) -> list[str]:
     return list(findings.describe_findings(only(runs)))
 
 
@@ -36,7 +36,7 @@ def test_a_best_learning_rate_at_an_edge_is_not_bracketed(best, edge):
     runs = [tuned("none", 0, 0.1 * abs(i - best), lr=lr) for i, lr in enumerate(rates)]
     (series,) = methods.find_series(only(runs))
     assert series.rates == rates and series.rate == rates[best] and series.edge == edge
-    (sentence,) = [s for s in said(runs) if "learning rate of" in s]
+    (sentence,) = [s for s in describe(runs) if "learning rate of" in s]
     assert sentence.startswith(f"The best learning rate of LoRA on 16 bit is {rates[best]:g} (perplexity ")
     tried = "of 4 tried from 0.0001 to 0.1"
     assert sentence.endswith(f"), the {edge} {tried}: a better one may lie beyond." if edge else f"), {tried}.")
@@ -60,11 +60,11 @@ def test_methods_meet_each_at_its_own_learning_rate():
         runs += [tuned(name, seed, delta + 0.004 * seed, 0.05, method=method, lr=lr) for seed in (0, 1, 2)]
         runs.append(tuned(name, 0, delta + 0.5, method=method, lr=lr * 3))
     setting = only(runs)
-    found = {s.title: s for s in methods.find_series(setting)}
-    assert list(found) == ["full fine-tuning of 16 bit", "LoRA on 16 bit", "LoRA on nf4, block 64"]
+    series = {s.title: s for s in methods.find_series(setting)}
+    assert list(series) == ["full fine-tuning of 16 bit", "LoRA on 16 bit", "LoRA on nf4, block 64"]
     claims = methods.qlora_claims(setting)
     (same,), full = claims["same"], {c.ours.title: c for c in claims["full"]}
-    assert same.theirs is found["LoRA on 16 bit"] and same.ours.rate == 1e-2 and same.theirs.rate == 1e-3
+    assert same.theirs is series["LoRA on 16 bit"] and same.ours.rate == 1e-2 and same.theirs.rate == 1e-3
     assert set(full) == {"LoRA on 16 bit", "LoRA on nf4, block 64"}
 
     def windows(s):
@@ -79,7 +79,7 @@ def test_methods_meet_each_at_its_own_learning_rate():
         assert (claim.difference.delta, claim.difference.stderr) == pytest.approx(reference(claim))
     p = [2 * t.sf(abs(delta) / stderr, len(TEXT) - 1) for delta, stderr in map(reference, full.values())]
     assert [claim.difference.p for claim in full.values()] == pytest.approx(false_discovery_control(p))
-    assert found["LoRA on nf4, block 64"].best.differences.get("tuned") is None, "16 bit has no run like it"
+    assert series["LoRA on nf4, block 64"].best.differences.get("tuned") is None, "16 bit has no run like it"
 
 
 @pytest.mark.parametrize(
@@ -93,19 +93,19 @@ def test_methods_meet_each_at_its_own_learning_rate():
 def test_the_claim_of_qlora_is_told_as_the_test_has_it(delta, noise, verdict):
     runs = [tuned("none"), tuned("nf4", 0, delta, noise, dq=True)]
     centre = TEXT - TEXT.mean() + 3
-    for run in runs:  # a perplexity that can be told by heart
+    for run in runs:  # with a perplexity that is easy to recognize
         moved = np.array(run["metrics"]["quality"]["tuned"]["windows"]) - TEXT + centre
         run["metrics"]["quality"]["tuned"] |= score(moved)
-    (sentence,) = [s for s in said(runs) if "nothing is lost" in s]
+    (sentence,) = [s for s in describe(runs) if "nothing is lost" in s]
     assert sentence.startswith(f"Against LoRA on 16 bit (perplexity 7.39), the claim that nothing is lost {verdict}")
     assert "full" not in sentence
 
 
 def test_a_reference_that_might_do_better_is_told():
     ours = [tuned("nf4", 0, delta, lr=lr) for delta, lr in ((0.1, 1e-4), (0.02, 1e-3), (0.1, 1e-2))]
-    alone = [s for s in said([*ours, tuned("none")]) if "nothing is lost" in s]
+    alone = [s for s in describe([*ours, tuned("none")]) if "nothing is lost" in s]
     assert "at the only learning rate tried), the claim" in alone[0]
-    edge = [s for s in said([*ours, tuned("none", delta=0.1, lr=1e-4), tuned("none")]) if "nothing is lost" in s]
+    edge = [s for s in describe([*ours, tuned("none", delta=0.1, lr=1e-4), tuned("none")]) if "nothing is lost" in s]
     assert "at the highest learning rate tried), the claim" in edge[0]
 
 
@@ -113,8 +113,8 @@ def test_claims_are_cut_to_the_usual_block_and_the_table_has_all():
     runs = [tuned("none"), tuned("none", method="full")]
     runs += [tuned(n, 0, 0.1, block=block) for n in ("nf4", "int4") for block in (32, 64, 128)]
     setting = only(runs)
-    told = [s for s in findings.describe_findings(setting) if "nothing is lost" in s]
-    assert len(told) == 2 and all("block 64" in s and "block 32" not in s and "block 128" not in s for s in told)
+    claims = [s for s in findings.describe_findings(setting) if "nothing is lost" in s]
+    assert len(claims) == 2 and all("block 64" in s and "block 32" not in s and "block 128" not in s for s in claims)
     (table,) = extra_tables.build_tables(setting)
     assert table.title == "Methods of fine-tuning" and len(table.rows) == 8
     heads = [column.head for column in table.columns]
@@ -135,9 +135,11 @@ def test_before_a_fine_tune_the_fine_tune_has_no_part():
     titles = {c.title for c in setting.configurations}
     assert titles == {f"{f}, {m}" for f in ("16 bit", "nf4, block 64") for m in ("LoRA", "DoRA", "(IA)³", "untuned")}
     assert [c.title for c in setting.scored_at("quantized")] == ["16 bit", "nf4, block 64"]
-    told = findings.describe_findings(setting)
+    texts = findings.describe_findings(setting)
     assert (
-        "0 of 1 quantized" in told[1] and "0 of 3 quantized" not in told[1] and "is nf4, block 64, with +5" in told[1]
+        "0 of 1 quantized" in texts[1]
+        and "0 of 3 quantized" not in texts[1]
+        and "is nf4, block 64, with +5" in texts[1]
     )
     assert "(4 against 16 bit in all)" in findings.reading_note([setting])
 
@@ -151,8 +153,8 @@ def test_a_key_that_came_later_had_its_default_before():
 
 def test_without_a_format_nothing_is_said_of_formats():
     setting = only([tuned("none", lr=lr, delta=lr) for lr in (1e-3, 1e-2)])
-    told = " ".join(findings.describe_findings(setting)) + findings.reading_note([setting])
-    assert "quantized" not in told and "against 16 bit in all" not in told
+    text = " ".join(findings.describe_findings(setting)) + findings.reading_note([setting])
+    assert "quantized" not in text and "against 16 bit in all" not in text
     assert "at best" in findings.describe_setup(setting) and "after lr 0.001." in findings.describe_setup(setting)
 
 
@@ -184,9 +186,9 @@ def starts() -> list[dict]:
 
 
 def test_a_start_is_compared_with_none_on_the_same_format(starts):
-    found = {s.configuration.title: s for s in adapters.compare_inits(only(starts))}
-    assert "16 bit, LoftQ" not in found and len(found) == 8
-    loftq, pissa, plain = (found[f"nf4, block 64, {init}"] for init in ("LoftQ", "PiSSA", "B = 0"))
+    inits = {s.configuration.title: s for s in adapters.compare_inits(only(starts))}
+    assert "16 bit, LoftQ" not in inits and len(inits) == 8
+    loftq, pissa, plain = (inits[f"nf4, block 64, {init}"] for init in ("LoftQ", "PiSSA", "B = 0"))
     assert loftq.before.delta == pytest.approx(0.02 - 0.05) and loftq.before.distinguishable
     assert loftq.after.delta == pytest.approx(-0.03) and loftq.after.distinguishable
     assert pissa.before.distinguishable and not pissa.after.distinguishable
@@ -203,13 +205,13 @@ def test_starts_meet_each_at_its_own_learning_rate():
     plain, pissa = adapters.compare_inits(only(runs))
     assert (plain.configuration.config["tune"]["lr"], pissa.configuration.config["tune"]["lr"]) == (1e-3, 1e-4)
     assert not pissa.after.distinguishable and any(
-        "PiSSA is compared with B = 0, each at its best" in s for s in said(runs)
+        "PiSSA is compared with B = 0, each at its best" in s for s in describe(runs)
     )
 
 
 def test_whether_a_start_pays_is_told(starts):
-    told = [s for s in said(starts) if "compared with B = 0" in s]
-    loftq, pissa = sorted(told)
+    texts = [s for s in describe(starts) if "compared with B = 0" in s]
+    loftq, pissa = sorted(texts)
     assert loftq.startswith(
         "LoftQ is compared with B = 0. The SQNR of Q + B·A is 2.50 dB above that of Q alone. Before the first"
     )
@@ -224,8 +226,8 @@ def test_whether_a_start_pays_is_told(starts):
 
 def test_a_start_without_its_like_is_told_of_alone():
     run = begun("nf4", "loftq", 0, 22.5, 0.02, 0.07)
-    (told,) = [s for s in said([run, tuned("none")]) if s.startswith("LoftQ")]
-    assert told.endswith("2.50 dB above that of Q alone. No run with B = 0 is otherwise the same.")
+    (text,) = [s for s in describe([run, tuned("none")]) if s.startswith("LoftQ")]
+    assert text.endswith("2.50 dB above that of Q alone. No run with B = 0 is otherwise the same.")
 
 
 def kept(name, seed, **deltas) -> dict:
@@ -270,18 +272,18 @@ def test_merged_adapters_are_compared_with_those_kept_apart(merged):
 
 
 def test_what_merging_costs_is_told(merged):
-    told = said(merged)
+    texts = describe(merged)
     assert any(
-        s.startswith("Merged into 16 bit, the model takes 16.000 bits per parameter, against 6.000") for s in told
+        s.startswith("Merged into 16 bit, the model takes 16.000 bits per parameter, against 6.000") for s in texts
     )
-    (again,) = [s for s in told if s.startswith("Merged and quantized again, the model takes 5.000 bits")]
+    (again,) = [s for s in texts if s.startswith("Merged and quantized again, the model takes 5.000 bits")]
     assert "worse in 1, better in 0" in again
     assert (
         "The largest loss is on nf4, block 64, adapters in int8, merged: +5.65% ± 1.58% (5% of what the fine-tune won)."
         in again
     )
-    assert any("With A, B in int8" in s and "not distinguishable in 1 of 1 configuration (" in s for s in told)
-    assert not any("Merged" in s for s in said([tuned("none"), tuned("nf4")]))
+    assert any("With A, B in int8" in s and "not distinguishable in 1 of 1 configuration (" in s for s in texts)
+    assert not any("Merged" in s for s in describe([tuned("none"), tuned("nf4")]))
 
 
 def test_in_16_bit_again_is_in_16_bit():

@@ -70,7 +70,7 @@ def containers(value: object) -> Iterator[dict | list]:
 
 def mutate(result: dict, random: Random) -> None:
     """Change one thing: a value, a key, the length of a list."""
-    holder = random.choice([found for found in containers(result) if found])
+    holder = random.choice([item for item in containers(result) if item])
     at = random.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     kind = random.randrange(10)
     if kind < 6:
@@ -165,14 +165,14 @@ def report(folder: Path, monkeypatch, capsys) -> tuple[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main() == 0
-    said = capsys.readouterr()
-    for text in said:
+    output = capsys.readouterr()
+    for text in output:
         assert [c for c in text if c != "\n" and not c.isprintable()] == []
     whole_page(folder.parent / "report" / page.HTML)
     whole_twin(folder.parent / "report" / page.MARKDOWN)
     for file in (folder.parent / "report" / "figures").iterdir():
         ElementTree.parse(file)
-    return said.out, said.err
+    return output.out, output.err
 
 
 class Tags(html.parser.HTMLParser):
@@ -223,9 +223,9 @@ def whole_twin(file: Path, fences: int = 0) -> None:
         assert link is None or exists(file.parent, str(link)), link
     columns = 0
     for line in text.splitlines():
-        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("| ") else 0
-        assert not found or columns in (0, found), line
-        columns = found
+        bars = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("| ") else 0
+        assert not bars or columns in (0, bars), line
+        columns = bars
 
 
 def exists(folder: Path, link: str) -> bool:
@@ -238,15 +238,15 @@ def part_of(text: str, start: str, end: str) -> str:
 
 def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     """The property: the bad are named and change nothing, the others are shown."""
-    said, _ = report(good, monkeypatch, capsys)
+    output, _ = report(good, monkeypatch, capsys)
     before = [(good.parent / "report" / name).read_text("utf-8") for name in (page.HTML, page.MARKDOWN)]
     fill(good / "bad", count, seed)
-    found = page.collect(good)
+    collection = page.collect(good)
     files = {Path(folder) / store.FILE for folder in (good / "bad").iterdir()}
-    refused, rest = files & found.unreadable.keys(), files & found.results.keys()
+    refused, rest = files & collection.unreadable.keys(), files & collection.results.keys()
     assert refused | rest == files and len(refused) > count / 4 and len(rest) > count / 10
     for file in refused:
-        assert visible(str(file)) in found.unreadable[file] and found.unreadable[file].isprintable()
+        assert visible(str(file)) in collection.unreadable[file] and collection.unreadable[file].isprintable()
     apart = good.parent / "apart"
     for file in rest:
         (apart / file.parent.name).parent.mkdir(exist_ok=True)
@@ -254,7 +254,7 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
 
     # the good with the bad: as without, but for the list of those skipped
     now, err = report(good, monkeypatch, capsys)
-    assert now == said and err.count("qbench: skipped") == min(len(refused), 21)
+    assert now == output and err.count("qbench: skipped") == min(len(refused), 21)
     after = [(good.parent / "report" / name).read_text("utf-8") for name in (page.HTML, page.MARKDOWN)]
     marks = ('<section id="skipped">', "</section>"), (f"\n## {len(refused)} skipped: ", "## How it was run")
     for first, second, (start, end) in zip(before, after, marks, strict=True):
@@ -266,9 +266,9 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     assert reasons == len(refused)
 
     # in Python
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         frame = qbench.load(good)
-    names = [str(warning.message) for warning in told]
+    names = [str(warning.message) for warning in caught]
     unread = {file for file in refused if any(visible(str(file)) in name for name in names)}
     assert len(frame) == len(GOOD) + len(refused - unread)
 
@@ -343,9 +343,9 @@ def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
     for path in ("nowhere", "no\x1bwhere"):
         with pytest.raises(
             InputError, match=r"does not exist; accepted: result\.json or results\.jsonl\.xz files, or folders"
-        ) as told:
+        ) as error:
             qbench.load(path)
-        assert str(told.value).isprintable()
+        assert str(error.value).isprintable()
     (tmp_path / "loop").symlink_to("loop")
     assert "cannot be read" in dataframe.collect(tmp_path / "loop")[1][tmp_path / "loop"]
 
@@ -390,7 +390,7 @@ def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
         result["config"]["tune"] |= {"method": text, "init": text, "adapter_format": text}
         result["environment"] |= {"device": text, "versions": {text: text}, "commit": text}
         result["metrics"]["tasks"] = {
-            stage: {text: found["docs"]} for stage, found in result["metrics"]["tasks"].items()
+            stage: {text: scores["docs"]} for stage, scores in result["metrics"]["tasks"].items()
         }
         result["metrics"]["error"]["layers"][0]["name"] = text
         result["metrics"]["bits"]["left"] = {text: text}
@@ -401,8 +401,8 @@ def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
             run_page.write(good / f"text{i}", result)
             whole_twin(good / f"text{i}" / "report.md", fences=1)
     report(good, monkeypatch, capsys)
-    found = page.collect(good)
-    assert not found.unreadable and len(found.unfinished) == len(TEXTS)
+    collection = page.collect(good)
+    assert not collection.unreadable and len(collection.unfinished) == len(TEXTS)
     assert browsed(tmp_path / "report" / page.HTML) == {"wrong": "", "asked": "0", "wide": "0"}
 
 
@@ -423,9 +423,9 @@ def test_a_seed_that_diverged_is_told(tmp_path, monkeypatch, capsys):
         run["metrics"]["quality"]["tuned"] |= {"nll": None, "perplexity": None, "stderr": None}
     for i, run in enumerate(runs):
         store.write(tmp_path / "runs" / str(i), run)
-    said, _ = report(tmp_path / "runs", monkeypatch, capsys)
-    assert re.search(r"\| nf4, block 64 \(2 seeds\) \|.* \| [\d.]+ \(1 diverged\) \|", said)
-    assert re.search(r"\| int8, block 64 \|.* \| diverged \|", said)
+    output, _ = report(tmp_path / "runs", monkeypatch, capsys)
+    assert re.search(r"\| nf4, block 64 \(2 seeds\) \|.* \| [\d.]+ \(1 diverged\) \|", output)
+    assert re.search(r"\| int8, block 64 \|.* \| diverged \|", output)
 
 
 def test_no_text_of_a_figure_is_a_formula_or_left_out():

@@ -53,14 +53,14 @@ def test_the_baseline_is_compared_with_nothing():
 
 
 def test_a_start_on_16_bit_has_no_error_to_tell():
-    found = result(0.0, 0.0, 1.0, name="none")
-    found["config"]["tune"] = {"method": "lora", "init": "pissa", "rank": 8, "steps": 4, "virtual_tokens": 16}
-    quality = found["metrics"]["quality"]
+    run = result(0.0, 0.0, 1.0, name="none")
+    run["config"]["tune"] = {"method": "lora", "init": "pissa", "rank": 8, "steps": 4, "virtual_tokens": 16}
+    quality = run["metrics"]["quality"]
     quality |= {"initial": quality["quantized"], "tuned": quality["quantized"]}
-    found["metrics"]["init"] = {"quantized": {"sqnr_db": None}, "initial": {"sqnr_db": 56.44}}
-    said = answer.describe_run(found)[-1]
-    assert said.startswith("With PiSSA, the fine-tune begins at a perplexity of 20.09.")
-    assert said.endswith("Signal to quantization noise: 56.44 dB with A and B, no error without.")
+    run["metrics"]["init"] = {"quantized": {"sqnr_db": None}, "initial": {"sqnr_db": 56.44}}
+    sentence = answer.describe_run(run)[-1]
+    assert sentence.startswith("With PiSSA, the fine-tune begins at a perplexity of 20.09.")
+    assert sentence.endswith("Signal to quantization noise: 56.44 dB with A and B, no error without.")
 
 
 def test_the_terminal_fits_80_columns(tmp_path):

@@ -51,8 +51,8 @@ def with_tasks(name, seed=0, worse=0.0, wrong=0, tuned=None) -> dict:
         "group": {"acc": scored(RIGHT, RIGHT)},
         "leaf": {"acc": scored(RIGHT, RIGHT, group="group")},
     }
-    for one in (score for found in base.values() for score in found.values()):
-        del one["against_baseline"]
+    for score in (score for metrics in base.values() for score in metrics.values()):
+        del score["against_baseline"]
     stages = {"baseline": base, "quantized": stage} | ({"tuned": stage} if tuned else {})
     result["metrics"]["tasks"] = stages
     return result
@@ -61,12 +61,12 @@ def with_tasks(name, seed=0, worse=0.0, wrong=0, tuned=None) -> dict:
 def test_formats_are_compared_on_the_same_documents():
     runs = [with_tasks("none"), with_tasks("nf4", 0, 0.05), with_tasks("nf4", 1, 0.05), with_tasks("int4", 0, 0.5, 20)]
     setting = only(runs)
-    found = {one.task: one for one in tasks.compare_tasks(setting)}
-    assert set(found) == {"docs", "group"} and found["docs"].metric == "word_perplexity"
-    by_format = {c.format: d for c, d in found["docs"].differences.items()}
+    scores = {score.task: score for score in tasks.compare_tasks(setting)}
+    assert set(scores) == {"docs", "group"} and scores["docs"].metric == "word_perplexity"
+    by_format = {c.format: d for c, d in scores["docs"].differences.items()}
     assert by_format["nf4"].delta == pytest.approx(0.05, abs=0.003) and by_format["nf4"].distinguishable
     assert by_format["nf4"].stderr < 0.01 < np.std(HARD) / 10, "paired"
-    accuracy = {c.format: d for c, d in found["group"].differences.items()}
+    accuracy = {c.format: d for c, d in scores["group"].differences.items()}
     assert not accuracy["nf4"].distinguishable and accuracy["int4"].delta == pytest.approx(-0.2)
     (sentence,) = tasks.describe_tasks(setting)
     assert sentence.startswith(
@@ -86,21 +86,21 @@ def test_formats_are_compared_on_the_same_documents():
 def test_after_a_fine_tune_the_reference_is_the_fine_tune_of_16_bit():
     runs = [with_tasks("none", tuned=(2.0, 2.1)), with_tasks("nf4", 0, 0.05, tuned=(2.0, 2.1))]
     setting = only(runs)
-    said = tasks.describe_tasks(setting)
-    assert len(said) == 2 and said[1].startswith(
+    texts = tasks.describe_tasks(setting)
+    assert len(texts) == 2 and texts[1].startswith(
         "After LoRA, 1 of 2 task scores are not distinguishable from LoRA on 16 bit"
     )
     alone = only([with_tasks("nf4", 0, 0.05, tuned=(2.0, 2.1))])
-    (said,) = tasks.describe_tasks(alone)
-    assert said.startswith("Before any fine-tune, 1 of 2"), "a run's own baseline, which nobody tuned"
+    (text,) = tasks.describe_tasks(alone)
+    assert text.startswith("Before any fine-tune, 1 of 2"), "a run's own baseline, which nobody tuned"
 
 
 def test_the_page_has_a_table_of_tasks_only_where_there_are_some(tmp_path):
     for name, run in (("a", with_tasks("none")), ("b", with_tasks("nf4", 0, 0.05)), ("c", finished("int8"))):
         store.write(tmp_path / name, run)
-    found = page.collect(tmp_path)
-    assert len(found.settings) == 2
-    page.write(found, tmp_path / "report")
+    collection = page.collect(tmp_path)
+    assert len(collection.settings) == 2
+    page.write(collection, tmp_path / "report")
     html, twin = ((tmp_path / "report" / name).read_text() for name in (page.HTML, page.MARKDOWN))
     for text in (html, twin):
         assert text.count("Tasks</h3>" if text is html else "### Tasks") == 1
