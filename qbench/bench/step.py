@@ -26,7 +26,7 @@ import formats
 from qbench.errors import InputError
 from qbench.measure.memory import PeakMemory
 from qbench.model import quantizing
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 from qbench.results.provenance import environment
 from qbench.settings import SCHEDULES, TuneSettings
@@ -139,7 +139,7 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
 
 def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
     packed = quantizing.quantize(linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
-    replace(model, packed)
+    replace_layers(model, packed)
     return adapters.add(model, list(packed), settings, SEED)
 
 

@@ -1,7 +1,20 @@
 """Models on disk: 16-bit checkpoints, packed ones, and those of bitsandbytes and GGUF.
 
-In comes a path, which `location` finds; out comes a model, or a folder that holds one. `loading` opens what a run starts
-from, `packed` loads and saves packed folders, `streaming` writes one without the model. Read `packed` first.
+A path or hub id comes in, and a model goes out; or a model comes in, and a folder is written. Read `packed_checkpoint`
+first.
+
+    packed_checkpoint     finds, loads and saves packed checkpoints; quantizes a model in memory
+    loading               loads the model that a run starts from
+    location              finds a model: a folder, a GGUF file, or a download from the hub
+    sixteen_bit           opens, checks and loads 16-bit checkpoints
+    recipe                what config.json says of a packed checkpoint: format, block, dtypes
+    safetensors_io        reads and writes safetensors files one tensor at a time
+    tensor_names          matches the names in files with the names in a model
+    empty_model           a model without weights, and checks of a checkpoint against it
+    auto_classes          transformers' Auto classes, without code from checkpoints
+    transformers_plugin   lets `from_pretrained` and `save_pretrained` handle packed models
+    layouts/              reads bitsandbytes and GGUF, writes bitsandbytes
+    streaming/            packs a checkpoint without loading the model: `python -m qbench.quantize`
 """
 
 from typing import TYPE_CHECKING, Any

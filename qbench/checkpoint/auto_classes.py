@@ -1,7 +1,7 @@
-"""transformers' Auto classes, which run no code that a checkpoint brings along, and fetch none that it names.
+"""Safe calls of transformers' Auto classes: they neither run nor fetch code that a checkpoint names.
 
-All else of qbench reads config, tokenizer and packed model of a folder through these. With `trust_remote_code`, which is
-the user's word, `config` and `tokenizer` run the code that lies in the folder.
+All of qbench loads configs, tokenizers and packed models through this module. Only if the user asks for it, with
+`trust_remote_code`, do `load_config` and `load_tokenizer` run the code in the folder.
 """
 
 import re
@@ -21,34 +21,33 @@ from transformers import (
 
 from qbench.errors import InputError
 
-from .recipe import plain_config
+from .recipe import read_config
 
 TRUST = "model.trust_remote_code=true"
 ADAPTER = "adapter_config.json"
-MOST_LAYERS = 10_000  #: of a model of whose tensors nothing is known
-_MOST_NAMED = 10**6  # labels, codebooks and the like, each of which transformers makes an object of
-_FEW_LAYERS, _FEW_WEIGHTS = 256, 2**20  # which any config may ask for: defaults that a small model has no use for
+MOST_LAYERS = 10_000  #: of a model whose number of tensors is unknown
+_MOST_NAMED = 10**6  # labels, codebooks: transformers makes an object of each
+_FEW_LAYERS, _FEW_WEIGHTS = 256, 2**20  # any config may ask for these: small models leave defaults in theirs
 _OF_LAYERS = re.compile(r"n_layer|block_count|.*layers|.*_blocks|.*depth|.*experts")
 _NO_SIZE = re.compile(r".*(position|length|window|token|context|_id|seed|dtype|theta|max_|chunk|scale|version).*")
 
 
-def config(folder: Path, tensors: int | None = None, weights: int | None = None, trust: bool = False) -> Any:
-    """The configuration of the model in a folder, or of a file that is one.
+def load_config(folder: Path, tensors: int | None = None, weights: int | None = None, trust: bool = False) -> Any:
+    """The config of a folder, or of a path to a config.json.
 
-    tensors, weights: how many its files hold. A config.json may ask for more layers than there are tensors, or sizes
-    beyond all weights: that is refused here, as to build such a model could take for ever. Raises InputError, and what
-    transformers raises.
+    tensors, weights: how many the checkpoint holds. A config that asks for more layers than tensors, or for sizes beyond
+    the number of weights, is an error: building that model could take for ever. Raises InputError, and what transformers
+    raises.
     """
-    check_sizes(plain_config(folder), folder, tensors, weights)
+    check_sizes(read_config(folder), folder, tensors, weights)
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
 
 
-def check_sizes(plain: dict, where: object, tensors: int | None = None, weights: int | None = None) -> None:
-    """Raises InputError where a configuration cannot be that of a model of so many tensors and weights, or names code to
-    be fetched."""
+def check_sizes(config: dict, where: object, tensors: int | None = None, weights: int | None = None) -> None:
+    """Raises InputError if a config cannot belong to a model of so many tensors and weights, or names code to fetch."""
     layers = MOST_LAYERS if tensors is None else max(tensors, _FEW_LAYERS)
     sizes = None if weights is None else max(weights, _FEW_WEIGHTS)
-    for key, value in _leaves(plain):
+    for key, value in _leaves(config):
         if "implementation" in key and isinstance(value, str) and "/" in value:
             raise InputError(f"{where}: {key}: {value!r} would fetch code; accepted: eager, sdpa, and such names")
         if isinstance(value, bool) or not isinstance(value, int) or _NO_SIZE.fullmatch(key):
@@ -62,7 +61,7 @@ def check_sizes(plain: dict, where: object, tensors: int | None = None, weights:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value of a configuration that is neither a list nor a dict, under the key nearest to it."""
+    """Yields each value of a config that is neither list nor dict, with its innermost key."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _leaves(item, key if "implementation" in key else str(name))
@@ -73,9 +72,8 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def packed_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The packed model in a folder, as `pretrained` has transformers load it. Raises InputError where adapters lie beside
-    it, which transformers would put on it."""
+def load_packed_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The packed model in a folder. Raises InputError if adapters are in it too: transformers would put them on."""
     if (folder / ADAPTER).is_file():
         raise InputError(
             f"{folder} holds {ADAPTER} too; accepted: the model alone, and `qbench.training.adapters.load` for adapters"
@@ -85,11 +83,11 @@ def packed_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     )
 
 
-def tokenizer(folder: Path, trust: bool = False, **gguf: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; gguf: `gguf_file` for one in a GGUF file there."""
+def load_tokenizer(folder: Path, trust: bool = False, **gguf: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. gguf: `gguf_file`, if it is in a GGUF file there."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust, **gguf)
 
 
-def gguf_config(file: Path) -> PreTrainedConfig:
-    """What transformers makes of the metadata of a GGUF file."""
+def load_gguf_config(file: Path) -> PreTrainedConfig:
+    """The config that transformers reads from the metadata of a GGUF file."""
     return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Models: load a Hugging Face causal LM from disk or hub, and quantize its layers."""
+"""Loads the model that a run starts from: a causal LM from disk or hub, in 16 bit or packed."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,33 +11,33 @@ import torch
 
 from qbench.errors import InputError
 from qbench.model.devices import DTYPES
-from qbench.model.quantizing import held_bytes
+from qbench.model.quantizing import model_bytes
 
 from . import packed_checkpoint, sixteen_bit
 from .location import BUNDLED as BUNDLED
-from .location import commit, locate
+from .location import find_commit, locate
 from .packed_checkpoint import LoadedModel
-from .sixteen_bit import Opened
+from .sixteen_bit import SixteenBitCheckpoint
 
 
-def open(path: str | None, revision: str | None = None, trust: bool = False) -> Opened:
-    """Open a 16-bit checkpoint: all but its weights is there, and these have been found to be those of its config.
+def open(path: str | None, revision: str | None = None, trust: bool = False) -> SixteenBitCheckpoint:
+    """Open a 16-bit checkpoint and check that its tensors match its config. Weights are not read yet.
 
-    path: a folder as `save_pretrained` writes it, a hub id (the one case in which the network is used), None for the
-    bundled model. revision: of a hub id. trust: run the code that it brings along. Raises InputError, in one line.
+    path: a folder that `save_pretrained` wrote, a hub id (the only use of the network), or None for the bundled model.
+    revision: of a hub id. trust: run the code that comes with it. Raises InputError, in one line.
     """
-    if found := packed_checkpoint.find(locate(path, revision, trust)):
+    if packed := packed_checkpoint.find(locate(path, revision, trust)):
         instead = "qbench.checkpoint.load brings it into Python, and qbench.measure.quality.evaluate scores it there"
         raise InputError(
-            f"model.path: {path!r} is packed already, as {found}; accepted: a 16-bit checkpoint. {instead}"
+            f"model.path: {path!r} is packed already, as {packed}; accepted: a 16-bit checkpoint. {instead}"
         )
     return sixteen_bit.open(path, revision, trust)
 
 
 def digest(path: str | None, revision: str | None = None) -> str | None:
-    """What tells a model's files from others: SHA-256 over a folder or file, of a hub id the commit. Raises InputError."""
-    if found := commit(path, revision):
-        return found
+    """Identifies the files of a model: SHA-256 of a folder or file, or the commit of a hub id. Raises InputError."""
+    if commit := find_commit(path, revision):
+        return commit
     source = locate(path)
     files = [file for file in sorted(source.iterdir()) if file.is_file()] if source.is_dir() else [source]
     return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
@@ -50,36 +50,36 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _file_digest(file: Path, size: int, modified: int) -> str:
-    """Of name and content; a sweep asks for the same files again and again."""
+    """Name and digest of a file. Cached, as a sweep asks for the same files again; size and time tell if it changed."""
     with file.open("rb") as stream:
         return file.name + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remember_digests(path: str | None) -> None:
-    """Have the digests of a model's files at hand, here and in children of this process."""
+    """Compute the digests of a model's files now, for this process and the children that it forks."""
     with suppress(InputError):
         digest(path)
 
 
-_kept: dict[tuple, LoadedModel] = {}
+_in_memory: dict[tuple, LoadedModel] = {}
 
 
-def keep(path: str | None, dtype: str, revision: str | None, trust_remote_code: bool = False) -> None:
-    """Have a model in the memory of the host, the last one asked for, where it leaves as much again free.
+def keep_in_memory(path: str | None, dtype: str, revision: str | None, trust_remote_code: bool = False) -> None:
+    """Load a model into host memory, if that leaves as much memory free, in place of the last model kept.
 
-    `loaded` hands it out, once: this is for children of this process, each of which does so.
+    `load_opened` then returns it, once in a process. Forked children share this memory, so each run starts faster.
     """
     key = (path, DTYPES[dtype], revision, trust_remote_code, digest(path, revision))
-    if key not in _kept:
-        _kept.clear()
-        with _one_thread():  # those that OpenMP has here would count against a child's own
-            found = loaded(open(path, revision, trust_remote_code), DTYPES[dtype], torch.device("cpu"))
-        if held_bytes(found.model) < psutil.virtual_memory().available:
-            _kept[key] = found
+    if key not in _in_memory:
+        _in_memory.clear()
+        with _single_thread():  # threads that OpenMP starts here would count against those of a child
+            loaded = load_opened(open(path, revision, trust_remote_code), DTYPES[dtype], torch.device("cpu"))
+        if model_bytes(loaded.model) < psutil.virtual_memory().available:
+            _in_memory[key] = loaded
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -88,12 +88,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def loaded(source: Opened, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def load_opened(source: SixteenBitCheckpoint, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     """The model of an opened checkpoint, and its tokenizer. Raises InputError if it cannot be loaded."""
-    key = (source.path, dtype, source.revision, source.trust, digest(source.path, source.revision)) if _kept else ()
-    if kept := _kept.pop(key, None):
-        kept.model.to(device)  # type: ignore[arg-type]  # which transformers types as no method
-        return kept
+    if _in_memory:  # a digest takes time, so it is computed only then
+        key = (source.path, dtype, source.revision, source.trust, digest(source.path, source.revision))
+        if kept := _in_memory.pop(key, None):
+            kept.model.to(device)  # type: ignore[arg-type]  # transformers' types hide the method
+            return kept
     return LoadedModel(source.load(dtype, device), source.tokenizer)
 
 
@@ -102,12 +103,11 @@ def load(
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
-    path: what `open` takes, or a packed checkpoint, which is loaded as it is: a folder that `qbench.quantize` wrote, a
-    GGUF file (see `checkpoint`). Weights come from safetensors, or from PyTorch's files, of which no more is run than
-    `torch.load(weights_only=True)` does. trust: run the code that a 16-bit checkpoint brings along. Raises InputError if
-    it cannot be loaded, or is not whole.
+    path: as for `open`, or a packed checkpoint, such as a folder that `qbench.quantize` wrote or a GGUF file. Weights are
+    read from safetensors, or from PyTorch's files with `torch.load(weights_only=True)`. trust: run the code that comes
+    with a 16-bit checkpoint. Raises InputError if the model cannot be loaded or is incomplete.
     """
     source = locate(path, revision, trust)
     if packed_checkpoint.find(source):
         return packed_checkpoint.load(source, device, dtype)
-    return loaded(sixteen_bit.open(path, revision, trust), dtype, device)
+    return load_opened(sixteen_bit.open(path, revision, trust), dtype, device)

@@ -1,6 +1,7 @@
-"""How a packed checkpoint is packed, as its config.json tells: the format, and the dtypes that the weights had.
+"""The recipe of a packed checkpoint: its format, and the dtypes that the weights had. It is stored in config.json.
 
-`pretrained` needs this while transformers is half imported, so what needs its models is imported where it is used.
+`transformers_plugin` imports this module while transformers is half imported. So functions here import models where they
+need them.
 """
 
 import sys
@@ -17,6 +18,7 @@ import formats
 from formats import Format
 from formats.contract import first_line
 from qbench.errors import InputError
+from qbench.model.devices import dtype_name
 from qbench.results import json_files
 
 from . import safetensors_io
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 METHOD, VERSION = "qbench", 1
 CONFIG, KEY = "config.json", "quantization_config"
 CARD = "README.md"
-_LARGEST = 2**24  # bytes of a config.json
+_MAX_CONFIG_BYTES = 2**24
 _CARD = """---
 library_name: transformers
 tags: [qbench]
@@ -49,9 +51,12 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 @dataclass(frozen=True)
 class Recipe:
-    """arguments: what `formats.get` takes: name, block, dq, and options of the format. dtype: of the weights as they
-    were, None before they have been seen; others: of the layers where it was another. coverage: a `layers.Coverage`, for
-    who reads the file. Raises InputError for arguments of which there is no format."""
+    """How a model is packed, in this project's layout; a subclass is another layout.
+
+    arguments: those of `formats.get`: name, block, dq, and options of the format. dtype: of the weights before packing;
+    None until the weights are read. other_dtypes: layers with a different dtype. coverage: the `Coverage`, as JSON, for
+    people who read the file. Raises InputError if there is no such format.
+    """
 
     _imports: ClassVar[str] = (
         "import qbench  # first: without it transformers warns, and gives packed layers random weights\n"
@@ -59,12 +64,12 @@ class Recipe:
 
     arguments: dict
     dtype: torch.dtype | None
-    others: dict[str, torch.dtype]
+    other_dtypes: dict[str, torch.dtype]
     coverage: dict | None = None
 
     def __post_init__(self) -> None:
         try:
-            self.format  # noqa: B018  raises where there is none of these arguments
+            self.format  # noqa: B018  raises if the arguments give no format
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{KEY}: {first_line(error)}") from error
 
@@ -76,36 +81,40 @@ class Recipe:
         model: "PreTrainedModel | None" = None,
         coverage: "Coverage | None" = None,
     ) -> "Recipe":
-        """dtypes: of the weight of each layer, by its name; empty before they have been seen. model: in which these are
-        packed, if there is one yet.
+        """The recipe for these layers.
 
-        Raises InputError for what the layout cannot keep.
+        dtypes: of the weight of each layer, by name; empty until the weights are read. model: the packed model, if it
+        exists yet. Raises InputError for a format or dtype that the layout cannot store.
         """
         usual = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else None
-        others = {layer: dtype for layer, dtype in dtypes.items() if dtype != usual}
-        return cls(arguments, usual, others, coverage.plain() if coverage else None)
+        other_dtypes = {layer: dtype for layer, dtype in dtypes.items() if dtype != usual}
+        return cls(arguments, usual, other_dtypes, coverage.to_json() if coverage else None)
 
     @cached_property
     def format(self) -> Format:
         return formats.get(**self.arguments)
 
     def dtype_of(self, layer: str) -> torch.dtype:
-        dtype = self.others.get(layer, self.dtype)
-        assert dtype, "the weights have not been seen"
+        """The dtype that the weight of a layer had."""
+        dtype = self.other_dtypes.get(layer, self.dtype)
+        assert dtype, "the weights have not been read"
         return dtype
 
     def layers(self, model: "PreTrainedModel") -> dict[str, tuple[Format, torch.dtype]]:
-        """Of the layers of a model that are packed the format and the dtype that the weight had, by name."""
+        """The format of each packed layer of a model, by name, and the dtype that its weight had."""
         from qbench.model.selection import linear_layers
 
         return {name: (self.format, self.dtype_of(name)) for name in linear_layers(model)}
 
-    def tensors(self, name: str, layer: "QuantLinear", fixed: bool = False) -> dict[str, Tensor]:
-        """What is kept of a packed layer, by name in the file. fixed: in sizes that do not depend on the weights."""
-        return layer.stored(f"{name}.")
+    def tensors_of(self, name: str, layer: "QuantLinear", fixed: bool = False) -> dict[str, Tensor]:
+        """The tensors that are stored for a packed layer, by name in the file.
 
-    def plain(self) -> dict:
-        """As config.json holds it."""
+        fixed: give each a size that does not depend on the values, so that a file can be planned before they are known.
+        """
+        return layer.stored_tensors(f"{name}.")
+
+    def to_json(self) -> dict:
+        """The recipe as config.json has it."""
         options = {key: value for key, value in self.arguments.items() if key not in ("name", "block", "dq")}
         return {
             "quant_method": METHOD,
@@ -114,47 +123,43 @@ class Recipe:
             "block": self.arguments["block"],
             "dq": self.arguments["dq"],
             "options": options,
-            "dtype": None if self.dtype is None else word(self.dtype),
-            "dtypes": {layer: word(dtype) for layer, dtype in self.others.items()},
+            "dtype": None if self.dtype is None else dtype_name(self.dtype),
+            "dtypes": {layer: dtype_name(dtype) for layer, dtype in self.other_dtypes.items()},
             **({"coverage": self.coverage} if self.coverage else {}),
         }
 
-    def card(self) -> str:
-        """The README.md of a folder: how it is packed, and how it is loaded."""
+    def model_card(self) -> str:
+        """The README.md of a packed folder: how it is packed, and how to load it."""
         quantized = 100 * self.coverage["quantized"] / self.coverage["eligible"] if self.coverage else None
         share = f" {quantized:.1f}% of the weights that could be quantized are." if quantized else ""
         return _CARD.format(format=repr(self.format), source=self.format.source, share=share, imports=self._imports)
 
     @classmethod
-    def read(cls, plain: dict) -> "Recipe":
-        """Raises InputError."""
-        if plain.get("version") != VERSION:
-            raise InputError(f"{KEY}: version {plain.get('version')!r} is unknown; accepted: {VERSION}")
+    def from_json(cls, content: dict) -> "Recipe":
+        """The recipe in a config.json. Raises InputError if it is not valid."""
+        if content.get("version") != VERSION:
+            raise InputError(f"{KEY}: version {content.get('version')!r} is unknown; accepted: {VERSION}")
         for key, kind in (("format", str), ("block", int), ("dq", bool), ("options", dict), ("dtypes", dict)):
-            if not isinstance(plain.get(key), kind):
-                raise InputError(f"{KEY}: {key}: {plain.get(key)!r} is not accepted; {kind.__name__} is")
-        words = {word(dtype): dtype for dtype in safetensors_io.CODES if dtype.is_floating_point}
-        for name in (plain.get("dtype"), *plain["dtypes"].values()):
-            if not isinstance(name, str) or name not in words:
-                raise InputError(f"{KEY}: dtype: {name!r} is unknown; accepted: {', '.join(words)}")
-        arguments = {**plain["options"], "name": plain["format"], "block": plain["block"], "dq": plain["dq"]}
-        module = plain["format"].rpartition(".")[0]
-        if module and module not in sys.modules:  # a checkpoint may name code, not run it
-            raise InputError(f"{KEY}: format: {plain['format']} is code of yours; accepted once {module} is imported")
-        others = {layer: words[name] for layer, name in plain["dtypes"].items()}
-        return cls(arguments, words[plain["dtype"]], others, plain.get("coverage"))
+            if not isinstance(content.get(key), kind):
+                raise InputError(f"{KEY}: {key}: {content.get(key)!r} is not accepted; {kind.__name__} is")
+        known = {dtype_name(dtype): dtype for dtype in safetensors_io.CODES if dtype.is_floating_point}
+        for name in (content.get("dtype"), *content["dtypes"].values()):
+            if not isinstance(name, str) or name not in known:
+                raise InputError(f"{KEY}: dtype: {name!r} is unknown; accepted: {', '.join(known)}")
+        arguments = {**content["options"], "name": content["format"], "block": content["block"], "dq": content["dq"]}
+        module = content["format"].rpartition(".")[0]
+        if module and module not in sys.modules:  # a checkpoint may name code, but not run it
+            raise InputError(f"{KEY}: format: {content['format']} is code of yours; accepted once {module} is imported")
+        other_dtypes = {layer: known[name] for layer, name in content["dtypes"].items()}
+        return cls(arguments, known[content["dtype"]], other_dtypes, content.get("coverage"))
 
 
-def word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def plain_config(folder: Path) -> dict:
-    """The config.json of a folder, or a file that is one. Raises InputError where there is none."""
+def read_config(folder: Path) -> dict:
+    """The config.json of a folder, or of its path. Raises InputError if there is none."""
     file = folder if folder.is_file() else folder / CONFIG
     try:
-        if (size := file.stat().st_size) > _LARGEST:
-            raise InputError(f"{file} has {size} bytes; accepted: up to {_LARGEST}")
+        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+            raise InputError(f"{file} has {size} bytes; accepted: up to {_MAX_CONFIG_BYTES}")
         config = json_files.read_json(file)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {CONFIG}") from None
@@ -163,17 +168,17 @@ def plain_config(folder: Path) -> dict:
     return config
 
 
-def is_one(plain: object) -> TypeGuard[dict]:
-    """Whether the quantization_config of a model is a recipe, of whatever version."""
-    return isinstance(plain, dict) and plain.get("quant_method") == METHOD
+def is_qbench(content: object) -> TypeGuard[dict]:
+    """Whether the quantization_config of a model is a recipe, of any version."""
+    return isinstance(content, dict) and content.get("quant_method") == METHOD
 
 
-def find(folder: Path) -> Recipe | None:
-    """How the checkpoint in a folder is packed, None if it is not. Raises InputError for a recipe that is none."""
-    plain = plain_config(folder).get(KEY)
-    if not is_one(plain):
+def find_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the checkpoint in a folder; None if it has none. Raises InputError if the recipe is not valid."""
+    content = read_config(folder).get(KEY)
+    if not is_qbench(content):
         return None
     try:
-        return Recipe.read(plain)
+        return Recipe.from_json(content)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error

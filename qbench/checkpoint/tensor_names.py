@@ -1,4 +1,4 @@
-"""What a model calls the tensors of a checkpoint."""
+"""Which name of a model belongs to each tensor of a checkpoint, by transformers' own rules."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,48 +9,50 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qbench.errors import InputError
-from qbench.model.selection import heads_of, replaceable
+from qbench.model.selection import find_heads, is_replaceable
 
-from .safetensors_io import Contents, Spec
+from .safetensors_io import Contents, TensorSpec
 
 
-def named(
-    model: PreTrainedModel, contents: Contents, undone: dict[str, str] | None = None
-) -> tuple[dict[str, str], dict[str, Spec]]:
-    """The name in the model of each tensor, by that in the files; and what a header tells of it, by that in the model.
+def match_names(
+    model: PreTrainedModel, contents: Contents, key_mapping: dict[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, TensorSpec]]:
+    """Returns the name in the model by the name in the file, and the spec of each tensor by the name in the model.
 
-    A tensor that the model merges with others as it loads, such as one of an expert, keeps its name; of those the model's
-    is told. undone: patterns in the names of the files, and what is put in their places. Raises InputError for a tensor
-    that is there twice, and where those to be merged hold fewer weights, or more, than the model's.
+    Some tensors are merged into one as the model loads, such as the experts of a layer. They keep the names that they have
+    in the file; the spec is then that of the merged tensor.
+
+    key_mapping: patterns in names of the files, and their replacements. Raises InputError for a tensor that is there
+    twice, and if the tensors to be merged do not have as many weights as the model's.
     """
     expected = model.state_dict()
-    called: dict[str, str] = {}
-    found: dict[str, Spec] = {}
+    names: dict[str, str] = {}
+    specs: dict[str, TensorSpec] = {}
     merged: Counter[str] = Counter()
-    for file, tensor, name, is_part in each(model, contents, undone):
+    for file, tensor, name, is_part in iterate_names(model, contents, key_mapping):
         spec = contents[file][tensor]
-        called[tensor] = tensor if is_part else name
+        names[tensor] = tensor if is_part else name
         if is_part:
             _check_part(model, name, expected, f"{file}: {tensor}")
             merged[name] += spec.shape.numel()
         else:
-            found[name] = spec
+            specs[name] = spec
     for name, weights in merged.items():
-        if name in found or weights != expected[name].numel():
+        if name in specs or weights != expected[name].numel():
             where = next(iter(contents)).parent
             raise InputError(f"{where}: what makes {name} holds {weights} weights; accepted: {expected[name].numel()}")
-        found[name] = Spec.of(expected[name])
-    return called, found
+        specs[name] = TensorSpec.of(expected[name])
+    return names, specs
 
 
-def each(
-    model: PreTrainedModel, contents: Contents, undone: dict[str, str] | None = None
+def iterate_names(
+    model: PreTrainedModel, contents: Contents, key_mapping: dict[str, str] | None = None
 ) -> Iterator[tuple[Path, str, str, bool]]:
-    """Of each tensor its file, its name there and in the model, and whether it is but a part of what the model has there.
+    """Yields file, name in the file, name in the model, and whether the tensor is only a part of the model's tensor.
 
-    Raises InputError for one that is there twice.
+    Raises InputError for a tensor that is there twice.
     """
-    rename = _renaming(model, undone)
+    rename = _make_renamer(model, key_mapping)
     seen: set[str] = set()
     for file, specs in contents.items():
         for tensor in specs:
@@ -61,25 +63,28 @@ def each(
             yield file, tensor, name, is_part
 
 
-def renaming(model: PreTrainedModel) -> Callable[[str, Path], str]:
-    """What `from_pretrained` makes of names: the model's own renamings, and the prefix of the base model on or off.
+def make_renamer(model: PreTrainedModel) -> Callable[[str, Path], str]:
+    """A function that renames as `from_pretrained` does: the model's own rules, and the prefix of the base model.
 
-    Some architectures also merge, split or turn tensors as they load; such a tensor is refused.
+    It takes the name of a tensor and its file. It raises InputError for a tensor that the architecture merges, splits or
+    transposes as it loads.
     """
-    rename = _renaming(model)
+    rename = _make_renamer(model)
 
-    def one(tensor: str, file: Path) -> str:
+    def rename_whole(tensor: str, file: Path) -> str:
         name, is_part = rename(tensor)
         if is_part:
             _refuse(model, name, f"{file}: {tensor}")
         return name
 
-    return one
+    return rename_whole
 
 
-def _renaming(model: PreTrainedModel, undone: dict[str, str] | None = None) -> Callable[[str], tuple[str, bool]]:
-    """Of the name of a tensor in a file that in the model, and whether it is but a part of what the model has there."""
-    transforms = get_model_conversion_mapping(model, undone or None)
+def _make_renamer(
+    model: PreTrainedModel, key_mapping: dict[str, str] | None = None
+) -> Callable[[str], tuple[str, bool]]:
+    """A function from the name in a file to that in the model, and whether the tensor is a part of the model's tensor."""
+    transforms = get_model_conversion_mapping(model, key_mapping or None)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
@@ -94,12 +99,12 @@ def _renaming(model: PreTrainedModel, undone: dict[str, str] | None = None) -> C
 
 
 def _check_part(model: PreTrainedModel, name: str, expected: dict, tensor: str) -> None:
-    """Raises InputError for a part of what the model does not have under one name, or of a weight to quantize."""
-    owner, _, own = name.rpartition(".")
+    """Raises InputError for a part of several tensors of the model, or of a weight that is to be quantized."""
+    owner, _, leaf = name.rpartition(".")
     if name not in expected:
         _refuse(model, name, tensor)
     layer = model.get_submodule(owner)
-    if own == "weight" and replaceable(layer) and layer not in heads_of(model):
+    if leaf == "weight" and is_replaceable(layer) and layer not in find_heads(model):
         _refuse(model, name, tensor)
 
 

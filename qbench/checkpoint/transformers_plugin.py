@@ -1,12 +1,12 @@
-"""What transformers asks when it loads a model that is packed, or is to be, and when it saves one.
+"""The plug-in through which transformers loads, quantizes and saves packed models.
 
     AutoModelForCausalLM.from_pretrained(path, quantization_config=QBenchConfig("nf4", block=64, dq=True))
 
-quantizes a 16-bit checkpoint, each weight as it is read: those of a run, of every linear layer but those of its head.
-`save_pretrained` then writes a packed checkpoint (`checkpoint`), and `from_pretrained` puts the packed weights of one
-straight in their places, so that none of them is ever in 16 bit.
+quantizes a 16-bit checkpoint, each weight as it is read. As in a run, these are all linear layers but those of the head.
+`save_pretrained` then writes a packed checkpoint. `from_pretrained` loads the packed weights of one straight into their
+layers, so that none of them is ever in 16 bit.
 
-transformers is half imported when this module is, so its models are imported where they are used.
+transformers is half imported when this module is imported. So functions here import models where they need them.
 """
 
 from pathlib import Path
@@ -28,42 +28,44 @@ if TYPE_CHECKING:
 
 @register_quantization_config(METHOD)
 class QBenchConfig(QuantizationConfigMixin):
-    """A format, as `from_pretrained` takes it for its `quantization_config`, and as config.json holds it: a `Recipe`.
+    """The `quantization_config` of `from_pretrained` and of config.json: it holds a `Recipe`.
 
-    format, block, dq and options: what `formats.get` takes. Raises InputError where that does.
+    format, block, dq and options: arguments of `formats.get`. Raises InputError if there is no such format.
     """
 
-    quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers, open to names registered with it
+    quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers; registered names are accepted, too
 
     def __init__(self, format: str, block: int = 64, dq: bool = False, **options: Any) -> None:
         self.recipe = Recipe.of({"name": format, "block": block, "dq": dq, **options}, {})
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Raises InputError for what is no recipe."""
-        config = cls.of(Recipe.read(config_dict))
+        """The config for the content of config.json. Raises InputError if it is no valid recipe."""
+        config = cls.from_recipe(Recipe.from_json(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "QBenchConfig":
+    def from_recipe(cls, recipe: Recipe) -> "QBenchConfig":
+        """The config that holds this recipe."""
         config = cls(recipe.arguments["name"])
         config.recipe = recipe
         return config
 
     def to_dict(self) -> dict:
-        return self.recipe.plain()
+        return self.recipe.to_json()
 
     to_diff_dict = to_dict
 
 
 @register_quantizer(METHOD)
 class QBenchQuantizer(HfQuantizer):
-    """Packs the layers of a model that is being loaded, and sees to it that nothing else happens to them.
+    """Packs the layers of a model while transformers loads it, or fills in those of a packed checkpoint.
 
-    Raises InputError that names the tensor for a checkpoint, packed or not, that is not what its config says.
+    transformers calls these methods. They raise InputError, naming the tensor, if a checkpoint, packed or not, does not
+    match its config.
     """
 
-    is_trainable = True  # adapters are
+    is_trainable = True  # through adapters
     is_compileable = True
     quantization_config: QBenchConfig
 
@@ -77,8 +79,8 @@ class QBenchQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from qbench.model.replacement import hold_still
-        from qbench.model.selection import warn_of_left
+        from qbench.model.replacement import disable_weight_edits
+        from qbench.model.selection import warn_of_layers_left
 
         from . import empty_model, tensor_names
 
@@ -89,22 +91,23 @@ class QBenchQuantizer(HfQuantizer):
         for file in files:
             if file.parent != self.where:
                 raise InputError(f"{self.where}: {file} is in another folder; files of the same are accepted")
-        contents = safetensors_io.headers(files)
+        contents = safetensors_io.read_headers(files)
         if self.pre_quantized:
-            empty_model.place(model, self.recipe.layers(model))
-        _, found = tensor_names.named(model, contents)
-        empty_model.match(model, found, self.where)
-        self.waiting: set[str] = set() if self.pre_quantized else set(empty_model.layers_of(model, self.where, found))
+            empty_model.place_empty_layers(model, self.recipe.layers(model))
+        _, specs = tensor_names.match_names(model, contents)
+        empty_model.check_tensors(model, specs, self.where)
+        self.waiting: set[str] = set()
         if not self.pre_quantized:
-            hold_still(model)
-            warn_of_left(model)
+            self.waiting = set(empty_model.layers_to_quantize(model, self.where, specs))
+            disable_weight_edits(model)
+            warn_of_layers_left(model)
         self.refused: InputError | None = None
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
         return param_name.removesuffix(".weight") in self.waiting and param_name.endswith(".weight")
 
     def param_element_size(self, model: "PreTrainedModel", param_name: str, param: Tensor) -> float:
-        """Bytes a weight, for `device_map="auto"`."""
+        """Bytes per element, for `device_map="auto"`."""
         if self.param_needs_quantization(model, param_name):
             return self.recipe.format.count_bytes(param.numel()) / param.numel()
         return super().param_element_size(model, param_name, param)
@@ -115,8 +118,11 @@ class QBenchQuantizer(HfQuantizer):
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Put a weight that has been read in its place, packed."""
-        from qbench.model.replacement import replace
+        """Quantize a weight that has been read, and put it into its layer.
+
+        An error is kept in `refused` and raised after loading: transformers would replace it with one of its own.
+        """
+        from qbench.model.replacement import replace_layers
         from qbench.model.selection import weight_of
 
         ((name, weight),) = input_dict.items()
@@ -124,55 +130,55 @@ class QBenchQuantizer(HfQuantizer):
         weight = weight_of(model.get_submodule(layer), weight[0] if isinstance(weight, list) else weight)
         try:
             if not self.refused:
-                replace(model, {layer: self.recipe.format.quantize(weight, name=f"{self.where}: {name}")})
+                replace_layers(model, {layer: self.recipe.format.quantize(weight, name=f"{self.where}: {name}")})
                 missing_keys.discard(name)
-        except ValueError as error:  # what is raised here, transformers logs, and raises something else
+        except ValueError as error:
             self.refused = InputError(str(error))
         return {}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from qbench.model.selection import coverage, packed_layers
+        from qbench.model.selection import count_coverage, packed_layers
 
         from . import empty_model
 
         if self.refused:
             raise self.refused
         for name, tensor in model.state_dict().items():
-            if not tensor.is_meta and not empty_model.finite(tensor):
+            if not tensor.is_meta and not empty_model.is_finite(tensor):
                 raise InputError(f"{self.where}: {name} holds NaN or Inf; finite values are accepted")
         layers = packed_layers(model)
         on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
         for name, layer in layers.items():
             if layer.codes.is_meta and on_disk and not self.pre_quantized:
                 raise InputError(
-                    f"{name} is to lie on disk, where there is its 16-bit weight alone; accepted: a device_map without "
+                    f"{name} would be offloaded to disk, where only its 16-bit weight is; accepted: a device_map without "
                     "disk, or a packed checkpoint, which `python -m qbench.quantize` writes"
                 )
             if layer.codes.is_meta and on_disk:
                 empty_model.check_offloaded(model, name, layer)
-            empty_model.settle(f"{self.where}: {name}", layer, self.recipe.format)
+            empty_model.complete_layer(f"{self.where}: {name}", layer, self.recipe.format)
         if not self.pre_quantized:
             dtypes = {name: layer.dtype for name, layer in layers.items()}
-            self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes, coverage=coverage(model))
+            self.quantization_config.recipe = Recipe.of(self.recipe.arguments, dtypes, coverage=count_coverage(model))
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
-        """What is saved. Raises InputError where it could not be read back."""
+        """The tensors to be saved. Raises InputError if they could not be loaded again."""
         from . import empty_model
 
-        if getattr(model, "_hf_peft_config_loaded", False):  # the adapters alone are saved
+        if getattr(model, "_hf_peft_config_loaded", False):  # then only the adapters are saved
             return None, {}
-        return empty_model.checked(model, self.recipe), {}
+        return empty_model.tensors_to_save(model, self.recipe), {}
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
-        from qbench.model.replacement import unpack_all
+        from qbench.model.replacement import unpack_model
 
-        unpack_all(model, dtype)
+        unpack_model(model, dtype)
         return model
 
 
-def tell(model: "PreTrainedModel", recipe: Recipe) -> None:
-    """Have the `save_pretrained` of a model write it as a recipe says, as if it had been loaded so."""
-    config = QBenchConfig.of(recipe)
+def attach_recipe(model: "PreTrainedModel", recipe: Recipe) -> None:
+    """Make `save_pretrained` write a model as the recipe says, as if it had been loaded with it."""
+    config = QBenchConfig.from_recipe(recipe)
     model.config.quantization_config = config
     vars(model)["hf_quantizer"] = QBenchQuantizer(config, pre_quantized=True)

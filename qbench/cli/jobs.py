@@ -151,7 +151,7 @@ class _Attempt:
             return self._ended(_by_signal(-code))
         if code == 0 and self.sweep and (result := store.since(self.folder, self.started)):
             with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
-                loading.keep(**result["config"]["model"])
+                loading.keep_in_memory(**result["config"]["model"])
         return code
 
     def _run(self) -> int:

@@ -1,12 +1,15 @@
-"""Parameters of a model with packed layers, counted as the weights that these stand for, by whoever counts them."""
+"""Makes transformers' `num_parameters` count the weights of packed layers.
+
+A packed layer holds fewer numbers than weights: a byte of codes holds two 4-bit weights.
+"""
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 
-def not_counted(model: nn.Module) -> int:
-    """How many more weights the packed layers of a model stand for than their parameters have elements."""
-    from .selection import packed_layers  # which imports transformers, of which this follows a part
+def count_hidden_weights(model: nn.Module) -> int:
+    """The weights of the packed layers of a model, less the elements of their parameters, which are counted already."""
+    from .selection import packed_layers  # transformers is half imported at the top of this module
 
     layers = packed_layers(model).values()
     return sum(layer.num_weights - sum(p.numel() for p in layer.packed_parameters()) for layer in layers)
@@ -16,9 +19,9 @@ _num_parameters = PreTrainedModel.num_parameters
 
 
 def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """What transformers' own counts, and the weights of packed layers, which are never trained."""
+    """transformers' count, with the weights of packed layers. They are frozen, so `only_trainable` leaves them out."""
     counted = _num_parameters(model, only_trainable, exclude_embeddings)
-    return counted if only_trainable else counted + not_counted(model)
+    return counted if only_trainable else counted + count_hidden_weights(model)
 
 
-PreTrainedModel.num_parameters = num_parameters  # type: ignore[method-assign, assignment]  # no other door
+PreTrainedModel.num_parameters = num_parameters  # type: ignore[method-assign, assignment]  # there is no hook for it

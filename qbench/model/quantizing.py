@@ -1,4 +1,4 @@
-"""The weights of layers in a format, and the bytes that a model holds."""
+"""Quantizing the weights of layers, and the bytes that a model holds."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,18 +13,22 @@ from .selection import weight_of
 def quantize(
     layers: Mapping[str, nn.Module], fmt: Format, advance: Callable[[int], None] = lambda n: None
 ) -> dict[str, QuantizedTensor]:
-    """The weight of each layer in the format; `advance` is told the number of weights done. Raises InputError."""
-    packed = {}
+    """Quantize the weight of each layer; returns them by the names of the layers.
+
+    advance: called with the number of weights after each layer, for a progress bar. Raises InputError naming the weight
+    that the format refuses, such as one with NaN or Inf.
+    """
+    weights = {}
     for name, layer in layers.items():
         try:
-            packed[name] = fmt.quantize(weight_of(layer), name=f"{name}.weight")
+            weights[name] = fmt.quantize(weight_of(layer), name=f"{name}.weight")
         except ValueError as error:
             raise InputError(str(error)) from error
-        advance(packed[name].numel)
-    return packed
+        advance(weights[name].numel)
+    return weights
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model. A tensor that is shared counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

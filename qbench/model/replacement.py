@@ -1,4 +1,4 @@
-"""Putting packed layers into a model in the place of linear ones, and linear ones back."""
+"""Puts packed layers into a model in place of linear ones, and linear layers back."""
 
 import copy
 from typing import Any
@@ -13,45 +13,47 @@ from .quant_linear import QuantLinear
 from .selection import packed_layers
 
 
-def replace(model: nn.Module, packed: dict[str, QuantizedTensor]) -> None:
-    """Put a QuantLinear in the place of each named layer, keeping its bias; the 16-bit weight is let go.
+def replace_layers(model: nn.Module, weights: dict[str, QuantizedTensor]) -> None:
+    """Replace each named layer with a QuantLinear that holds the given weight. The bias stays; the 16-bit weight is freed.
 
-    `checkpoint.save` writes such a model; its own `save_pretrained` does where it was loaded packed.
+    `checkpoint.save` writes such a model. The model's own `save_pretrained` does so only if it was loaded packed.
     """
-    for name, weight in packed.items():
+    for name, weight in weights.items():
         layer = model.get_submodule(name)
         conv1d = layer.conv1d if isinstance(layer, QuantLinear) else isinstance(layer, Conv1D)
         model.set_submodule(name, QuantLinear(weight, layer._parameters["bias"], conv1d))
 
 
-def hold_still(model: nn.Module) -> None:
-    """Have a model leave its weights as they are, as those that are packed take up no change: RWKV halves some in place
-    once it is not trained, against overflow in fp16; Gemma 3n clips some while it is."""
-    rescaling: list[Any] = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
-    for module in rescaling:
-        trained = module.training
+def disable_weight_edits(model: nn.Module) -> None:
+    """Stop a model from editing its own weights, which packed ones do not allow.
+
+    RWKV halves some weights in place for inference, against overflow in fp16. Gemma 3n clips some in training.
+    """
+    rwkv: list[Any] = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
+    for module in rwkv:
+        training = module.training
         module.train()
-        module._rescale_layers()  # undoes it
+        module._rescale_layers()  # in training mode it undoes the halving
         module.config.rescale_every = 0
-        module.train(trained)
-    clipping: list[Any] = [module for module in model.modules() if hasattr(module, "prediction_coefs")]
-    for module in clipping:
-        module.config = copy.copy(module.config)  # that of the model is saved, and takes no None
+        module.train(training)
+    gemma3n: list[Any] = [module for module in model.modules() if hasattr(module, "prediction_coefs")]
+    for module in gemma3n:
+        module.config = copy.copy(module.config)  # the model's own is saved, and must not hold None
         vars(module.config)["altup_coef_clip"] = None
 
 
-def unpack(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
-    """Put a Linear with the dequantized weight in the place of the QuantLinear `name`."""
+def unpack_layer(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+    """Replace the QuantLinear `name` with a Linear that holds the dequantized weight."""
     layer = model.get_submodule(name)
     assert isinstance(layer, QuantLinear)
-    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(layer.packed.dequantize(dtype), requires_grad=False)
-    plain.bias = layer.bias
-    model.set_submodule(name, plain)
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.packed.dequantize(dtype), requires_grad=False)
+    linear.bias = layer.bias
+    model.set_submodule(name, linear)
 
 
-def to_conv1d(model: nn.Module, name: str) -> None:
-    """Put transformers' `Conv1D` in the place of the Linear `name`."""
+def convert_to_conv1d(model: nn.Module, name: str) -> None:
+    """Replace the Linear `name` with transformers' `Conv1D`."""
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     with torch.device("meta"):
@@ -61,9 +63,9 @@ def to_conv1d(model: nn.Module, name: str) -> None:
     model.set_submodule(name, conv)
 
 
-def unpack_all(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put in the place of each QuantLinear what stood there before it, with the dequantized weight."""
+def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace each QuantLinear with the Linear or `Conv1D` that stood there before, holding the dequantized weight."""
     for name, layer in packed_layers(model).items():
-        unpack(model, name, dtype)
+        unpack_layer(model, name, dtype)
         if layer.conv1d:
-            to_conv1d(model, name)
+            convert_to_conv1d(model, name)

@@ -1,4 +1,4 @@
-"""The layers of a model that a QuantLinear stands for, and those that are left."""
+"""Which layers of a model are quantized, and why others stay in 16 bit."""
 
 import copy
 import warnings
@@ -16,30 +16,31 @@ from qbench.system.messages import OURS, left_in_words
 from .quant_linear import PackedParameter, QuantLinear
 
 
-def replaceable(layer: nn.Module) -> bool:
-    """Whether a QuantLinear can stand in for it: it computes x·Wᵀ + b of a weight of its own, and nothing else."""
-    return _linear(layer) and _why_not(layer) is None
+def is_replaceable(layer: nn.Module) -> bool:
+    """Whether a QuantLinear can replace the layer: it computes x·Wᵀ + b with its own W, and nothing else."""
+    return _is_linear(layer) and _why_not_replaceable(layer) is None
 
 
-def _linear(layer: nn.Module) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, QuantLinear)
 
 
-def _why_not(layer: nn.Module) -> str | None:
-    """Why a QuantLinear cannot stand in for a linear layer; None where it can."""
+def _why_not_replaceable(layer: nn.Module) -> str | None:
+    """Why a QuantLinear cannot replace a linear layer; None if it can."""
     if layer._parameters.get("weight") is None:
         return "its weight is computed from other tensors"
-    if not _computes_a_product(layer):  # such as a router that returns the experts it chose
+    if not _computes_linear_product(layer):  # such as a router that returns the experts it chose
         return f"a {type(layer).__name__} computes something else than x·Wᵀ + b"
     return None
 
 
-def _computes_a_product(layer: nn.Module) -> bool:
-    """Whether `forward` of a linear layer is x·Wᵀ + b and nothing else, found by trying it on a small weight."""
-    return type(layer).forward in (nn.Linear.forward, Conv1D.forward) or aside(_tried, layer)
+def _computes_linear_product(layer: nn.Module) -> bool:
+    """Whether `forward` of a linear layer computes x·Wᵀ + b and nothing else."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward) or aside(_try_forward, layer)
 
 
-def _tried(layer: nn.Module) -> bool:
+def _try_forward(layer: nn.Module) -> bool:
+    """Whether `forward` of a copy of the layer with a small random weight gives x·Wᵀ + b."""
     generator = torch.Generator("cpu").manual_seed(0)
     w, b, x = (torch.randn(s, generator=generator, device="cpu", dtype=torch.float32) for s in ((4, 3), (4,), (2, 3)))
     small = copy.copy(layer)
@@ -51,14 +52,16 @@ def _tried(layer: nn.Module) -> bool:
         with torch.no_grad():
             y = type(layer).forward(small, x)
         return isinstance(y, torch.Tensor) and torch.allclose(y, nn.functional.linear(x, w, bias), atol=1e-5)
-    except Exception:  # whatever it needs beside x
+    except Exception:  # it needs other inputs than x
         return False
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which weights of a model are quantized, or would be, of all that have two or more dimensions and are in neither
-    embeddings nor head. quantized, eligible: how many. left: the rest, by name, and why.
+    """Which weights of a model are quantized.
+
+    eligible: the number of weights in matrices, outside of embeddings and head. quantized: how many of them are quantized,
+    or would be. left: the other matrices, largest first, by the name of layer or parameter, and why each is left.
     """
 
     quantized: int
@@ -69,48 +72,49 @@ class Coverage:
     def share(self) -> float:
         return self.quantized / self.eligible if self.eligible else 1.0
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
+        """A sentence about what is left in 16 bit; empty if nothing is."""
         return left_in_words(self.left, self.share)
 
-    def plain(self) -> dict:
+    def to_json(self) -> dict:
         return {"quantized": self.quantized, "eligible": self.eligible, "left": self.left}
 
 
-def coverage(model: PreTrainedModel) -> Coverage:
-    """Of a 16-bit model, a packed one, or one on the meta device."""
-    heads, linear = heads_of(model), left(model)
-    apart = [m for m in model.modules() if isinstance(m, nn.Embedding) or m in heads]
-    aside = {id(p) for m in apart for p in m.parameters(recurse=False)}
+def count_coverage(model: PreTrainedModel) -> Coverage:
+    """The coverage of a 16-bit model, of a packed one, or of one on the meta device."""
+    heads, left_layers = find_heads(model), find_layers_left(model)
+    excluded = [m for m in model.modules() if isinstance(m, nn.Embedding) or m in heads]
+    excluded_ids = {id(p) for m in excluded for p in m.parameters(recurse=False)}
     quantized = sum(layer.packed.numel for layer in packed_layers(model).values())
-    others: dict[str, tuple[int, str]] = {}  # weights and reason
+    left: dict[str, tuple[int, str]] = {}  # weights and reason
     for name, parameter in model.named_parameters():
         is_matrix = sum(size > 1 for size in parameter.shape) > 1
-        if isinstance(parameter, PackedParameter) or not is_matrix or id(parameter) in aside:
+        if isinstance(parameter, PackedParameter) or not is_matrix or id(parameter) in excluded_ids:
             continue
-        owner, _, own = name.rpartition(".")
+        owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if own == "weight" and replaceable(module):
+        if leaf == "weight" and is_replaceable(module):
             quantized += parameter.numel()
             continue
         why = f"a {type(module).__name__} keeps it as {list(parameter.shape)}, in no linear layer"
-        others[owner if owner in linear else name] = parameter.numel(), linear.get(owner, why)
-    largest_first = sorted(others, key=lambda name: -others[name][0])
-    every = quantized + sum(weights for weights, _ in others.values())
-    return Coverage(quantized, every, {name: others[name][1] for name in largest_first})
+        left[owner if owner in left_layers else name] = parameter.numel(), left_layers.get(owner, why)
+    largest_first = sorted(left, key=lambda name: -left[name][0])
+    eligible = quantized + sum(weights for weights, _ in left.values())
+    return Coverage(quantized, eligible, {name: left[name][1] for name in largest_first})
 
 
-def left(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers beside the output head that stay in 16 bit, by name, and why."""
-    heads = heads_of(model)
-    linear = {name: module for name, module in model.named_modules() if _linear(module) and module not in heads}
-    return {name: why for name, module in linear.items() if (why := _why_not(module))}
+def find_layers_left(model: PreTrainedModel) -> dict[str, str]:
+    """The linear layers outside of the head that stay in 16 bit, by name, and why."""
+    heads = find_heads(model)
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module) and module not in heads}
+    return {name: why for name, module in linear.items() if (why := _why_not_replaceable(module))}
 
 
-def heads_of(model: PreTrainedModel) -> set[nn.Module | None]:
-    """The modules that make an answer of what the base of a model computes: `lm_head`, `score`, `classifier` and the like.
+def find_heads(model: PreTrainedModel) -> set[nn.Module | None]:
+    """The modules that turn the output of the base model into an answer: `lm_head`, `score`, `classifier` and the like.
 
-    Where the base is no part of its own, they are the output embeddings or, without these, the module with the last
-    parameter, as in transformers' own quantizers.
+    If the base model is no separate module, they are the output embeddings or, without these, the module with the last
+    parameter. transformers' own quantizers have the same rule.
     """
     output, base = model.get_output_embeddings(), model.base_model
     if base is not model:
@@ -119,30 +123,30 @@ def heads_of(model: PreTrainedModel) -> set[nn.Module | None]:
     return {output} if output is not None else {model.get_submodule(name.rpartition(".")[0]) for name in last}
 
 
-def warn_of_left(model: PreTrainedModel) -> None:
-    """Tell who quantizes a model in Python what stays as it is."""
-    if sentence := coverage(model).in_words():
+def warn_of_layers_left(model: PreTrainedModel) -> None:
+    """Warn the caller's caller of the layers that stay in 16 bit, if there are any."""
+    if sentence := count_coverage(model).describe():
         warnings.warn(f"{OURS}{sentence}", UserWarning, stacklevel=3)
 
 
 def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """W [out_features, in_features] of a replaceable layer; transformers' `Conv1D` keeps it transposed.
+    """W [out_features, in_features] of a replaceable layer; transformers' `Conv1D` stores the transpose.
 
-    weight: one to take for the layer's own, as that is kept.
+    weight: another weight, stored as the layer stores its own; it is returned instead of the layer's.
     """
     weight = layer.get_parameter("weight") if weight is None else weight
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers to quantize, by name: every linear one but those of a head. Raises InputError if there is none."""
-    heads = heads_of(model)
-    found = {name: m for name, m in model.named_modules() if replaceable(m) and m not in heads}
-    if not found:
+    """The layers to quantize, by name: every replaceable one outside of the head. Raises InputError if there is none."""
+    heads = find_heads(model)
+    layers = {name: m for name, m in model.named_modules() if is_replaceable(m) and m not in heads}
+    if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize besides its head")
-    return found
+    return layers
 
 
-def packed_layers(model: nn.Module) -> dict[str, "QuantLinear"]:
-    """Those that are packed, by name."""
+def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The layers of a model that are packed, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}

@@ -50,7 +50,7 @@ def measure_step(shape: Shape, settings: PlanSettings) -> int:
         with PeakMemory(device) as peak:
             train(model, windows, tune, seed=0)
         return peak.bytes["allocated"]
-    held = quantizing.held_bytes(model)
+    held = quantizing.model_bytes(model)
     with LiveBytes() as live:
         train(model, windows, tune, seed=0)
     return held + live.peak

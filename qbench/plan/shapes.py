@@ -126,8 +126,8 @@ def find_shape(name: str | None, revision: str | None = None, trust: bool = Fals
     if not path.exists() and not location.is_hub_id(name):
         raise InputError(f"model: {name!r} is unknown; accepted: {_accepted()}")
     try:
-        folder = path if path.exists() else location.hub_config(name, revision)
-        return Shape(name, auto_classes.config(folder, trust=trust), trust)
+        folder = path if path.exists() else location.download_config(name, revision)
+        return Shape(name, auto_classes.load_config(folder, trust=trust), trust)
     except Exception as error:
         raise InputError(f"model: {name!r} could not be read: {first_line(error)}; accepted: {_accepted()}") from error
 

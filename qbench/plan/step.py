@@ -43,7 +43,7 @@ from formats.contract import first_line
 from qbench import ops
 from qbench.errors import InputError
 from qbench.measure.live_tensors import DECODED, LiveBytes
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import FULL
 from qbench.training import losses, optim
@@ -135,7 +135,7 @@ def prepare(
     model.requires_grad_(settings.method == FULL)
     if settings.method != FULL:
         layers = linear_layers(model)
-        replace(model, pack(layers))
+        replace_layers(model, pack(layers))
         if settings.low_rank:
             trained = add_adapters(model, adapted_layers(list(layers), settings.targets), settings.tune(), seed=0)
             for parameter in trained.parameters():

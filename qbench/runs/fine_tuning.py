@@ -12,7 +12,7 @@ from qbench.checkpoint import location
 from qbench.measure import quality, throughput
 from qbench.measure.statistics import nll_difference
 from qbench.model import quantizing
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.report.run import card
 from qbench.settings import FULL, TuneSettings
 from qbench.training import adapters, merging
@@ -55,7 +55,7 @@ def add_adapters(
 
 def _save_base(context: RunContext, inputs: Inputs, model: PreTrainedModel, quantized: Quantized) -> None:
     """Give `model` the weights Q = q(W − B·A) that LoRA starts on, and save it: no other run has these weights."""
-    replace(model, {name: start.packed for name, start in quantized.starts.items()})
+    replace_layers(model, {name: start.packed for name, start in quantized.starts.items()})
     base = context.folder / ADAPTER / BASE
     with context.phases("save_base", "save the base of the adapters"):
         checkpoint.save(model, base, inputs.tokenizer, context.settings.format.arguments)
@@ -120,12 +120,12 @@ def measure_merged(
         fmt = formats.get(tune.adapter_format, block=tune.adapter_block)
         with merging.quantized_adapters(model, fmt) as adapter_bytes:
             trained = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
-            measured["adapters"] = measure("adapters", model, quantizing.held_bytes(model) - trained + adapter_bytes)
+            measured["adapters"] = measure("adapters", model, quantizing.model_bytes(model) - trained + adapter_bytes)
     if tune.merge:
         assert isinstance(model, PeftModel)
         merged = merging.merged(model)
-        measured["16bit"] = measure("16bit", merged, quantizing.held_bytes(merged))
+        measured["16bit"] = measure("16bit", merged, quantizing.model_bytes(merged))
         merged = merging.requantized(merged, quantized.layers, context.settings.format)
-        measured["requantized"] = measure("requantized", merged, quantizing.held_bytes(merged))
+        measured["requantized"] = measure("requantized", merged, quantizing.model_bytes(merged))
     if measured:
         context.metrics["merged"] = measured

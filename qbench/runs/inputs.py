@@ -6,10 +6,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qbench.checkpoint import loading
-from qbench.checkpoint.empty_model import layers_of
-from qbench.checkpoint.sixteen_bit import Opened
+from qbench.checkpoint.empty_model import layers_to_quantize
+from qbench.checkpoint.sixteen_bit import SixteenBitCheckpoint
 from qbench.measure import quality, task_files
-from qbench.model.selection import Coverage, coverage
+from qbench.model.devices import dtype_name
+from qbench.model.selection import Coverage, count_coverage
 from qbench.results import provenance
 from qbench.training import adapters, data
 
@@ -27,7 +28,7 @@ class Inputs:
     digests: identify the weights, the text and the tasks.
     """
 
-    source: Opened
+    source: SixteenBitCheckpoint
     tokenizer: PreTrainedTokenizerBase
     coverage: Coverage
     held_out: Tensor
@@ -42,7 +43,7 @@ def open_inputs(context: RunContext) -> Inputs:
     Writes the run's id, the resolved configuration and the environment into the result. Raises InputError.
     """
     settings, result = context.settings, context.result
-    resolved = {"device": context.device.type, "dtype": str(context.dtype).removeprefix("torch.")}
+    resolved = {"device": context.device.type, "dtype": dtype_name(context.dtype)}
     result["config"] = settings.plain(**resolved)
     with context.phases("identify", "read text and model"):
         result["environment"] = provenance.environment(context.device)
@@ -51,8 +52,8 @@ def open_inputs(context: RunContext) -> Inputs:
         source = loading.open(settings.model.path, settings.model.revision, settings.model.trust_remote_code)
         tokenizer, vocabulary = source.tokenizer, source.model.config.get_text_config().vocab_size
         result["run"]["model"] = {"commit": source.commit, "wrappers": source.wrappers}
-        layers_of(source.model, f"model.path: {settings.model.path!r}")
-        covered = coverage(source.model)
+        layers_to_quantize(source.model, f"model.path: {settings.model.path!r}")
+        covered = count_coverage(source.model)
         seq = data.pick_seq(settings.data.seq, source.model)
         held_out = data.held_out(text, tokenizer, vocabulary, seq, settings.eval.tokens)
         training, without_adapter = None, {}
@@ -85,6 +86,6 @@ def load_model(context: RunContext, inputs: Inputs) -> PreTrainedModel:
     """Load the 16-bit model, in eval mode and frozen. Raises InputError if it gives no logits for plain tokens."""
     set_seed(context.settings.seed)
     with context.phases("load", "load the model"):
-        model = loading.loaded(inputs.source, context.dtype, context.device).model
+        model = loading.load_opened(inputs.source, context.dtype, context.device).model
         quality.check_logits(model, inputs.held_out[:1, :2])
     return model

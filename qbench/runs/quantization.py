@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from formats import QuantizedTensor
 from qbench.measure import distribution, error, throughput
 from qbench.model import quantizing
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers, weight_of
 from qbench.report import wording
 from qbench.settings import TuneSettings
@@ -52,13 +52,13 @@ def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) 
     if settings.tune and settings.tune.init != "default":
         trained = {name: layer for name, layer in layers.items() if name not in inputs.without_adapter}
         starts = _start_lora(context, settings.tune, trained, packed)
-    replace(model, packed)
+    replace_layers(model, packed)
     stored = sum(q.nbytes for q in packed.values())
     metrics["memory"]["weights_bytes"] = stored
     metrics["bits"] = {
         "per_parameter": 8 * stored / weights,
         "baseline": 8 * bytes_before / weights,
-        "model": 8 * quantizing.held_bytes(model) / parameters,
+        "model": 8 * quantizing.model_bytes(model) / parameters,
         "compression": 16 * weights / (8 * stored),
         "quantized_parameters": weights,
         "parameters": parameters,

@@ -38,7 +38,7 @@ def measure_baseline(
     key = provenance.run_id(config | machine, **inputs.digests)
     measured = obtain(key, store, context.folder, measure)
     result["run"]["baseline"] = {"id": key, "reused": measured.reused}
-    metrics["memory"]["baseline_bytes"] = quantizing.held_bytes(model)
+    metrics["memory"]["baseline_bytes"] = quantizing.model_bytes(model)
     metrics["quality"]["baseline"] = measured.scores.metrics()
     metrics["throughput"]["baseline"] = measured.costs["throughput"]
     context.phases.peak_bytes |= measured.costs["peak_bytes"]
@@ -50,7 +50,7 @@ def measure_baseline(
 def measure_quantized(context: RunContext, inputs: Inputs, model: nn.Module, reference: Baseline) -> None:
     """Measure the quantized model before it is fine-tuned, against the baseline `reference`."""
     metrics = context.metrics
-    metrics["memory"]["model_bytes"] = quantizing.held_bytes(model)
+    metrics["memory"]["model_bytes"] = quantizing.model_bytes(model)
     scores, rates = _score_and_time(context, inputs, model, "quantized", "eval", reference.logits)
     metrics["quality"]["quantized"] = scores.metrics(reference.scores)
     metrics["throughput"] |= rates
@@ -59,7 +59,7 @@ def measure_quantized(context: RunContext, inputs: Inputs, model: nn.Module, ref
 def measure_tuned(context: RunContext, inputs: Inputs, model: nn.Module, reference: Baseline) -> quality.Scores:
     """Measure the fine-tuned model. Returns its scores: those of the merged models are compared with them."""
     metrics = context.metrics
-    metrics["memory"]["tuned_bytes"] = quantizing.held_bytes(model)
+    metrics["memory"]["tuned_bytes"] = quantizing.model_bytes(model)
     scores, rates = _score_and_time(context, inputs, model, "tuned", "eval_tuned", reference.logits)
     metrics["quality"]["tuned"] = scores.metrics(reference.scores)
     metrics["throughput"]["tuned"] = rates

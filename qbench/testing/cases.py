@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from formats import Format
+from qbench.model.devices import dtype_name
 
 SHAPES = ((), (0,), (2, 0, 3), (1,), (7,), (33, 65), (64, 64), (5, 3, 129), (4097,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +70,7 @@ def every() -> tuple[Case, ...]:
 
 
 def _named(found: Iterable[Case]) -> tuple[Case, ...]:
-    return tuple((f"{kind} {str(w.dtype).removeprefix('torch.')} {list(w.shape)}", w) for kind, w in found)
+    return tuple((f"{kind} {dtype_name(w.dtype)} {list(w.shape)}", w) for kind, w in found)
 
 
 def matrices() -> Iterator[Case]:
@@ -77,7 +78,7 @@ def matrices() -> Iterator[Case]:
     g = torch.Generator().manual_seed(2)
     for dtype in DTYPES:
         for shape in ((48, 64), (17, 33)):
-            yield f"weight {str(dtype).removeprefix('torch.')} {list(shape)}", make("normal", shape, g, dtype=dtype)
+            yield f"weight {dtype_name(dtype)} {list(shape)}", make("normal", shape, g, dtype=dtype)
 
 
 def spoiled() -> Iterator[Case]:
@@ -88,4 +89,4 @@ def spoiled() -> Iterator[Case]:
             for dtype in DTYPES[:2]:
                 w = make("normal", (100,), g, dtype=dtype)
                 w[at] = bad
-                yield f"{bad} at {at} of {str(dtype).removeprefix('torch.')} [100]", w
+                yield f"{bad} at {at} of {dtype_name(dtype)} [100]", w

@@ -13,7 +13,7 @@ from formats.registry import lent
 from qbench.checkpoint import auto_classes, location, packed_checkpoint
 from qbench.model import quantizing
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: of norms, relative
@@ -44,10 +44,10 @@ def layered(fmt: Format, w: Tensor) -> None:
 def saved(fmt: Format, w: Tensor) -> None:
     """A model in the format is saved and loaded to the same bytes, and computes the same."""
     model = _tiny_model()
-    replace(model, quantizing.quantize(linear_layers(model), fmt))
+    replace_layers(model, quantizing.quantize(linear_layers(model), fmt))
     with TemporaryDirectory() as folder, lent(fmt):
         arguments = {"name": fmt.name, "block": fmt.block, "dq": fmt.dq}
-        packed_checkpoint.save(model, Path(folder) / "model", auto_classes.tokenizer(location.BUNDLED), arguments)
+        packed_checkpoint.save(model, Path(folder) / "model", auto_classes.load_tokenizer(location.BUNDLED), arguments)
         loaded = packed_checkpoint.load(Path(folder) / "model", CPU, torch.float32).model
     after = _packed(loaded)
     for name, q in _packed(model).items():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from formats.contract import first_line
 from qbench.errors import InputError
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import unpack_all
+from qbench.model.replacement import unpack_model
 from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import FULL, METHODS, PROMPTS, TuneSettings
 from qbench.system.messages import OURS
@@ -208,7 +208,7 @@ def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) 
 
 def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
     """Make every weight fp32 and trainable: 16 bits would round small steps away."""
-    unpack_all(model)
+    unpack_model(model)
     return model.float().requires_grad_(True)
 
 

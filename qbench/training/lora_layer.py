@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from qbench.model.parameter_count import not_counted
+from qbench.model.parameter_count import count_hidden_weights
 from qbench.model.quant_linear import QuantLinear
 from qbench.model.selection import packed_layers
 
@@ -78,7 +78,7 @@ _count_parameters = PeftModel.get_nb_trainable_parameters
 def _count_weights(model: PeftModel) -> tuple[int, int]:
     """Counts of trainable and of all parameters; a packed layer counts its weights, not its bytes."""
     trained, total = _count_parameters(model)
-    return trained, total + not_counted(model)
+    return trained, total + count_hidden_weights(model)
 
 
 # print_trainable_parameters calls it

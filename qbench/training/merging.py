@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from formats import Format
 from qbench.model import quantizing
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import replace, to_conv1d, unpack
+from qbench.model.replacement import convert_to_conv1d, replace_layers, unpack_layer
 
 
 @contextmanager
@@ -44,10 +44,10 @@ def merged(model: PeftModel) -> PreTrainedModel:
     untied = _untie(model)
     packed = {name: layer.conv1d for name, layer in inner.named_modules() if isinstance(layer, QuantLinear)}
     for name in packed:
-        unpack(inner, name)
+        unpack_layer(inner, name)
     merged_model = model.merge_and_unload()
     for name in (name.removesuffix(".base_layer") for name, conv1d in packed.items() if conv1d):
-        to_conv1d(merged_model, name)
+        convert_to_conv1d(merged_model, name)
     if untied:
         merged_model.config.tie_word_embeddings = merged_model.config.get_text_config().tie_word_embeddings = False
     if quantizer := getattr(merged_model, "hf_quantizer", None):
@@ -70,5 +70,5 @@ def _untie(model: PeftModel) -> bool:
 
 def requantized(model: PreTrainedModel, names: list[str], fmt: Format) -> PreTrainedModel:
     """Quantize the named layers of a merged model, in place."""
-    replace(model, quantizing.quantize({name: model.get_submodule(name) for name in names}, fmt))
+    replace_layers(model, quantizing.quantize({name: model.get_submodule(name) for name in names}, fmt))
     return model

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ARCHITECTURES
-from tests.qbench.sample_checkpoints import quantize, sharded
+from tests.qbench.sample_checkpoints import make_sharded, quantize
 
 
 @pytest.fixture(scope="session")
 def sharded_llama(tmp_path_factory) -> Path:
     """A tiny Llama in five files."""
-    return sharded(ARCHITECTURES["llama"], tmp_path_factory.mktemp("sharded"))
+    return make_sharded(ARCHITECTURES["llama"], tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.fixture

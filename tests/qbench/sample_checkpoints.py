@@ -17,14 +17,14 @@ from qbench.checkpoint.safetensors_io import Contents
 from qbench.checkpoint.streaming import source, stream
 from qbench.model import quantizing
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 
 CPU = torch.device("cpu")
 NF4 = {"name": "nf4", "block": 32, "dq": True}
 
 
-def sharded(config: transformers.PreTrainedConfig, folder: Path, part: str = "") -> Path:
+def make_sharded(config: transformers.PreTrainedConfig, folder: Path, part: str = "") -> Path:
     """A random model of a config, or a part of it, in files of 60 kB or a tensor, with a tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -34,14 +34,14 @@ def sharded(config: transformers.PreTrainedConfig, folder: Path, part: str = "")
 
 
 def quantize(folder: Path, out: Path, arguments: dict = NF4, **told) -> Contents:
-    found = source.read(str(folder))
-    return stream.run(found, Recipe.of(arguments, found.dtypes), out, **told)
+    found = source.read_source(str(folder))
+    return stream.quantize_checkpoint(found, Recipe.of(arguments, found.dtypes), out, **told)
 
 
 def in_memory(folder: Path, arguments: dict = NF4, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
     """The model as a run quantizes it."""
     model = loading.load(str(folder), dtype, CPU).model
-    replace(model, quantizing.quantize(linear_layers(model), formats.get(**arguments)))
+    replace_layers(model, quantizing.quantize(linear_layers(model), formats.get(**arguments)))
     return model
 
 
@@ -49,7 +49,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def held(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != ".lock"}
 
 
@@ -94,7 +94,7 @@ def edit_recipe(folder, **changes):
     edit_config(folder, quantization_config=config["quantization_config"] | changes)
 
 
-def cut(name: str, size: int):
+def truncated(name: str, size: int):
     return lambda folder: os.truncate(folder / name, size)
 
 

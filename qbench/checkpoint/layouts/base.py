@@ -1,5 +1,7 @@
-"""What a packed checkpoint is to its reader: a tokenizer, and in the layout of others a config, and tensors as the model
-calls them."""
+"""What every packed checkpoint gives to its reader: a config and a tokenizer.
+
+One in the layout of another library also gives its tensors under the names that the model has for them.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,19 +20,24 @@ from qbench.checkpoint.safetensors_io import Contents
 
 
 @dataclass(frozen=True)
-class Held:
-    """layers: of each packed layer, by name, the format and the dtype that its weight had. contents: by file, the tensors
-    under their names in the model, where the layers are QuantLinears. read: gives one of them. called: their names in the
-    file, where they are others."""
+class ForeignTensors:
+    """The tensors of a checkpoint in the layout of another library, as a model with QuantLinears has them.
+
+    layers: the format of each packed layer, by name, and the dtype that its weight had. contents: the tensors of each
+    file, under their names in the model. read: reads one, by file and name. names_in_file: names that the file has for
+    them, where these differ.
+    """
 
     layers: dict[str, tuple[Format, torch.dtype]]
     contents: Contents
     read: Callable[[Path, str], Tensor] = safetensors_io.read
-    called: dict[str, str] = field(default_factory=dict)
+    names_in_file: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Packed(ABC):
+class PackedCheckpoint(ABC):
+    """path: its folder or file."""
+
     path: Path
 
     @abstractmethod
@@ -38,21 +45,20 @@ class Packed(ABC):
         """How it is packed, in a few words."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return auto_classes.tokenizer(self.path)
+        return auto_classes.load_tokenizer(self.path)
 
     def config(self) -> PreTrainedConfig:
-        """Raises InputError where it asks for a model that is out of proportion to what is there."""
-        specs = safetensors_io.merged(safetensors_io.contents(self.path))
-        return auto_classes.config(
-            self.path, len(specs), 8 * sum(spec.nbytes for spec in specs.values())
-        )  # of a bit each
+        """The config of the model. Raises InputError if it asks for a model that is much larger than the checkpoint."""
+        specs = safetensors_io.merge_specs(safetensors_io.read_contents(self.path))
+        most_weights = 8 * sum(spec.nbytes for spec in specs.values())  # of one bit each
+        return auto_classes.load_config(self.path, len(specs), most_weights)
 
 
-class Foreign(Packed):
-    """One in the layout of others. recipe: tells how a model that was read from it is saved."""
+class ForeignCheckpoint(PackedCheckpoint):
+    """A checkpoint in the layout of another library. recipe: the layout in which a model loaded from it is saved."""
 
     recipe: ClassVar[type[Recipe]] = Recipe
 
     @abstractmethod
-    def hold(self, model: PreTrainedModel) -> Held:
-        """What is there for `model`, which has no weights yet and no packed layer. Raises InputError."""
+    def map_tensors(self, model: PreTrainedModel) -> ForeignTensors:
+        """The tensors for `model`, which has neither weights nor packed layers yet. Raises InputError."""

@@ -218,8 +218,8 @@ def load_packed(folder: Path, out: Path) -> None:
 
 
 def quantize(folder: Path, out: Path) -> None:
-    found = source.read(str(folder))
-    stream.run(found, Recipe.of(NF4, found.dtypes), out / "packed")
+    found = source.read_source(str(folder))
+    stream.quantize_checkpoint(found, Recipe.of(NF4, found.dtypes), out / "packed")
 
 
 def run(folder: Path, out: Path) -> None:

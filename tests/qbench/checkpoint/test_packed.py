@@ -20,13 +20,13 @@ from tests.qbench.sample_checkpoints import (
     CPU,
     assert_same,
     changed,
-    cut,
     edit_recipe,
     edit_tensors,
     in_memory,
+    make_sharded,
     quantize,
-    sharded,
     tensors,
+    truncated,
 )
 
 UP = "model.layers.0.mlp.up_proj"
@@ -40,7 +40,7 @@ def test_every_format_is_what_it_is_in_memory(sharded_llama, tmp_path, name, dq)
     expected = in_memory(sharded_llama, arguments)
     loaded = loading.load(str(tmp_path / "out"), torch.bfloat16, CPU)
     assert_same(loaded.model, expected)
-    assert quantizing.held_bytes(loaded.model) == quantizing.held_bytes(expected)
+    assert quantizing.model_bytes(loaded.model) == quantizing.model_bytes(expected)
     assert loaded.tokenizer("In the beginning").input_ids
 
 
@@ -59,7 +59,7 @@ def test_any_architecture(any_model, tmp_path):
 
 def test_what_a_model_computes_is_as_from_pretrained_computes_it(tmp_path):
     config = transformers.GPTJConfig(vocab_size=4096, n_embd=64, n_layer=1, n_head=4, n_positions=128, rotary_dim=8)
-    quantize(sharded(config, tmp_path / "gptj"), tmp_path / "out")  # its positions depend on the default dtype
+    quantize(make_sharded(config, tmp_path / "gptj"), tmp_path / "out")  # its positions depend on the default dtype
     assert_same(loading.load(str(tmp_path / "out"), torch.bfloat16, CPU).model, in_memory(tmp_path / "gptj"))
 
 
@@ -68,12 +68,12 @@ def test_the_layout_is_that_of_safetensors_and_of_the_hub(sharded_llama, tmp_pat
     out = tmp_path / "out"
     count = len(contents)
     assert count > 3 and [file.name for file in contents] == [
-        safetensors_io.name(i, count) for i in range(1, count + 1)
+        safetensors_io.shard_name(i, count) for i in range(1, count + 1)
     ]
     index = json.loads((out / safetensors_io.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(out).values())
     assert index["weight_map"] == {name: file.name for file, specs in contents.items() for name in specs}
-    with safe_open(out / safetensors_io.name(1, count), "pt") as opened:
+    with safe_open(out / safetensors_io.shard_name(1, count), "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (out, sharded_llama))
     assert config.pop("quantization_config") == {
@@ -93,7 +93,7 @@ def test_the_layout_is_that_of_safetensors_and_of_the_hub(sharded_llama, tmp_pat
 
 def test_a_checkpoint_of_the_base_model_and_of_tied_weights(tmp_path):
     for name, part in (("whole", ""), ("base", "transformer")):
-        sharded(ARCHITECTURES["gpt2"], tmp_path / name, part)
+        make_sharded(ARCHITECTURES["gpt2"], tmp_path / name, part)
         quantize(tmp_path / name, tmp_path / f"{name}-out")
     assert "h.0.attn.c_attn.weight" in tensors(tmp_path / "base")
     whole, base = (loading.load(str(tmp_path / f"{name}-out"), torch.bfloat16, CPU).model for name in ("whole", "base"))
@@ -144,8 +144,8 @@ BAD_PACKED = {
     "an option that is none": (lambda f: edit_recipe(f, options={"a": 1}), r"quantization_config: 'a' is no option of q"),
     "options that are none": (lambda f: edit_recipe(f, options=None), r"options: None is not accepted"),
     "a dtype that is none": (lambda f: edit_recipe(f, dtype="int8"), r"dtype: 'int8' is unknown; accepted: .*bfloat16"),
-    "a file cut short": (cut(safetensors_io.name(2, 5), 10_000), r"00002-of-00005.safetensors is not a whole"),
-    "a missing file": (lambda f: (f / safetensors_io.name(2, 5)).unlink(), r"00002-of-00005.safetensors is missing"),
+    "a file cut short": (truncated(safetensors_io.shard_name(2, 5), 10_000), r"00002-of-00005.safetensors is not a whole"),
+    "a missing file": (lambda f: (f / safetensors_io.shard_name(2, 5)).unlink(), r"00002-of-00005.safetensors is missing"),
     "no index": (lambda f: (f / safetensors_io.INDEX).unlink(), r"holds no weights|no file named model.safetensors"),
 }  # fmt: skip
 
@@ -165,8 +165,8 @@ def test_loading_never_holds_the_model_in_16_bit(packed, tmp_path):
     )
     folder = make_model("llama", tmp_path / "model")  # its tokenizer
     config.save_pretrained(folder)
-    expected = empty_model.bare(config, torch.bfloat16).state_dict()
-    specs = {name: safetensors_io.Spec.of(tensor) for name, tensor in expected.items()}
+    expected = empty_model.build_empty(config, torch.bfloat16).state_dict()
+    specs = {name: safetensors_io.TensorSpec.of(tensor) for name, tensor in expected.items()}
     zeros = ((name, torch.zeros_like(tensor, device="cpu")) for name, tensor in expected.items())
     safetensors_io.write(folder / safetensors_io.SINGLE, specs, zeros)
     quantize(folder, tmp_path / "out", {"name": "nf4", "block": 64, "dq": True})
@@ -177,13 +177,14 @@ def test_loading_never_holds_the_model_in_16_bit(packed, tmp_path):
         pytest.skip("the resident set is told by Linux alone")
     program = """
 import sys, psutil, torch
-from qbench import models
+from qbench.checkpoint import loading
+from qbench.model import quantizing
 from qbench.measure.memory import PeakMemory
-models.load(sys.argv[1], torch.bfloat16, torch.device("cpu"))  # what is imported once
+loading.load(sys.argv[1], torch.bfloat16, torch.device("cpu"))  # what is imported once
 before = psutil.Process().memory_info().rss
 with PeakMemory(torch.device("cpu")) as peak:
-    loaded = models.load(sys.argv[2], torch.bfloat16, torch.device("cpu"))
-print(models.held_bytes(loaded.model), peak.bytes["rss"] - before)
+    loaded = loading.load(sys.argv[2], torch.bfloat16, torch.device("cpu"))
+print(quantizing.model_bytes(loaded.model), peak.bytes["rss"] - before)
 """
     done = subprocess.run([sys.executable, "-c", program, packed, tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qbench.checkpoint import safetensors_io
 from qbench.errors import InputError
 from qbench.system import files
-from tests.qbench.sample_checkpoints import NF4, edit_tensors, held, quantize
+from tests.qbench.sample_checkpoints import NF4, edit_tensors, quantize, read_files
 
 CHILD = """
 import os, random, shutil, signal, sys, time
@@ -83,23 +83,23 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(sharded_llama, tmp_pa
     steps, ended = map(int, process.stdout.split())
     assert steps > 50 and ended == 0
     quantize(sharded_llama, tmp_path / "here")
-    assert held(tmp_path / "here") == held(tmp_path / "nf4")
+    assert read_files(tmp_path / "here") == read_files(tmp_path / "nf4")
 
 
 def test_what_is_finished_is_kept_and_what_is_not_is_made_again(copied, tmp_path):
     lines = []
     quantize(copied, tmp_path / "out")
-    before = held(tmp_path / "out")
-    quantize(copied, tmp_path / "out", tell=lines.append)
-    assert all("as it was" in line for line in lines) and held(tmp_path / "out") == before
+    before = read_files(tmp_path / "out")
+    quantize(copied, tmp_path / "out", report=lines.append)
+    assert all("as it was" in line for line in lines) and read_files(tmp_path / "out") == before
     first, second, third, *_ = sorted((tmp_path / "out").glob("*.safetensors"))
     first.write_bytes(before[first.name][:-1])
     second.write_bytes(before[third.name])
     third.unlink()
     lines.clear()
-    quantize(copied, tmp_path / "out", tell=lines.append)
+    quantize(copied, tmp_path / "out", report=lines.append)
     assert ["as it was" in line for line in lines[:4]] == [False, False, False, True]
-    assert held(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 def test_what_became_of_other_weights_or_code_is_made_again(copied, tmp_path, monkeypatch):
@@ -111,14 +111,14 @@ def test_what_became_of_other_weights_or_code_is_made_again(copied, tmp_path, mo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(copied, out, tell=interrupt)
+        quantize(copied, out, report=interrupt)
     first = sorted(copied.glob("*.safetensors"))[0]
     save_file({name: tensor * 2 for name, tensor in load_file(first).items()}, first)
     lines = []
-    quantize(copied, out, tell=lines.append)
+    quantize(copied, out, report=lines.append)
     assert ["as it was" in line for line in lines[:3]] == [False, True, False]
     quantize(copied, tmp_path / "again")
-    assert held(out) == held(tmp_path / "again")
+    assert read_files(out) == read_files(tmp_path / "again")
     os.utime(first, (1, 1))
     with pytest.raises(
         InputError, match=r"is finished, and model-00001-of-00005.safetensors is of other weights or by other code"
@@ -127,7 +127,7 @@ def test_what_became_of_other_weights_or_code_is_made_again(copied, tmp_path, mo
     monkeypatch.setattr("qbench.results.provenance.code_digest", lambda: "other")
     (out / safetensors_io.INDEX).unlink()
     lines.clear()
-    quantize(copied, out, tell=lines.append)
+    quantize(copied, out, report=lines.append)
     assert not any("as it was" in line for line in lines)
 
 
@@ -144,10 +144,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(sharded_llama, tmp_pat
     with pytest.raises(InputError, match="is the checkpoint itself"):
         quantize(sharded_llama, sharded_llama)
     quantize(sharded_llama, tmp_path / "nf4")
-    before = held(tmp_path / "nf4")
-    with pytest.raises(InputError, match="holds what is of another format"):
+    before = read_files(tmp_path / "nf4")
+    with pytest.raises(InputError, match="was begun with another format"):
         quantize(sharded_llama, tmp_path / "nf4", {**NF4, "dq": False})
-    assert held(tmp_path / "nf4") == before
+    assert read_files(tmp_path / "nf4") == before
     with files.locked(tmp_path / "nf4"), pytest.raises(files.Busy, match="in the hands of another process"):
         quantize(sharded_llama, tmp_path / "nf4")
 
@@ -166,10 +166,10 @@ def test_a_full_disk_is_named_and_what_is_done_is_kept(sharded_llama, tmp_path, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*model-00003-of-"):
         quantize(sharded_llama, out)
-    assert sorted(file.name for file in out.glob("*.safetensors")) == [safetensors_io.name(i, 5) for i in (1, 2)]
+    assert sorted(file.name for file in out.glob("*.safetensors")) == [safetensors_io.shard_name(i, 5) for i in (1, 2)]
     assert {file.name for file in out.iterdir() if file.suffix != ".safetensors"} == {".lock", "quantize.json"}
     quantize(sharded_llama, out)
-    assert held(out) == held(tmp_path / "undisturbed")
+    assert read_files(out) == read_files(tmp_path / "undisturbed")
 
 
 def test_after_a_spoiled_file_it_goes_on(sharded_llama, copied, tmp_path):
@@ -180,7 +180,7 @@ def test_after_a_spoiled_file_it_goes_on(sharded_llama, copied, tmp_path):
     for file in sharded_llama.glob("*.safetensors"):
         if file.read_bytes() != (copied / file.name).read_bytes():
             shutil.copy2(file, copied)
-    quantize(copied, tmp_path / "out", tell=lines.append)
+    quantize(copied, tmp_path / "out", report=lines.append)
     assert {"as it was" in line for line in lines} == {True, False}
     quantize(copied, tmp_path / "fresh")
-    assert held(tmp_path / "out") == held(tmp_path / "fresh")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")

@@ -50,7 +50,7 @@ def run(folder: Path) -> None:
 
 ENTRIES = {
     "load": lambda folder: loading.load(str(folder), torch.float32, CPU),
-    "quantize": lambda folder: source.read(str(folder)),
+    "quantize": lambda folder: source.read_source(str(folder)),
     "run": run,
 }
 
@@ -117,7 +117,7 @@ def test_the_prefixes_of_wrappers_are_taken_off_and_told(wrapper, folder, tiny_l
     expected = loading.load(str(tiny_llama), torch.bfloat16, CPU).model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.warns(UserWarning, match="taken off"):
-        assert source.read(str(folder)).dtypes == source.read(str(tiny_llama)).dtypes
+        assert source.read_source(str(folder)).dtypes == source.read_source(str(tiny_llama)).dtypes
 
 
 def test_what_was_taken_off_is_in_the_result(folder, capsys):
@@ -157,7 +157,7 @@ def test_a_mixture_whose_experts_are_merged_is_whole_or_refused(tmp_path):
     with pytest.raises(InputError, match=expert):
         loading.load(str(folder), torch.bfloat16, CPU)
     with pytest.raises(InputError, match=expert):
-        source.read(str(folder))
+        source.read_source(str(folder))
 
 
 def test_files_of_pytorch_are_read_and_nothing_in_them_is_run(folder, tiny_llama, tmp_path):
@@ -284,16 +284,16 @@ def hub(tiny_llama, tmp_path, monkeypatch) -> str:
             blob.write_bytes(file.read_bytes())
             (root / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / blob.name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    location._snapshot.cache_clear()
+    location._download_snapshot.cache_clear()
     yield "someone/tiny"
-    location._snapshot.cache_clear()
+    location._download_snapshot.cache_clear()
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1", "dev", "b" * 40])
 def test_a_hub_id_is_its_revision_in_the_cache(hub, revision, tiny_llama):
     commit = COMMITS.get(revision or "main", revision)
     factor = 1 + list(COMMITS.values()).index(commit)
-    assert location.commit(hub, revision) == loading.digest(hub, revision) == commit
+    assert location.find_commit(hub, revision) == loading.digest(hub, revision) == commit
     found = loading.load(hub, torch.float32, CPU, revision).model
     expected = loading.load(str(tiny_llama), torch.float32, CPU).model.state_dict()
     assert all(torch.allclose(found.state_dict()[n], factor * t, rtol=1e-2) for n, t in expected.items())

@@ -294,7 +294,7 @@ def test_a_target_is_what_a_registered_format_is(installed, command, sharded_lla
     loaded = packed.load(packed, CPU, torch.bfloat16).model
     assert_same(loaded, in_memory(sharded_llama, {"name": "mine.Custom", "block": 32, "dq": True}))
     packed.save(loaded, tmp_path / "saved")
-    assert Recipe.read(json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]).format.dq
+    assert Recipe.from_json(json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]).format.dq
     del sys.modules["mine"]
     with pytest.raises(InputError, match=r"format: mine\.Custom is code of yours; accepted once mine is imported"):
         packed.load(packed, CPU, torch.bfloat16)

@@ -11,20 +11,28 @@ import transformers
 
 import qbench
 from qbench.checkpoint import loading
-from qbench.checkpoint.safetensors_io import INDEX
-from qbench.checkpoint.safetensors_io import name as shard_name
+from qbench.checkpoint.safetensors_io import INDEX, shard_name
 from qbench.cli.quantize import main
 from qbench.cli.run import main as run_main
 from qbench.errors import InputError
 from qbench.system import files
-from tests.qbench.sample_checkpoints import changed, cut, edit_config, edit_index, edit_tensors, held, quantize, sharded
+from tests.qbench.sample_checkpoints import (
+    changed,
+    edit_config,
+    edit_index,
+    edit_tensors,
+    make_sharded,
+    quantize,
+    read_files,
+    truncated,
+)
 
 UP = "model.layers.0.mlp.up_proj.weight"
 BAD_SOURCES = {
     "a missing file": (lambda f: (f / shard_name(2, 5)).unlink(), r"model-00002-of-00005.safetensors is missing"),
-    "a file cut short": (cut(shard_name(2, 5), 10_000), r"model-00002-of-00005.safetensors is not a whole safetensors"),
-    "a header cut short": (cut(shard_name(2, 5), 5), r"model-00002-of-00005.safetensors is not a whole safetensors"),
-    "an index cut short": (cut(INDEX, 50), r"index.json is not whole JSON"),
+    "a file cut short": (truncated(shard_name(2, 5), 10_000), r"model-00002-of-00005.safetensors is not a whole safetensors"),
+    "a header cut short": (truncated(shard_name(2, 5), 5), r"model-00002-of-00005.safetensors is not a whole safetensors"),
+    "an index cut short": (truncated(INDEX, 50), r"index.json is not whole JSON"),
     "an empty index": (lambda f: (f / INDEX).write_text("{}"), r"index.json has no weight_map"),
     "an index that leaves": (lambda f: edit_index(f, lambda i: i.update(a="../x")), r"names '../x'; files of the same"),
     "an index of more": (lambda f: edit_index(f, lambda i: i.update(a=shard_name(1, 5))), r"00001-of-00005.* lacks a,"),
@@ -60,7 +68,7 @@ def test_tensors_that_the_model_makes_of_others_stay_as_they_are(tmp_path):
         vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    sharded(config, tmp_path / "mixtral")
+    make_sharded(config, tmp_path / "mixtral")
     quantize(tmp_path / "mixtral", tmp_path / "out")
     packed = loading.load(str(tmp_path / "out"), torch.bfloat16, torch.device("cpu")).model
     whole = loading.load(str(tmp_path / "mixtral"), torch.bfloat16, torch.device("cpu")).model
@@ -95,7 +103,7 @@ def test_the_command(command, sharded_llama, tmp_path):
     )
     assert [file.name for file in tmp_path.iterdir()] == ["packed"]
     quantize(sharded_llama, tmp_path / "same")
-    assert held(tmp_path / "packed") == held(tmp_path / "same")
+    assert read_files(tmp_path / "packed") == read_files(tmp_path / "same")
     code, stderr = command(*arguments)
     assert code == 0 and stderr.count("as it was") == 5
     code, stderr = command("+format=nf4", "model.path=packed", main=run_main)

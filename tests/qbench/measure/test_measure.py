@@ -15,7 +15,7 @@ from qbench.checkpoint import loading
 from qbench.measure import distribution, error, quality, statistics, throughput
 from qbench.measure.live_tensors import DECODED, LiveBytes
 from qbench.model import quantizing
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_quality_against_float64(llama, tmp_path):
     baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
     before = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
     layers = linear_layers(llama)
-    replace(llama, quantizing.quantize(layers, formats.get("fp4_e3m0")))
+    replace_layers(llama, quantizing.quantize(layers, formats.get("fp4_e3m0")))
     scores = quality.evaluate(llama, tokens, logits)
     after = llama(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
 
@@ -71,7 +71,7 @@ def test_masked_tokens_add_nothing_to_the_divergence(llama, tmp_path):
     llama.lm_head.register_forward_hook(lambda head, inputs, logits: logits.index_fill(-1, masked, -torch.inf))
     tokens, logits = windows() % 900, logits_in(tmp_path)
     baseline = quality.evaluate(llama, tokens, logits, is_baseline=True)
-    replace(llama, quantizing.quantize(linear_layers(llama), formats.get("fp4_e3m0")))
+    replace_layers(llama, quantizing.quantize(linear_layers(llama), formats.get("fp4_e3m0")))
     metrics = quality.evaluate(llama, tokens, logits).metrics(baseline)["against_baseline"]
     assert 0 < metrics["kl_mean"] < metrics["kl_p99"] < math.inf
 
@@ -217,7 +217,7 @@ def test_live_bytes_count_what_the_allocator_gives(llama):
 
 
 def test_live_bytes_see_the_layer_that_a_product_decodes(llama):
-    replace(llama, quantizing.quantize(linear_layers(llama), formats.get("nf4")))
+    replace_layers(llama, quantizing.quantize(linear_layers(llama), formats.get("nf4")))
     with LiveBytes() as live, torch.no_grad():
         llama(input_ids=windows(4, 32))
     assert not live.live[DECODED] and live.peak > 0

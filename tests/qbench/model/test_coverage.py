@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import formats
 import qbench
-from qbench.model.selection import coverage, left, linear_layers, packed_layers, replaceable
+from qbench.model.selection import count_coverage, find_layers_left, is_replaceable, linear_layers, packed_layers
 from tests.conftest import VOCABULARY
-from tests.qbench.sample_checkpoints import sharded
+from tests.qbench.sample_checkpoints import make_sharded
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4}
 EXPERTS = {"intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4}
@@ -47,15 +47,17 @@ def test_models_with_linear_layers_of_their_own(name):
     tokens = torch.arange(20)[None]
     before = model(tokens).logits
     routers = ROUTERS.get(name, {})
-    assert left(model) == {n: f"a {kind} computes something else than x·Wᵀ + b" for n, kind in routers.items()}
-    told = coverage(model)
-    assert told.left.items() >= left(model).items() and (told.share == 1) == (not told.left)
+    assert find_layers_left(model) == {
+        n: f"a {kind} computes something else than x·Wᵀ + b" for n, kind in routers.items()
+    }
+    told = count_coverage(model)
+    assert told.left.items() >= find_layers_left(model).items() and (told.share == 1) == (not told.left)
     if routers:
         with pytest.warns(
             UserWarning, match=rf"qbench: Only {100 * told.share:.1f}% .* 16 bit: \S+experts.gate_up_proj"
         ):
             qbench.pack(model, "int8", block=32)
-        assert coverage(model) == told, "packed or not"
+        assert count_coverage(model) == told, "packed or not"
     else:
         qbench.pack(model, "int8", block=32)
     assert not routers.keys() & packed_layers(model).keys()
@@ -108,18 +110,18 @@ OTHERS = {"a tuple": WithATuple, "scaled": Scaled, "a mask": WithAMask}
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_layer_is_told_by_what_it_computes(device):
     with torch.device(device):
-        assert all(replaceable(kind(5, 7)) for kind in PLAIN.values())
-        assert replaceable(WithItsOwnProduct(5, 7, bias=False))
-        assert not any(replaceable(kind(5, 7)) for kind in OTHERS.values())
+        assert all(is_replaceable(kind(5, 7)) for kind in PLAIN.values())
+        assert is_replaceable(WithItsOwnProduct(5, 7, bias=False))
+        assert not any(is_replaceable(kind(5, 7)) for kind in OTHERS.values())
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert replaceable(WithItsOwnProduct(5, 7)) and not replaceable(Scaled(5, 7))
+        assert is_replaceable(WithItsOwnProduct(5, 7)) and not is_replaceable(Scaled(5, 7))
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
-    assert not replaceable(parametrized) and not replaceable(nn.Conv1d(5, 7, 1))
+    assert not is_replaceable(parametrized) and not is_replaceable(nn.Conv1d(5, 7, 1))
 
 
 @pytest.fixture(scope="module")
 def with_a_router(tmp_path_factory):
-    return sharded(CONFIGS["llama4"], tmp_path_factory.mktemp("llama4"))
+    return make_sharded(CONFIGS["llama4"], tmp_path_factory.mktemp("llama4"))
 
 
 def test_a_run_names_what_it_leaves(with_a_router, tmp_path):
@@ -129,7 +131,7 @@ def test_a_run_names_what_it_leaves(with_a_router, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    wanted = coverage(AutoModelForCausalLM.from_pretrained(with_a_router))
+    wanted = count_coverage(AutoModelForCausalLM.from_pretrained(with_a_router))
     bits = json.loads((tmp_path / "result.json").read_text())["metrics"]["bits"]
     assert bits["left"] == wanted.left and len(wanted.left) == 6
     assert bits["quantized_parameters"] == wanted.quantized and bits["eligible_parameters"] == wanted.eligible
@@ -140,7 +142,7 @@ def test_a_run_names_what_it_leaves(with_a_router, tmp_path):
 
 def test_every_linear_layer_of_the_usual_models_is_quantized(any_model):
     model = AutoModelForCausalLM.from_pretrained(any_model)
-    assert not left(model) and len(linear_layers(model)) > 5
+    assert not find_layers_left(model) and len(linear_layers(model)) > 5
     assert formats.get("nf4").quantize(next(iter(linear_layers(model).values())).weight).bits == 4
 
 
@@ -164,7 +166,7 @@ def test_the_head_of_any_task_is_left_and_the_model_is_saved_and_loaded(name, tm
     model.save_pretrained(tmp_path / "16bit")
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and head not in n.split(".")]
     qbench.pack(model, "nf4", block=32)
-    assert sorted(packed_layers(model)) == sorted(linear) and left(model) == {}
+    assert sorted(packed_layers(model)) == sorted(linear) and find_layers_left(model) == {}
     on_the_way = auto.from_pretrained(tmp_path / "16bit", quantization_config=qbench.QBenchConfig("nf4", block=32))
     for i, packed in enumerate((model, on_the_way)):
         packed.save_pretrained(tmp_path / str(i))

@@ -170,7 +170,7 @@ def test_the_state_of_another_format_is_refused_by_name(case, through_a_file, tm
 def test_without_a_name_tensors_that_do_not_fit_are_refused():
     w = torch.randn(48, 80)
     layer = QuantLinear(formats.get("nf4", block=32, dq=True).quantize(w))
-    state = QuantLinear(formats.get("nf4", block=32).quantize(w)).stored()
+    state = QuantLinear(formats.get("nf4", block=32).quantize(w)).stored_tensors()
     with pytest.raises(RuntimeError, match=r"scale is float32 \[120\]; accepted: uint8 \[120\], of nf4"):
         layer.load_state_dict(state, strict=False)
 
@@ -181,7 +181,7 @@ def test_without_a_name_tensors_that_do_not_fit_are_refused():
 def test_built_on_meta_and_filled(name, dq, way, tmp_path):
     fmt = formats.get(name, block=32, dq=dq)
     expected = QuantLinear(fmt.quantize(torch.randn(48, 80)), torch.randn(48))
-    state = expected.stored() if way == "packed checkpoint" else expected.state_dict()
+    state = expected.stored_tensors() if way == "packed checkpoint" else expected.state_dict()
     if way == "file":
         save_file(state, tmp_path / "state.safetensors")
         state = load_file(tmp_path / "state.safetensors")
@@ -231,7 +231,7 @@ WRITES = {
 def test_a_write_to_a_packed_weight_is_refused(write):
     _, layer = make(bias=False)
     before = layer.weight.clone()
-    with pytest.raises(TypeError, match="a packed weight cannot take up a change"):
+    with pytest.raises(TypeError, match="a packed weight cannot be changed"):
         WRITES[write](layer.weight)
     assert torch.equal(layer.weight, before)
 
@@ -239,7 +239,7 @@ def test_a_write_to_a_packed_weight_is_refused(write):
 @pytest.mark.parametrize("value", [torch.ones(48, 80), nn.Parameter(torch.ones(48, 80))])
 def test_another_weight_is_refused(value):
     _, layer = make()
-    with pytest.raises(TypeError, match="a packed weight cannot take up a change"):
+    with pytest.raises(TypeError, match="a packed weight cannot be changed"):
         layer.weight = value
 
 
@@ -263,7 +263,7 @@ def test_nothing_trains_or_casts_a_packed_weight():
     for cast in (layer.double, layer.bfloat16, lambda: layer.type(torch.float32), layer.half):
         cast()
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
-    with pytest.raises(TypeError, match=r"float16 cannot take up values of torch.float32"):
+    with pytest.raises(TypeError, match=r"float16 does not accept values of torch.float32"):
         layer.scale.data = torch.full((120,), 0.3)
     for train in (lambda: layer.requires_grad_(True), lambda: setattr(layer.codes, "requires_grad", True)):
         with pytest.raises(TypeError, match="a packed weight cannot be trained"):

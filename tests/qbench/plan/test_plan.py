@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen2M
 import formats
 from qbench.errors import InputError, byte_count
 from qbench.model import quantizing
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 from qbench.plan import advice, check, paper, step, wording
 from qbench.plan.count import count_memory
@@ -126,13 +126,13 @@ def test_the_lines_are_those_of_a_quantized_model_with_adapters():
     model = shape.build(torch.bfloat16, "sdpa", "cpu").requires_grad_(False)
     head = sum(p.nbytes for p in model.get_input_embeddings().parameters())
     packed = quantizing.quantize(linear_layers(model), NF4)
-    replace(model, packed)
+    replace_layers(model, packed)
     plan = count_memory(shape, PlanSettings(format=NF4))
     lines = plan.moments[plan.peak]
     assert lines["weights"] + lines["scales"] == sum(q.nbytes for q in packed.values())
     assert lines["embeddings"] == head and not lines["head"], "which is tied"
     frozen = sum(lines[name] for name in ("weights", "scales", "embeddings", "norms"))
-    assert 0 <= quantizing.held_bytes(model) - frozen < 100, "but for the one table of levels that all layers share"
+    assert 0 <= quantizing.model_bytes(model) - frozen < 100, "but for the one table of levels that all layers share"
     adapted = add_adapters(model, list(packed), TuneSettings(), seed=0)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert lines["adapters"] == sum(p.nbytes for p in trained)

@@ -123,7 +123,7 @@ def test_merging_into_a_tied_head_leaves_the_embeddings(targets, together, tmp_p
 
 def unread(config: transformers.PreTrainedConfig):
     """A model before its weights are read."""
-    return empty_model.bare(config, torch.float32)
+    return empty_model.build_empty(config, torch.float32)
 
 
 @pytest.mark.parametrize(

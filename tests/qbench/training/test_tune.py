@@ -12,7 +12,7 @@ from qbench.checkpoint import loading
 from qbench.errors import InputError
 from qbench.model import quantizing
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import METHODS, TuneSettings
 from qbench.training import adapters, lora_init, merging
@@ -27,7 +27,7 @@ SETTINGS = TuneSettings(steps=12, batch=4, rank=8, lr=2e-2, warmup=1)
 def quantized(folder, name="nf4", dtype=torch.float32):
     model = loading.load(str(folder), dtype, CPU).model
     packed = quantizing.quantize(linear_layers(model), formats.get(name, dq=True))
-    replace(model, packed)
+    replace_layers(model, packed)
     return model, list(packed)
 
 
@@ -200,7 +200,7 @@ def test_a_model_starts_from_the_starts_of_its_layers(tiny_llama):
     layers = linear_layers(model)
     fmt = formats.get("int4")
     starts = {n: lora_init.initialize(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
-    replace(model, {n: start.packed for n, start in starts.items()})
+    replace_layers(model, {n: start.packed for n, start in starts.items()})
     settings = TuneSettings(rank=8, alpha=24, init="loftq", dropout=0.5)
     adapted = adapters.add(model, list(starts), settings, 0, starts).eval()
     name = "model.layers.1.mlp.up_proj"
@@ -216,7 +216,7 @@ def test_lora_learns_also_if_there_is_no_error_to_start_from(tiny_llama):
     fmt = formats.get("none")
     starts = {n: lora_init.initialize(layer.weight, fmt, 8, "loftq", 2) for n, layer in layers.items()}
     assert not any(start.a.any() or start.b.any() for start in starts.values())
-    replace(model, quantizing.quantize(layers, fmt))
+    replace_layers(model, quantizing.quantize(layers, fmt))
     log = train(adapters.add(model, list(starts), SETTINGS, 0, starts), windows(), SETTINGS, seed=0)
     assert log.loss[-1] < log.loss[0] - 0.1
 

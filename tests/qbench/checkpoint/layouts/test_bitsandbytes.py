@@ -22,12 +22,21 @@ from qbench.errors import InputError
 from qbench.measure import quality
 from qbench.model import quantizing
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 from qbench.settings import TuneSettings
 from qbench.training import adapters, data
 from qbench.training.loop import train
-from tests.qbench.sample_checkpoints import CPU, assert_same, edit_recipe, in_memory, logits, quantize, sharded, tensors
+from tests.qbench.sample_checkpoints import (
+    CPU,
+    assert_same,
+    edit_recipe,
+    in_memory,
+    logits,
+    make_sharded,
+    quantize,
+    tensors,
+)
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the test extra")
 
@@ -42,7 +51,7 @@ def plain(tmp_path_factory) -> Path:
     config = transformers.LlamaConfig(
         vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
     )
-    return sharded(config, tmp_path_factory.mktemp("plain"))
+    return make_sharded(config, tmp_path_factory.mktemp("plain"))
 
 
 def theirs(folder: Path, name: str = "nf4", dq: bool = True, **options) -> transformers.PreTrainedModel:
@@ -129,7 +138,7 @@ def test_streamed(plain, tmp_path, monkeypatch, capfd, dq):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (logits(load(tmp_path / "out")) - logits(exact(model))).abs().max() <= 1e-3
     monkeypatch.setattr(sys, "argv", ["qbench", *arguments, "block=128"])
-    assert main() == 2 and "holds what is of another format" in capfd.readouterr().err
+    assert main() == 2 and "was begun with another format" in capfd.readouterr().err
 
 
 def test_any_architecture(any_model, tmp_path):
@@ -193,7 +202,7 @@ def test_perplexity_is_that_of_the_format_quantized_here(tmp_path):
     windows = data.windows(text, loaded.tokenizer, loaded.model.config.vocab_size, 128, 4, seed=0)
     ours = loading.load(None, torch.bfloat16, CPU).model
     layers = linear_layers(ours)
-    replace(ours, quantizing.quantize(layers, formats.get("nf4", block=64, dq=True)))
+    replace_layers(ours, quantizing.quantize(layers, formats.get("nf4", block=64, dq=True)))
     found, expected = (quality.evaluate(model, windows).metrics() for model in (loaded.model, ours))
     assert found == expected and 50 < found["perplexity"] < 200
 
@@ -207,7 +216,7 @@ def test_an_adapter_trained_here_serves_in_plain_peft(tmp_path):
         for part, count in ((text.held_out, 3), (text.train, 32))
     )
     targets = linear_layers(loaded.model)
-    replace(loaded.model, quantizing.quantize(targets, formats.get("nf4", block=64, dq=True)))
+    replace_layers(loaded.model, quantizing.quantize(targets, formats.get("nf4", block=64, dq=True)))
     settings = TuneSettings(steps=8, batch=4, rank=8, lr=1e-2, warmup=1)
     model = adapters.add(loaded.model, list(targets), settings, seed=0)
     train(model, training, settings, seed=0)
@@ -332,7 +341,7 @@ def test_what_cannot_be_loaded_is_named_in_a_line(spoiled, case):
 def test_what_bitsandbytes_does_not_keep_is_named(plain, tmp_path):
     for arguments in ({"name": "int8", "block": 64, "dq": False}, {"name": "nf4", "block": 100, "dq": False}):
         with pytest.raises(
-            InputError, match=rf"does not keep {arguments['name']}\(block=.*; accepted: nf4 or fp4, block 32"
+            InputError, match=rf"does not store {arguments['name']}\(block=.*; accepted: nf4 or fp4, block 32"
         ):
             packed_checkpoint.save(in_memory(plain, arguments), tmp_path / "out", layout="bitsandbytes")
     with pytest.raises(InputError, match=r"layout: 'what' is unknown; accepted: qbench, bitsandbytes"):

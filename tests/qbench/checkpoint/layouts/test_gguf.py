@@ -19,7 +19,7 @@ from qbench.checkpoint.location import BUNDLED
 from qbench.errors import InputError
 from qbench.model import quantizing
 from qbench.model.quant_linear import QuantLinear
-from qbench.model.replacement import replace
+from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 from tests.qbench.sample_checkpoints import CPU, logits
 
@@ -171,7 +171,7 @@ def test_others_of_the_family(tmp_path, kind, options):
     found = load(path)
     if head != 32:  # of a Qwen3, transformers takes no other than 128
         close(found, theirs(path))
-    replace(model, quantizing.quantize(linear_layers(model), formats.get("q4_0", block=32)))
+    replace_layers(model, quantizing.quantize(linear_layers(model), formats.get("q4_0", block=32)))
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.weight.data = formats.get("q4_0", block=32).quantize(module.weight.data).dequantize()
     close(found, model)
@@ -202,7 +202,7 @@ def test_the_scaled_positions_of_llama_3(tmp_path):
     path = write(tmp_path / "model.gguf", model, {"": "F32"}, more=lambda w: w.add_tensor("rope_freqs.weight", factors))
     found = load(path)
     close(found, model)
-    replace(found, quantizing.quantize(linear_layers(found), formats.get("q4_0", block=32)))
+    replace_layers(found, quantizing.quantize(linear_layers(found), formats.get("q4_0", block=32)))
     packed_checkpoint.save(found, tmp_path / "packed", AutoTokenizer.from_pretrained(BUNDLED))
     again = packed_checkpoint.load(tmp_path / "packed", CPU, torch.float32).model
     assert torch.equal(logits(again), logits(found))
