@@ -192,10 +192,10 @@ def compute_dtype(config: dict, device: str) -> str:
     """dtype.compute of a resolved config: where it is null, the dtype of a run, which trains full weights in fp32."""
     import torch
 
-    from qbench.model.devices import pick_dtype
+    from qbench.model.devices import dtype_name, pick_dtype
 
     if config["dtype"]["compute"] is not None:
         return config["dtype"]["compute"]
     if config["tune"]["method"] == FULL:
         return "float32"
-    return str(pick_dtype(config["model"]["dtype"], torch.device(device))).removeprefix("torch.")
+    return dtype_name(pick_dtype(config["model"]["dtype"], torch.device(device)))

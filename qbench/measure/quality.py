@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from formats.contract import first_line
 from qbench.errors import InputError
+from qbench.model.devices import dtype_name
 from qbench.training.losses import logits_of
 
 from .statistics import clustered_mean, nll_difference
@@ -71,7 +72,8 @@ class BaselineLogits:
     @property
     def kind(self) -> tuple[str, tuple[int, ...]]:
         """The dtype and shape of one window."""
-        return str(self._dtype).removeprefix("torch."), self._shape
+        assert self._dtype, "no logits have been written"
+        return dtype_name(self._dtype), self._shape
 
     def write(self, logits: Tensor) -> None:
         """Append logits [windows, seq − 1, vocabulary]. Raises OSError if the disk is full."""

@@ -17,12 +17,13 @@ def sharded_llama(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(sharded_llama, tmp_path) -> Path:
-    """One to spoil."""
+    """A copy of the tiny Llama in five files, to be spoiled."""
     return Path(shutil.copytree(sharded_llama, tmp_path / "copied"))
 
 
 @pytest.fixture(scope="session")
 def packed_llama(sharded_llama, tmp_path_factory) -> Path:
+    """The tiny Llama packed, in five files."""
     folder = tmp_path_factory.mktemp("packed")
     quantize(sharded_llama, folder, {"name": "quantile", "block": 32, "dq": True})
     return folder
@@ -30,5 +31,5 @@ def packed_llama(sharded_llama, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def packed(packed_llama, tmp_path) -> Path:
-    """One that is packed, to spoil."""
+    """A copy of the packed tiny Llama, to be spoiled."""
     return Path(shutil.copytree(packed_llama, tmp_path / "packed"))

@@ -25,7 +25,7 @@ NF4 = {"name": "nf4", "block": 32, "dq": True}
 
 
 def make_sharded(config: transformers.PreTrainedConfig, folder: Path, part: str = "") -> Path:
-    """A random model of a config, or a part of it, in files of 60 kB or a tensor, with a tokenizer."""
+    """Write a random model of a config, or a part of it, in files of 60 kB or one tensor, with a tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.get_submodule(part).save_pretrained(folder, max_shard_size="60KB")
@@ -33,23 +33,26 @@ def make_sharded(config: transformers.PreTrainedConfig, folder: Path, part: str 
     return folder
 
 
-def quantize(folder: Path, out: Path, arguments: dict = NF4, **told) -> Contents:
-    found = source.read_source(str(folder))
-    return stream.quantize_checkpoint(found, Recipe.of(arguments, found.dtypes), out, **told)
+def quantize(folder: Path, out: Path, arguments: dict = NF4, **options) -> Contents:
+    """Pack a checkpoint with `qbench.quantize`."""
+    checkpoint = source.read_source(str(folder))
+    return stream.quantize_checkpoint(checkpoint, Recipe.of(arguments, checkpoint.dtypes), out, **options)
 
 
 def in_memory(folder: Path, arguments: dict = NF4, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
-    """The model as a run quantizes it."""
+    """The model of a checkpoint, quantized in memory as in a run."""
     model = loading.load(str(folder), dtype, CPU).model
     replace_layers(model, quantizing.quantize(linear_layers(model), formats.get(**arguments)))
     return model
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, by name."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder, by name."""
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != ".lock"}
 
 
@@ -81,7 +84,7 @@ def edit_config(folder, **changes):
 
 
 def edit_tensors(folder, edit, name="model.layers.0.mlp.up_proj"):
-    """Edit the file with the first tensor whose name begins so."""
+    """Edit the first file that has a tensor whose name starts with `name`."""
     files = sorted(folder.glob("*.safetensors"))
     file = next(file for file in files if any(key.startswith(name) for key in load_file(file)))
     state = load_file(file)
@@ -95,11 +98,12 @@ def edit_recipe(folder, **changes):
 
 
 def truncated(name: str, size: int):
+    """A spoiler that truncates a file."""
     return lambda folder: os.truncate(folder / name, size)
 
 
 def changed(name: str, change):
-    """A spoiler: a tensor becomes `change` of it, or the index and the file lose it where that is None."""
+    """A spoiler that applies `change` to a tensor; if that is None, it removes the tensor from file and index."""
 
     def spoil(folder: Path) -> None:
         if change:

@@ -1,4 +1,4 @@
-"""Every kind of causal LM that transformers has is quantized, tuned and saved, or refused in a line."""
+"""Every causal LM of transformers is quantized, fine-tuned and saved, or refused in one line."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_what_cannot_be_done_with_a_model_is_refused_in_a_line(kind, tmp_path):
 
 
 def test_a_packed_model_may_be_trained_although_its_own_code_clips_its_weights(tmp_path):
-    """Gemma 3n does, in training."""
+    """Gemma 3n edits weights in training."""
     architectures.build("gemma3n_text", tmp_path)
     model = qbench.pack(loading.load(str(tmp_path), torch.float32, torch.device("cpu")).model, "nf4")
     tokens = torch.arange(20)[None]
@@ -61,14 +61,14 @@ def test_a_packed_model_may_be_trained_although_its_own_code_clips_its_weights(t
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", architectures.CLASSES)
 def test_every_model_is_quantized_or_refused_in_a_line(kind, tmp_path):
-    """In all its steps by `experiments/architectures.py`; here in those that take a second."""
+    """`experiments/architectures.py` runs all steps; these are the fast ones."""
     row = architectures.tried(kind, tmp_path, ("quantize", "save"))
     assert row.outcome != "traceback", row.said
 
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v2", "mixtral"])
 def test_adapters_are_on_the_layers_of_a_mixture_that_are_not_told_and_on_nothing_else(kind, tmp_path):
-    """PEFT takes some names for those of experts of old, and would adapt the experts, which are in 16 bit, instead."""
+    """PEFT takes some names for those of old experts. It would adapt the 16-bit experts instead of these layers."""
     architectures.build(kind, tmp_path)
     model = loading.load(str(tmp_path), torch.float32, torch.device("cpu")).model
     names = selection.linear_layers(model).keys()

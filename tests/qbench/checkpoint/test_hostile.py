@@ -1,8 +1,7 @@
-"""Checkpoints that somebody has tampered with: what every entry answers is one line or a model whose numbers are finite.
+"""Every entry answers a tampered checkpoint with one line of error, or with a model whose numbers are finite.
 
-Each case is a mutation, drawn by a seed, of a checkpoint that an entry takes. It runs in a process of its own, whose
-standard input says yes to everything, and which tells of each file that it opens to write, each program that it starts,
-and each connection that it makes.
+Each case is a random mutation, with a seed, of a checkpoint. It runs in its own process, whose standard input says yes to
+everything. The process records each file that it opens to write, each program that it starts and each connection.
 """
 
 import json
@@ -23,10 +22,10 @@ import torch
 from transformers import PreTrainedModel
 
 import qbench
-from qbench.checkpoint import loading, packed_checkpoint  # api, so that no child has to import it
+from qbench.checkpoint import loading, packed_checkpoint  # here, so that no child has to import them
 from qbench.checkpoint.recipe import Recipe
 from qbench.checkpoint.streaming import source, stream
-from qbench.cli import api  # api, so that no child has to import it
+from qbench.cli import api  # here, so that no child has to import it
 from qbench.errors import InputError
 from qbench.model.selection import packed_layers
 
@@ -39,7 +38,7 @@ CODE = (
     "import pathlib; pathlib.Path({marker!r}).touch()\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
 )
 
-# what a key of a JSON file may be made
+# values that a mutation gives to keys of JSON files
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 10**4, 10**7, 10**9, 2**63, 10**30, 0.5, -1e30, float("inf"), float("nan"), "",
     "x", "../../x", "/etc/passwd", "evil/kernel", "code.Model", "a\u0000b", "\ud800", "é" * 2000, [], [[]], {}, {"": {}},
@@ -56,8 +55,8 @@ def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
         file.write_text(json.dumps(change(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
-def some_place(draw: random.Random, tree: Any) -> tuple[Any, Any]:
-    """A dict or list within a JSON tree, and a key of it."""
+def draw_place(draw: random.Random, tree: Any) -> tuple[Any, Any]:
+    """Draw a dict or list within a JSON tree, and one of its keys."""
     while True:
         key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
         if not isinstance(tree[key], dict | list) or not tree[key] or draw.random() < 0.3:
@@ -67,7 +66,7 @@ def some_place(draw: random.Random, tree: Any) -> tuple[Any, Any]:
 
 def change_a_value(draw: random.Random, tree: Any) -> Any:
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        where, key = some_place(draw, tree)
+        where, key = draw_place(draw, tree)
         match draw.randrange(6):
             case 0:
                 del where[key]
@@ -81,7 +80,7 @@ def change_a_value(draw: random.Random, tree: Any) -> Any:
 
 
 def in_header(draw: random.Random, folder: Path) -> None:
-    """The header of a file of tensors: its JSON, its length, its bytes; or a file cut short."""
+    """Change the header of a file of tensors: its JSON, length or bytes; or truncate the file."""
     file = draw.choice(sorted(folder.glob("*.safetensors")))
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
@@ -105,7 +104,7 @@ def in_header(draw: random.Random, folder: Path) -> None:
 
 
 def in_values(draw: random.Random, folder: Path) -> None:
-    """The bytes of the tensors themselves."""
+    """Change bytes of the tensors."""
     file = draw.choice(sorted(folder.glob("*.safetensors")))
     raw = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -149,7 +148,7 @@ def in_config(draw: random.Random, folder: Path) -> None:
 
 
 def in_recipe(draw: random.Random, folder: Path) -> None:
-    """How the weights are packed; of a 16-bit checkpoint, that it is."""
+    """Change how the weights are packed; claim it of a 16-bit checkpoint."""
 
     def change(config: dict) -> dict:
         recipe = config.get("quantization_config", {"quant_method": draw.choice(["qbench", "bitsandbytes", "gptq"])})
@@ -170,17 +169,17 @@ def in_tokenizer(draw: random.Random, folder: Path) -> None:
             names = {
                 "AutoTokenizer": draw.choice([["code.Tokenizer", None], [None, "code.Tokenizer"], "code.Tokenizer"])
             }
-            edit_json(settings, lambda told: told | {"auto_map": names, "tokenizer_class": "Theirs"})
+            edit_json(settings, lambda content: content | {"auto_map": names, "tokenizer_class": "Theirs"})
         case 2:
             draw.choice((settings, file)).write_text(draw.choice((nested(5000), "", "[]", "{}")))
         case 3:
-            edit_json(file, lambda told: change_a_value(draw, told))
+            edit_json(file, lambda content: change_a_value(draw, content))
         case _:
-            edit_json(settings, lambda told: change_a_value(draw, told))
+            edit_json(settings, lambda content: change_a_value(draw, content))
 
 
 def in_pickle(draw: random.Random, folder: Path) -> None:
-    """PyTorch's file in the place of safetensors, and other files that somebody might run or load."""
+    """Replace safetensors with PyTorch's file, and add other files that could be run or loaded."""
     (folder / WEIGHTS).unlink(missing_ok=True)
     evil = pickle.dumps(Evil(folder / "ran"))
     content = draw.choice([evil, evil[:20], b"PK\x03\x04" + evil, b""])
@@ -202,7 +201,7 @@ PARTS = [in_header, in_values, in_index, in_config, in_config, in_recipe, in_tok
 
 
 def check_finite(model: PreTrainedModel) -> None:
-    """Of finite weights logits may still be so large that they are not: that is for who scores them to tell."""
+    """Check that weights are finite. Logits may still overflow; the scores then report it."""
     for name, tensor in model.dequantize().state_dict().items() if packed_layers(model) else model.named_parameters():
         assert tensor.isfinite().all(), f"loaded, and {name} is not finite"
     with torch.no_grad():
@@ -218,8 +217,8 @@ def load_packed(folder: Path, out: Path) -> None:
 
 
 def quantize(folder: Path, out: Path) -> None:
-    found = source.read_source(str(folder))
-    stream.quantize_checkpoint(found, Recipe.of(NF4, found.dtypes), out / "packed")
+    checkpoint = source.read_source(str(folder))
+    stream.quantize_checkpoint(checkpoint, Recipe.of(NF4, checkpoint.dtypes), out / "packed")
 
 
 def run(folder: Path, out: Path) -> None:
@@ -233,7 +232,7 @@ ENTRIES = {"load": load, "quantize": quantize, "run": run, "packed": load_packed
 
 @pytest.fixture(scope="module")
 def sources(tiny_llama, tmp_path_factory) -> dict[str, Path]:
-    """What each entry takes."""
+    """A valid checkpoint for each entry."""
     root = tmp_path_factory.mktemp("sources")
     loaded = loading.load(str(tiny_llama), torch.float32, CPU)
     packed = qbench.pack(loaded.model, **{"format": "nf4", "dq": True})
@@ -245,8 +244,8 @@ def sources(tiny_llama, tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def watch(allowed: Path, told: list[str]) -> None:
-    """Tell of what no entry may do."""
+def watch(allowed: Path, events: list[str]) -> None:
+    """Record forbidden events: writes outside of `allowed`, programs, connections."""
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
@@ -255,19 +254,19 @@ def watch(allowed: Path, told: list[str]) -> None:
             place = os.path.realpath(os.fsdecode(path))
             inside = place.startswith((str(allowed), "/dev/", "/proc/")) or "__pycache__" in place
             if writes and not inside:
-                told.append(f"writes {place}")
+                events.append(f"writes {place}")
         elif event in ("os.mkdir", "os.rename", "os.remove", "os.symlink"):
             place = os.path.realpath(os.fsdecode(arguments[0]))
             if not place.startswith(str(allowed)) and "__pycache__" not in place:
-                told.append(f"{event} {place}")
+                events.append(f"{event} {place}")
         elif event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect") and arguments[0] not in PROGRAMS:
-            told.append(f"{event} {arguments}")
+            events.append(f"{event} {arguments}")
 
     sys.addaudithook(hook)
 
 
 def attempt(entry: str, folder: Path, scratch: Path) -> str:
-    """What an entry answers, in a child of this process: "ok", "refused: …", or what is wrong."""
+    """Run an entry in a child of this process. Returns "ok", "refused: …", or what went wrong."""
     answer = scratch / "answer"
     child = os.fork()
     if not child:
@@ -282,16 +281,16 @@ def attempt(entry: str, folder: Path, scratch: Path) -> str:
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
             os.chdir(scratch)
-            told: list[str] = []
-            watch(scratch, told)
+            events: list[str] = []
+            watch(scratch, events)
             try:
                 ENTRIES[entry](folder, scratch)
-                found = "ok"
+                outcome = "ok"
             except InputError as error:
-                found = f"refused: {error}" if "\n" not in str(error) else f"several lines: {error}"
+                outcome = f"refused: {error}" if "\n" not in str(error) else f"several lines: {error}"
             except BaseException as error:
-                found = f"raised {type(error).__name__}: {error}"
-            answer.write_text("; ".join([found, *told]), errors="backslashreplace")
+                outcome = f"raised {type(error).__name__}: {error}"
+            answer.write_text("; ".join([outcome, *events]), errors="backslashreplace")
             code = 0
         finally:
             os._exit(code)
@@ -317,25 +316,31 @@ def attempt(entry: str, folder: Path, scratch: Path) -> str:
 
 
 def case(entry: str, number: int, sources: dict[str, Path], tmp_path: Path) -> tuple[str, str]:
-    """The mutation, and what an entry answers."""
+    """Returns the mutation and the answer of the entry."""
     draw = random.Random(f"{entry} {number}")
     scratch = tmp_path / str(number)
     folder = Path(shutil.copytree(sources[entry], scratch / "model"))
     (folder / "code.py").write_text(CODE.format(marker=str(folder / "ran")))
     part = PARTS[number % len(PARTS)]
     part(draw, folder)
-    found = attempt(entry, folder, scratch)
+    outcome = attempt(entry, folder, scratch)
     shutil.rmtree(scratch)
-    return part.__name__, found
+    return part.__name__, outcome
 
 
 def judge(entry: str, numbers: range, sources: dict[str, Path], tmp_path: Path) -> None:
     torch.set_num_threads(1)  # so that a child computes
     answers = {number: case(entry, number, sources, tmp_path) for number in numbers}
-    wrong = {n: f"{part}: {found}" for n, (part, found) in answers.items() if not found.startswith(("refused: ", "ok"))}
-    wrong |= {n: f"{part}: {found}" for n, (part, found) in answers.items() if "; " in found and found.startswith("ok")}
+    wrong = {
+        n: f"{part}: {outcome}" for n, (part, outcome) in answers.items() if not outcome.startswith(("refused: ", "ok"))
+    }
+    wrong |= {
+        n: f"{part}: {outcome}"
+        for n, (part, outcome) in answers.items()
+        if "; " in outcome and outcome.startswith("ok")
+    }
     assert not wrong, "\n".join(f"{entry} {number} {line}" for number, line in wrong.items())
-    assert sum(found.startswith("refused") for _, found in answers.values()) > 0.3 * len(numbers), "a fuzzer that bites"
+    assert sum(end.startswith("refused") for _, end in answers.values()) > 0.3 * len(numbers), "a fuzzer that bites"
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads what the system tells of a child")

@@ -1,4 +1,4 @@
-"""A packed checkpoint is what it is in memory, to the last bit, and anything else is named."""
+"""A packed checkpoint has the same bits as the model in memory; anything wrong with it is named."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Whatever interrupts qbench.quantize, the same command goes on, to the same bytes."""
+"""After any interruption of qbench.quantize, the same command resumes and writes the same bytes."""
 
 import errno
 import os

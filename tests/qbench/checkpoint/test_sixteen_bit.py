@@ -1,4 +1,4 @@
-"""A 16-bit checkpoint is whole or refused, in every entry; it runs no code; and a hub id is what the hub's cache holds."""
+"""Every entry refuses an incomplete 16-bit checkpoint and runs none of its code; a hub id is read from the cache."""
 
 import hashlib
 import json
@@ -113,9 +113,9 @@ WRAPPED = {
 def test_the_prefixes_of_wrappers_are_taken_off_and_told(wrapper, folder, tiny_llama):
     rewrite(folder, lambda tensors: {WRAPPED[wrapper](name): tensor for name, tensor in tensors.items()})
     with pytest.warns(UserWarning, match=f"qbench: .*{wrapper.removesuffix(' of the inner model')}"):
-        found = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
+        state = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
     expected = loading.load(str(tiny_llama), torch.bfloat16, CPU).model.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     with pytest.warns(UserWarning, match="taken off"):
         assert source.read_source(str(folder)).dtypes == source.read_source(str(tiny_llama)).dtypes
 
@@ -135,8 +135,8 @@ def test_a_mixture_whose_experts_are_merged_is_whole_or_refused(tmp_path):
     folder = make_model("llama", tmp_path)  # its tokenizer
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    found = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    state = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.warns(
         UserWarning, match=r"qbench: Only 14.\d% of the weights are quantized. Left in 16 bit: .*experts"
     ):
@@ -151,8 +151,8 @@ def test_a_mixture_whose_experts_are_merged_is_whole_or_refused(tmp_path):
     for name in (expert, "model.layers.1.self_attn.q_proj.codes"):
         assert torch.equal(again.state_dict()[name], model.state_dict()[name])
         assert torch.equal(packed.state_dict()[name], model.state_dict()[name])
-    told = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["coverage"]
-    assert told["quantized"] < 0.15 * told["eligible"] and expert in told["left"]
+    coverage = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["coverage"]
+    assert coverage["quantized"] < 0.15 * coverage["eligible"] and expert in coverage["left"]
     rewrite(folder, without("model.layers.1.block_sparse_moe.experts.2.w2.weight"))
     with pytest.raises(InputError, match=expert):
         loading.load(str(folder), torch.bfloat16, CPU)
@@ -164,9 +164,9 @@ def test_files_of_pytorch_are_read_and_nothing_in_them_is_run(folder, tiny_llama
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    found = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
+    state = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
     expected = loading.load(str(tiny_llama), torch.bfloat16, CPU).model.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     for entry in ENTRIES:
         expect_one_line(folder, entry, "no whole file of tensors|holds no weights")
@@ -270,7 +270,7 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40, "dev": "c" * 40}
 
 @pytest.fixture
 def hub(tiny_llama, tmp_path, monkeypatch) -> str:
-    """A model in a hub's cache as a download leaves it: three commits, with a tag and a branch; returns its id."""
+    """Put a model into the hub's cache, as a download does: three commits, a tag and a branch. Returns its id."""
     root = tmp_path / "hub" / "models--someone--tiny"
     (root / "refs").mkdir(parents=True)
     (root / "blobs").mkdir()
@@ -294,14 +294,14 @@ def test_a_hub_id_is_its_revision_in_the_cache(hub, revision, tiny_llama):
     commit = COMMITS.get(revision or "main", revision)
     factor = 1 + list(COMMITS.values()).index(commit)
     assert location.find_commit(hub, revision) == loading.digest(hub, revision) == commit
-    found = loading.load(hub, torch.float32, CPU, revision).model
+    model = loading.load(hub, torch.float32, CPU, revision).model
     expected = loading.load(str(tiny_llama), torch.float32, CPU).model.state_dict()
-    assert all(torch.allclose(found.state_dict()[n], factor * t, rtol=1e-2) for n, t in expected.items())
-    assert found.config.name_or_path == hub
+    assert all(torch.allclose(model.state_dict()[n], factor * t, rtol=1e-2) for n, t in expected.items())
+    assert model.config.name_or_path == hub
 
 
 def test_a_run_of_a_hub_id_tells_its_commit(hub, tmp_path):
-    """Offline, by the command, in a process of its own."""
+    """Offline, by the command, in its own process."""
     words = [
         f"model.path={hub}",
         "model.revision=v1",
@@ -325,7 +325,7 @@ def test_what_the_cache_lacks_is_one_line(hub, hub_id, revision):
 
 
 def test_only_one_module_asks_transformers_to_read_a_checkpoint():
-    """The kind: code that a checkpoint brings along is run where nobody said that it is not."""
+    """Every call of an Auto class must say whether code of a checkpoint may run; the default would ask the user."""
     for file in [*(ROOT / "qbench").rglob("*.py"), *(ROOT / "formats").rglob("*.py")]:
         text = re.sub(r'""".*?"""', "", file.read_text(), flags=re.S)
         for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\([^()]*\))*\)", text):

@@ -1,4 +1,4 @@
-"""transformers and PEFT do with packed models what they do with any, and to the last bit what qbench does."""
+"""transformers and PEFT handle packed models like any other, and give the same bits as qbench."""
 
 import copy
 import importlib.util
@@ -49,14 +49,14 @@ UP = "model.layers.0.mlp.up_proj"
 
 def load(folder: Path, arguments: dict | None = None, **options) -> transformers.PreTrainedModel:
     if arguments:
-        told = {("format" if key == "name" else key): value for key, value in arguments.items()}
-        options["quantization_config"] = QBenchConfig(**told)
+        config = {("format" if key == "name" else key): value for key, value in arguments.items()}
+        options["quantization_config"] = QBenchConfig(**config)
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 @pytest.fixture(scope="session")
 def biased(tmp_path_factory) -> Path:
-    """A Llama whose linear layers have a bias, and whose head is its embedding."""
+    """A Llama whose linear layers have a bias and whose head is tied to its embedding."""
     config = transformers.LlamaConfig(
         vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
@@ -75,7 +75,7 @@ def biased(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", formats.names())
 @pytest.mark.parametrize("dq", [False, True])
 def test_every_format_there_and_back(biased, tmp_path, name, dq):
-    """Quantized while it is loaded, saved, loaded: what the harness has in memory, and what `qbench.quantize` writes."""
+    """A model quantized while it loads, saved and loaded equals the harness's, and what `qbench.quantize` writes."""
     arguments = {"name": name, "block": 32, "dq": dq}
     expected, model = in_memory(biased, arguments), load(biased, arguments)
     assert_same(model, expected)
@@ -115,9 +115,11 @@ def test_the_bundled_model(tmp_path):
     assert_same(load(tmp_path / "saved"), model)
     assert_same(model, in_memory(location.BUNDLED, {"name": "nf4", "block": 64, "dq": True}, model.dtype))
     tokenizer = transformers.AutoTokenizer.from_pretrained(location.BUNDLED)
-    told = tokenizer("In the beginning", return_tensors="pt")
-    first, second = (m.generate(**told, max_new_tokens=12, do_sample=False) for m in (model, load(tmp_path / "saved")))
-    assert torch.equal(first, second) and first.shape == (1, told.input_ids.shape[1] + 12)
+    prompt = tokenizer("In the beginning", return_tensors="pt")
+    first, second = (
+        m.generate(**prompt, max_new_tokens=12, do_sample=False) for m in (model, load(tmp_path / "saved"))
+    )
+    assert torch.equal(first, second) and first.shape == (1, prompt.input_ids.shape[1] + 12)
 
 
 EVERYWHERE = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -152,8 +154,8 @@ def test_what_is_offloaded_is_saved_as_it_is(packed_nf4, tmp_path):
     cpu_offload(model, execution_device=CPU, offload_buffers=True)
     model.hf_device_map = {"model": "cpu", "lm_head": 0}  # as with a GPU that the model does not fit
     assert all(layer.codes.is_meta for layer in model.modules() if isinstance(layer, QuantLinear))
-    for one, folder in ((model, "offloaded"), (expected, "expected")):
-        one.save_pretrained(tmp_path / folder)
+    for source, folder in ((model, "offloaded"), (expected, "expected")):
+        source.save_pretrained(tmp_path / folder)
     assert read_files(tmp_path / "offloaded") == read_files(tmp_path / "expected")
 
 
@@ -256,7 +258,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_would_change_a_packed_weight_is_refused(packed_nf4, change):
-    """It would be lost: the weight is computed anew each time."""
+    """The write would be lost: the weight is computed anew each time."""
     with pytest.raises(TypeError, match="a packed weight cannot be changed"):
         CHANGES[change](load(packed_nf4, dtype=torch.float32))
 

@@ -30,7 +30,7 @@ from tests.qbench.sample_checkpoints import (
 UP = "model.layers.0.mlp.up_proj.weight"
 BAD_SOURCES = {
     "a missing file": (lambda f: (f / shard_name(2, 5)).unlink(), r"model-00002-of-00005.safetensors is missing"),
-    "a file cut short": (truncated(shard_name(2, 5), 10_000), r"model-00002-of-00005.safetensors is not a whole safetensors"),
+    "a file cut short": (truncated(shard_name(2, 5), 10_000), r"00002-of-00005.safetensors is not a whole safetensors"),
     "a header cut short": (truncated(shard_name(2, 5), 5), r"model-00002-of-00005.safetensors is not a whole safetensors"),
     "an index cut short": (truncated(INDEX, 50), r"index.json is not whole JSON"),
     "an empty index": (lambda f: (f / INDEX).write_text("{}"), r"index.json has no weight_map"),

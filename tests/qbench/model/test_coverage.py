@@ -1,4 +1,4 @@
-"""Only what computes a product is quantized; other linear layers are left, and named."""
+"""Only layers that compute x·Wᵀ + b are quantized; other linear layers stay in 16 bit and are named."""
 
 import json
 import os
@@ -50,14 +50,14 @@ def test_models_with_linear_layers_of_their_own(name):
     assert find_layers_left(model) == {
         n: f"a {kind} computes something else than x·Wᵀ + b" for n, kind in routers.items()
     }
-    told = count_coverage(model)
-    assert told.left.items() >= find_layers_left(model).items() and (told.share == 1) == (not told.left)
+    coverage = count_coverage(model)
+    assert coverage.left.items() >= find_layers_left(model).items() and (coverage.share == 1) == (not coverage.left)
     if routers:
         with pytest.warns(
-            UserWarning, match=rf"qbench: Only {100 * told.share:.1f}% .* 16 bit: \S+experts.gate_up_proj"
+            UserWarning, match=rf"qbench: Only {100 * coverage.share:.1f}% .* 16 bit: \S+experts.gate_up_proj"
         ):
             qbench.pack(model, "int8", block=32)
-        assert count_coverage(model) == told, "packed or not"
+        assert count_coverage(model) == coverage, "packed or not"
     else:
         qbench.pack(model, "int8", block=32)
     assert not routers.keys() & packed_layers(model).keys()
@@ -176,7 +176,7 @@ def test_the_head_of_any_task_is_left_and_the_model_is_saved_and_loaded(name, tm
 
 @pytest.mark.parametrize("used", [False, True])
 def test_weights_that_a_model_changes_in_place_are_packed_as_they_were(used):
-    """Those of RWKV, which halves some of them in its first pass that is no training."""
+    """RWKV would halve some of its weights in its first pass outside of training."""
     torch.manual_seed(0)
     config = transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=4, rescale_every=2)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""QuantLinear computes with the packed weight: forward, backward, what it keeps, and under torch.compile."""
+"""QuantLinear computes with the packed weight: forward, backward, what it saves, under torch.compile."""
 
 import copy
 import pickle
@@ -47,17 +47,17 @@ def test_a_large_weight_on_any_number_of_threads(name):
     torch.manual_seed(0)
     w, x = torch.randn(2000, 2048), torch.randn(2048)
     layer = QuantLinear(formats.get(name, dq=True).quantize(w))
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append((formats.get(name).quantize(w).codes, layer.packed.dequantize(), layer(x)))
+            results.append((formats.get(name).quantize(w).codes, layer.packed.dequantize(), layer(x)))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(one, same) for one, same in zip(found[0], other, strict=True))
-    expected = found[0][1].double() @ x.double()
-    assert (found[0][2].double() - expected).norm() < 1e-5 * expected.norm()
+    for other in results[1:]:
+        assert all(torch.equal(first, same) for first, same in zip(results[0], other, strict=True))
+    expected = results[0][1].double() @ x.double()
+    assert (results[0][2].double() - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_gradient_by_finite_differences():
@@ -280,22 +280,22 @@ def test_nothing_trains_or_casts_a_packed_weight():
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 100])
 def test_under_autocast_it_is_a_linear(device, name, dtype, autocast, rows):
-    """Forward, and backward outside of it: the dtypes and the values of nn.Linear with the decoded weight."""
+    """Forward, and backward outside of autocast, equal nn.Linear with the decoded weight: dtypes and values."""
     linear, layer = make(name, dq=name != "none", dtype=dtype)
     linear.weight.data = layer.packed.dequantize()
     linear, layer = linear.to(device).requires_grad_(False), layer.to(device)
-    found = []
+    results = []
     for module in (linear, layer):
         torch.manual_seed(1)
         x = torch.randn(rows, 80).to(device, dtype).requires_grad_()
         with torch.autocast(device, autocast):
             y = module(x)
         y.float().square().sum().backward()
-        found.append((y, x.grad))
-    for wanted, got in zip(*found, strict=True):
+        results.append((y, x.grad))
+    for wanted, got in zip(*results, strict=True):
         assert got.dtype == wanted.dtype
         assert (got - wanted).norm() <= 0.02 * wanted.norm()
-    assert found[0][0].dtype == autocast
+    assert results[0][0].dtype == autocast
 
 
 def test_autocast_leaves_float64_and_what_is_switched_off():
@@ -312,7 +312,7 @@ def test_autocast_leaves_float64_and_what_is_switched_off():
 
 @pytest.mark.parametrize("where", ["ops", "triton"])
 def test_second_derivatives_by_finite_differences(where, monkeypatch):
-    """Along the kernels of this machine, and along those of a GPU in Triton's interpreter."""
+    """With the kernels of this machine, and with those of a GPU in Triton's interpreter."""
     if where == "triton" and not torch.cuda.is_available():
         library = torch.library.Library("qbench", "IMPL")
         with warnings.catch_warnings():
@@ -336,7 +336,7 @@ def test_second_derivatives_by_finite_differences(where, monkeypatch):
 
 
 def test_scales_that_were_cast_are_refused():
-    """As by a framework that casts whatever it gathers."""
+    """Some frameworks cast all tensors that they gather."""
     _, layer = make()
     layer._parameters["scale"] = nn.Parameter(layer.scale.bfloat16(), requires_grad=False)
     with pytest.raises(

@@ -47,7 +47,7 @@ EVERY = [(name, dq) for name in ("nf4", "fp4") for dq in (False, True)]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """A Llama whose rows are whole blocks of 128: only such does bitsandbytes decode rightly on every CPU."""
+    """A Llama whose rows are whole blocks of 128: bitsandbytes decodes others wrongly on some CPUs."""
     config = transformers.LlamaConfig(
         vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
     )
@@ -79,12 +79,12 @@ def assert_equal_files(first: Path, second: Path) -> None:
     assert_equal(tensors(first), tensors(second))
 
 
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_equal(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Names, dtypes, shapes and bytes."""
-    assert one.keys() == other.keys()
-    for key in one:
-        assert one[key].dtype == other[key].dtype and one[key].shape == other[key].shape, key
-        assert torch.equal(*(t[key].contiguous().view(-1).view(torch.uint8) for t in (one, other))), key
+    assert first.keys() == other.keys()
+    for key in first:
+        assert first[key].dtype == other[key].dtype and first[key].shape == other[key].shape, key
+        assert torch.equal(*(t[key].contiguous().view(-1).view(torch.uint8) for t in (first, other))), key
 
 
 def load(folder: Path) -> transformers.PreTrainedModel:
@@ -96,15 +96,15 @@ def test_in_and_out_again(plain, tmp_path, name, dq):
     model = theirs(plain, name, dq)
     folder = saved(model, tmp_path / "theirs", max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 3, "the tensors of a layer are in several files"
-    found = load(folder)
-    assert_same(found, in_memory(plain, {"name": name, "block": 64, "dq": dq}))
-    assert (logits(found) - logits(exact(model))).abs().max() <= 1e-3
-    found.save_pretrained(tmp_path / "ours")
+    loaded = load(folder)
+    assert_same(loaded, in_memory(plain, {"name": name, "block": 64, "dq": dq}))
+    assert (logits(loaded) - logits(exact(model))).abs().max() <= 1e-3
+    loaded.save_pretrained(tmp_path / "ours")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "ours")
     assert_equal_files(folder, tmp_path / "ours")
     configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "ours")]
     assert configs[0] == configs[1]
-    assert_same(load(tmp_path / "ours"), found)
+    assert_same(load(tmp_path / "ours"), loaded)
 
 
 @pytest.mark.parametrize(("name", "dq"), EVERY)
@@ -129,10 +129,10 @@ def test_streamed(plain, tmp_path, monkeypatch, capfd, dq):
     expected = in_memory(plain, {"name": "nf4", "block": 64, "dq": dq})
     packed_checkpoint.save(expected, tmp_path / "saved", layout="bitsandbytes")
     streamed, whole = tensors(tmp_path / "out"), tensors(tmp_path / "saved")
-    for found in (streamed, whole):  # what is written before the weights are known has blanks after its JSON
-        for key in found:
+    for state in (streamed, whole):  # JSON that is written before the weights are known is padded with blanks
+        for key in state:
             if "quant_state" in key:
-                found[key] = json.loads(bytes(found[key].tolist()))
+                state[key] = json.loads(bytes(state[key].tolist()))
     assert streamed.keys() == whole.keys()
     assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in ((streamed[k], whole[k]) for k in whole))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -142,13 +142,13 @@ def test_streamed(plain, tmp_path, monkeypatch, capfd, dq):
 
 
 def test_any_architecture(any_model, tmp_path):
-    """Also where rows are no whole blocks, weights lie transposed, or there are biases."""
+    """Also if rows are not whole blocks, weights are transposed, or there are biases."""
     folder = saved(theirs(any_model), tmp_path / "theirs")
-    found = load(folder)
-    assert_same(found, in_memory(any_model, {"name": "nf4", "block": 64, "dq": True}))
-    packed_checkpoint.save(found, tmp_path / "ours", AutoTokenizer.from_pretrained(folder), layout="bitsandbytes")
+    loaded = load(folder)
+    assert_same(loaded, in_memory(any_model, {"name": "nf4", "block": 64, "dq": True}))
+    packed_checkpoint.save(loaded, tmp_path / "ours", AutoTokenizer.from_pretrained(folder), layout="bitsandbytes")
     assert_equal_files(folder, tmp_path / "ours")
-    assert_same(load(tmp_path / "ours"), found)
+    assert_same(load(tmp_path / "ours"), loaded)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     for key, tensor in tensors(folder).items():
         name = key if key in again else key.replace("embed_out", "lm_head")  # what newer releases call it
@@ -159,26 +159,28 @@ def test_what_is_left_out_stays_as_it_is(plain, tmp_path):
     skipped = {"some": ["lm_head", "up_proj"], "none": []}
     for case, names in skipped.items():
         folder = saved(theirs(plain, llm_int8_skip_modules=names), tmp_path / case)
-        found = load(folder)
-        packed = {name for name, module in found.named_modules() if isinstance(module, QuantLinear)}
-        assert (UP in packed, "lm_head" in packed, len(packed)) == ((False, False, 12) if names else (True, True, 15))
+        loaded = load(folder)
+        layers_packed = {name for name, module in loaded.named_modules() if isinstance(module, QuantLinear)}
+        assert (UP in layers_packed, "lm_head" in layers_packed, len(layers_packed)) == (
+            (False, False, 12) if names else (True, True, 15)
+        )
         out = tmp_path / f"{case}-out"
-        packed.save(found, out, AutoTokenizer.from_pretrained(folder), layout="bitsandbytes")
+        packed_checkpoint.save(loaded, out, AutoTokenizer.from_pretrained(folder), layout="bitsandbytes")
         assert_equal_files(folder, out)
-        assert_same(load(out), found)
+        assert_same(load(out), loaded)
         again = AutoModelForCausalLM.from_pretrained(out)
         layers = {name for name, module in again.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-        assert layers == packed
+        assert layers == layers_packed
     with pytest.raises(InputError, match=r"up_proj is a Linear; accepted: a QuantLinear"):
-        packed.save(load(tmp_path / "some"), tmp_path / "no")
+        packed_checkpoint.save(load(tmp_path / "some"), tmp_path / "no")
 
 
 def test_what_from_pretrained_packed_is_saved_in_either_layout(plain, tmp_path):
     packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=QBenchConfig("nf4", block=64, dq=True))
-    packed.save(packed, tmp_path / "theirs", layout="bitsandbytes")
+    packed_checkpoint.save(packed, tmp_path / "theirs", layout="bitsandbytes")
     AutoTokenizer.from_pretrained(plain).save_pretrained(tmp_path / "theirs")
     assert_same(load(tmp_path / "theirs"), packed)
-    packed.save(packed, tmp_path / "ours", AutoTokenizer.from_pretrained(plain))
+    packed_checkpoint.save(packed, tmp_path / "ours", AutoTokenizer.from_pretrained(plain))
     packed.save_pretrained(tmp_path / "again")
     assert_equal_files(tmp_path / "ours", tmp_path / "again")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "again")]
@@ -189,9 +191,9 @@ def test_what_from_pretrained_packed_is_saved_in_either_layout(plain, tmp_path):
 def test_bytes_kept_as_another_dtype(plain, tmp_path):
     folder = saved(theirs(plain, bnb_4bit_quant_storage=torch.bfloat16), tmp_path / "theirs")
     assert tensors(folder)[f"{UP}.weight"].dtype == torch.bfloat16
-    found = load(folder)
-    assert_same(found, in_memory(plain, {"name": "nf4", "block": 64, "dq": True}))
-    packed_checkpoint.save(found, tmp_path / "ours", layout="bitsandbytes")
+    loaded = load(folder)
+    assert_same(loaded, in_memory(plain, {"name": "nf4", "block": 64, "dq": True}))
+    packed_checkpoint.save(loaded, tmp_path / "ours", layout="bitsandbytes")
     assert_equal_files(folder, tmp_path / "ours")
 
 
@@ -203,12 +205,12 @@ def test_perplexity_is_that_of_the_format_quantized_here(tmp_path):
     ours = loading.load(None, torch.bfloat16, CPU).model
     layers = linear_layers(ours)
     replace_layers(ours, quantizing.quantize(layers, formats.get("nf4", block=64, dq=True)))
-    found, expected = (quality.evaluate(model, windows).metrics() for model in (loaded.model, ours))
-    assert found == expected and 50 < found["perplexity"] < 200
+    scores, expected = (quality.evaluate(model, windows).metrics() for model in (loaded.model, ours))
+    assert scores == expected and 50 < scores["perplexity"] < 200
 
 
 def test_an_adapter_trained_here_serves_in_plain_peft(tmp_path):
-    """On the model as bitsandbytes has it, where it does what it does here, and on the one in 16 bit."""
+    """On bitsandbytes' model, with the same result as here, and on the 16-bit model."""
     loaded = loading.load(None, torch.bfloat16, CPU)
     text, vocabulary = data.read("kjv"), loaded.model.config.vocab_size
     held_out, training = (
@@ -222,9 +224,9 @@ def test_an_adapter_trained_here_serves_in_plain_peft(tmp_path):
     train(model, training, settings, seed=0)
     model.save_pretrained(tmp_path)
     sixteen = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16)
-    found = {"here": model, "bnb": exact(theirs(BUNDLED)), "before": theirs(BUNDLED), "16 bit": sixteen}
-    found |= {key: PeftModel.from_pretrained(found[key], tmp_path).eval() for key in ("bnb", "16 bit")}
-    perplexity = {key: quality.evaluate(one, held_out).metrics()["perplexity"] for key, one in found.items()}
+    models = {"here": model, "bnb": exact(theirs(BUNDLED)), "before": theirs(BUNDLED), "16 bit": sixteen}
+    models |= {key: PeftModel.from_pretrained(models[key], tmp_path).eval() for key in ("bnb", "16 bit")}
+    perplexity = {key: quality.evaluate(model, held_out).metrics()["perplexity"] for key, model in models.items()}
     assert perplexity["bnb"] == pytest.approx(perplexity["here"], rel=2e-3)
     assert perplexity["16 bit"] == pytest.approx(perplexity["here"], rel=0.05)
     assert max(perplexity[key] for key in ("here", "bnb", "16 bit")) < 0.8 * perplexity["before"]
@@ -273,8 +275,8 @@ def changed(key: str, change):
     return edit(lambda state: state.update({key: change(state[key]).clone()}))
 
 
-def told(**changes):
-    """A spoiler that changes what the JSON of a layer tells; what becomes ... is left out."""
+def state(**changes):
+    """A spoiler that changes the JSON of a layer; keys set to ... are left out."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         content = json.loads(bytes(tensor.tolist())) | changes
@@ -306,21 +308,21 @@ BAD = {
     "no JSON": (changed(STATE, lambda t: t[1:]), rf"{STATE}: is not JSON"),
     "no text": (changed(STATE, lambda t: t + 128), rf"{STATE}: is not JSON"),
     "no object": (changed(STATE, lambda t: torch.tensor([49], dtype=torch.uint8)), r"1 is not accepted; an object is"),
-    "no quant_type": (told(quant_type=...), r"quant_type: None is not accepted; nf4, fp4 is"),
-    "another quant_type": (told(quant_type="fp4"), r"quant_type: 'fp4' is not what its key says"),
-    "an unknown quant_type": (told(quant_type="int4"), r"quant_type: 'int4' is not accepted"),
-    "another block": (told(blocksize=128), rf"{W}.absmax is uint8 \[512\]; accepted: uint8 \[256\]"),
-    "a block that is none": (told(blocksize=48), r"blocksize: 48 is not accepted; 32, 64,"),
-    "a block of text": (told(blocksize=[64]), r"blocksize: \[64\] is not accepted"),
-    "another shape": (told(shape=[128, 256]), r"shape: \[128, 256\] is not accepted; \[256, 128\] is"),
-    "no shape": (told(shape="large"), r"shape: 'large' is not accepted; a list of sizes is"),
-    "an unknown dtype": (told(dtype="int8"), r"dtype: 'int8' is not accepted; bfloat16, float16, float32 is"),
-    "another nested block": (told(nested_blocksize=128), r"nested_blocksize: 128 is not accepted; 256 is"),
-    "another nested dtype": (told(nested_dtype="float16"), r"nested_dtype: 'float16' is not accepted"),
-    "an endless offset": (told(nested_offset=float("inf")), r"nested_offset: inf is not accepted; a finite number is"),
-    "an offset that is none": (told(nested_offset="0"), r"nested_offset: '0' is not accepted"),
-    "no offset": (told(nested_offset=...), r"nested_blocksize is unknown; accepted: quant_type"),
-    "more": (told(hidden=1), r"hidden is unknown; accepted: quant_type, blocksize"),
+    "no quant_type": (state(quant_type=...), r"quant_type: None is not accepted; nf4, fp4 is"),
+    "another quant_type": (state(quant_type="fp4"), r"quant_type: 'fp4' is not what its key says"),
+    "an unknown quant_type": (state(quant_type="int4"), r"quant_type: 'int4' is not accepted"),
+    "another block": (state(blocksize=128), rf"{W}.absmax is uint8 \[512\]; accepted: uint8 \[256\]"),
+    "a block that is none": (state(blocksize=48), r"blocksize: 48 is not accepted; 32, 64,"),
+    "a block of text": (state(blocksize=[64]), r"blocksize: \[64\] is not accepted"),
+    "another shape": (state(shape=[128, 256]), r"shape: \[128, 256\] is not accepted; \[256, 128\] is"),
+    "no shape": (state(shape="large"), r"shape: 'large' is not accepted; a list of sizes is"),
+    "an unknown dtype": (state(dtype="int8"), r"dtype: 'int8' is not accepted; bfloat16, float16, float32 is"),
+    "another nested block": (state(nested_blocksize=128), r"nested_blocksize: 128 is not accepted; 256 is"),
+    "another nested dtype": (state(nested_dtype="float16"), r"nested_dtype: 'float16' is not accepted"),
+    "an endless offset": (state(nested_offset=float("inf")), r"nested_offset: inf is not accepted; a finite number is"),
+    "an offset that is none": (state(nested_offset="0"), r"nested_offset: '0' is not accepted"),
+    "no offset": (state(nested_offset=...), r"nested_blocksize is unknown; accepted: quant_type"),
+    "more": (state(hidden=1), r"hidden is unknown; accepted: quant_type, blocksize"),
     "no such layer": (edit(lambda s: s.update({"model.a.weight.absmax": torch.ones(1)})), r"model.a is no linear layer"),
     "no norm": (lost("model.norm.weight"), r"model.norm.weight is missing"),
     "8 bits": (lambda f: edit_recipe(f, load_in_8bit=True), r"load_in_8bit, which is LLM.int8, is not supported"),

@@ -49,14 +49,14 @@ def llama() -> PreTrainedModel:
 
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter makes of the q and k of a Llama."""
+    """Interleave the rows of q or k of a Llama, as llama.cpp's converter does."""
     return w.reshape(heads, 2, len(w) // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def write(
     path: Path, model: PreTrainedModel, kinds: dict[str, str], tokenizer: bool = False, more=lambda w: None
 ) -> Path:
-    """A model as llama.cpp writes it. kinds: the type of a matrix by the end of its name, the first that fits."""
+    """Write a model as llama.cpp does. kinds: types of matrices, by the end of the name; the first that fits is used."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
@@ -116,15 +116,15 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return packed_checkpoint.load(path, CPU, dtype, tokenizer=BUNDLED).model
 
 
-def close(found: PreTrainedModel, expected: PreTrainedModel) -> None:
-    assert (logits(found) - logits(expected)).abs().max() <= 1e-5 * logits(expected).abs().max()
+def close(model: PreTrainedModel, expected: PreTrainedModel) -> None:
+    assert (logits(model) - logits(expected)).abs().max() <= 1e-5 * logits(expected).abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_llama(llama, tmp_path, kind):
     path = write(tmp_path / "model.gguf", llama, {"": kind})
-    found = load(path)
-    layers = {name: module for name, module in found.named_modules() if isinstance(module, QuantLinear)}
+    loaded = load(path)
+    layers = {name: module for name, module in loaded.named_modules() if isinstance(module, QuantLinear)}
     original = linear_layers(llama)
     assert layers.keys() == original.keys() and len(layers) == 14
     for name, layer in layers.items():
@@ -132,14 +132,14 @@ def test_a_llama(llama, tmp_path, kind):
         assert (layer.format, layer.block) == (kind.lower(), 32)
         for ours, same in zip(layer.packed.stored, expected.stored, strict=True):
             assert ours.dtype == same.dtype and torch.equal(ours, same), name
-    close(found, theirs(path))
-    assert found.config.rope_parameters["rope_theta"] == 50000.0 and found.config.rms_norm_eps == pytest.approx(3e-5)
+    close(loaded, theirs(path))
+    assert loaded.config.rope_parameters["rope_theta"] == 50000.0 and loaded.config.rms_norm_eps == pytest.approx(3e-5)
     bits = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}[kind]
     assert {layer.packed.bits_per_parameter for layer in layers.values()} == {bits}
-    found.save_pretrained(tmp_path / "packed")
+    loaded.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(tmp_path / "packed")
     again = packed_checkpoint.load(tmp_path / "packed", CPU, torch.float32).model
-    assert torch.equal(logits(again), logits(found))
+    assert torch.equal(logits(again), logits(loaded))
 
 
 def test_the_tokenizer_is_that_of_the_file(llama, tmp_path):
@@ -168,22 +168,22 @@ def test_others_of_the_family(tmp_path, kind, options):
     model = random(kind, **options)
     head = options.get("head_dim", 16)
     path = write(tmp_path / "model.gguf", model, {"": "Q4_0"}, more=lambda w: w.add_key_length(head))
-    found = load(path)
+    loaded = load(path)
     if head != 32:  # of a Qwen3, transformers takes no other than 128
-        close(found, theirs(path))
+        close(loaded, theirs(path))
     replace_layers(model, quantizing.quantize(linear_layers(model), formats.get("q4_0", block=32)))
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.weight.data = formats.get("q4_0", block=32).quantize(module.weight.data).dequantize()
-    close(found, model)
+    close(loaded, model)
 
 
 def test_what_is_not_packed_is_as_it_is(llama, tmp_path):
     kinds = {"up_proj.weight": "F16", "gate_proj.weight": "F32", "v_proj.weight": "BF16", "embed_tokens.weight": "F16"}
     kinds |= {"lm_head.weight": "Q5_0", "k_proj.weight": "Q4_1", "": "Q4_0"}
     path = write(tmp_path / "model.gguf", llama, kinds)
-    found = load(path)
-    close(found, theirs(path))
-    formats_of = {name.rpartition(".")[2]: getattr(layer, "format", None) for name, layer in found.named_modules()}
+    loaded = load(path)
+    close(loaded, theirs(path))
+    formats_of = {name.rpartition(".")[2]: getattr(layer, "format", None) for name, layer in loaded.named_modules()}
     assert {end: formats_of[end] for end in ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "lm_head")} == {
         "q_proj": "q4_0", "k_proj": "q4_1", "v_proj": None, "up_proj": None, "gate_proj": None, "lm_head": None,
     }  # fmt: skip
@@ -200,27 +200,27 @@ def test_the_scaled_positions_of_llama_3(tmp_path):
     factors = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)
     assert factors.min() == 1 and factors.max() == pytest.approx(8)
     path = write(tmp_path / "model.gguf", model, {"": "F32"}, more=lambda w: w.add_tensor("rope_freqs.weight", factors))
-    found = load(path)
-    close(found, model)
-    replace_layers(found, quantizing.quantize(linear_layers(found), formats.get("q4_0", block=32)))
-    packed_checkpoint.save(found, tmp_path / "packed", AutoTokenizer.from_pretrained(BUNDLED))
+    loaded = load(path)
+    close(loaded, model)
+    replace_layers(loaded, quantizing.quantize(linear_layers(loaded), formats.get("q4_0", block=32)))
+    packed_checkpoint.save(loaded, tmp_path / "packed", AutoTokenizer.from_pretrained(BUNDLED))
     again = packed_checkpoint.load(tmp_path / "packed", CPU, torch.float32).model
-    assert torch.equal(logits(again), logits(found))
+    assert torch.equal(logits(again), logits(loaded))
 
 
 def test_tensors_bit_for_bit(llama, tmp_path):
     path = write(tmp_path / "model.gguf", llama, {"down_proj.weight": "BF16", "up_proj.weight": "Q4_1", "": "Q8_0"})
     reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    found = dict(tensors(path))
-    assert found.keys() == reader.keys()
-    for name, tensor in found.items():
+    read = dict(tensors(path))
+    assert read.keys() == reader.keys()
+    for name, tensor in read.items():
         expected = torch.from_numpy(gguf.quants.dequantize(reader[name].data, reader[name].tensor_type).copy())
         values = tensor.float() if torch.is_tensor(tensor) else tensor.dequantize()
         assert torch.equal(values, expected.view(values.shape)), name
-    assert found[UP].format == "q4_1" and found["blk.0.ffn_down.weight"].dtype == torch.bfloat16
+    assert read[UP].format == "q4_1" and read["blk.0.ffn_down.weight"].dtype == torch.bfloat16
     w = llama.get_submodule("model.layers.0.mlp.up_proj").weight
     ours = formats.get("q4_1", block=32).quantize(w)
-    assert all(map(torch.equal, found[UP].stored, ours.stored))
+    assert all(map(torch.equal, read[UP].stored, ours.stored))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def cut(size: int):
     return spoil
 
 
-def told(**change):
+def metadata(**change):
     def spoil(path: Path, llama: PreTrainedModel) -> None:
         write(path, llama, {"": "Q4_0"}, more=lambda w: [w.add_string(key, value) for key, value in change.items()])
 
@@ -267,7 +267,7 @@ BAD = {
         "blk.0.what.weight", np.ones(4, np.float32))), r"blk.0.what.weight has no place in a LlamaForCausalLM"),
     "a missing matrix": (without("model.layers.0.mlp.up_proj.weight"), r"up_proj.weight is missing"),
     "a missing norm": (without("model.norm.weight"), r"model.norm.weight is missing"),
-    "scaled positions": (told(**{"llama.rope.scaling.type": "yarn"}), r"rope.scaling.type: 'yarn' is not supported"),
+    "scaled positions": (metadata(**{"llama.rope.scaling.type": "yarn"}), r"rope.scaling.type: 'yarn' is not supported"),
     "another shape": (wider, r"\[128, 64\]; accepted: \[96, 64\]"),
     "another architecture": (lambda path, _: write(path, random(transformers.Starcoder2Config), {"": "Q4_0"}),
                              r"general.architecture: 'starcoder2' is not supported; accepted: llama, qwen2, qwen3"),
