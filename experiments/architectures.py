@@ -38,9 +38,9 @@ from qbench.checkpoint.location import BUNDLED
 from qbench.errors import InputError
 from qbench.measure import quality
 from qbench.model import selection
+from qbench.model.unquantized import describe_unquantized
 from qbench.report.table import Table
 from qbench.runs import isolated
-from qbench.system.messages import left_in_words
 
 OUT = Path(__file__).parents[1] / "reports" / "architectures"
 JSON = "architectures.json"
@@ -189,7 +189,7 @@ def _run(row: Row, folder: Path, scratch: Path) -> None:
     bits, rates = metrics["bits"], metrics["throughput"]
     row.share = bits["quantized_parameters"] / bits["eligible_parameters"]
     if bits["left"]:
-        row.add("told", left_in_words(bits["left"], row.share))
+        row.add("told", describe_unquantized(bits["left"], row.share))
     if spared := metrics["tune"]["left"]:
         row.add("told", f"No adapter on {_first(spared)}.")
     if untimed := rates.get("untimed"):

@@ -30,7 +30,7 @@ from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 from qbench.results.provenance import environment
 from qbench.settings import SCHEDULES, TuneSettings
-from qbench.system.extras import install
+from qbench.system.extras import install_command
 from qbench.training import adapters, optim
 from qbench.training.loop import train
 
@@ -56,7 +56,7 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
     without the process's memory before the model. Raises InputError if bitsandbytes is missing.
     """
     if not find_spec("bitsandbytes"):
-        raise InputError(f"step: bitsandbytes is not installed; {install('bnb')} brings it")
+        raise InputError(f"step: bitsandbytes is not installed; {install_command('bnb')} brings it")
     shape, tokens = shape or SHAPES[device.type], BATCH * WINDOW[device.type]
     sides: dict[str, dict[str, Any]] = {side: {"loss": [], "seconds": []} for side in BUILD}
     with ExitStack() as stack:

@@ -213,12 +213,12 @@ def write_config_and_index(folder: Path, config: dict, recipe: Recipe, contents:
         (CONFIG, config | {KEY: recipe.to_json()}),
         (safetensors_io.INDEX, safetensors_io.make_index(contents)),
     ):
-        with files.replaced(folder / name) as file:
+        with files.atomic_write(folder / name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _write_card(folder: Path, recipe: Recipe) -> None:
-    with files.replaced(folder / CARD) as file:
+    with files.atomic_write(folder / CARD) as file:
         file.write(recipe.model_card().encode())
 
 

@@ -198,7 +198,7 @@ def write(file: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str,
         header[tensor] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % _ALIGNMENT)
-    with files.replaced(file) as stream:
+    with files.atomic_write(file) as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
         data_start = stream.tell()
         for tensor, values in tensors:

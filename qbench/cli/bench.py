@@ -18,7 +18,7 @@ from qbench.errors import InputError
 from qbench.ops import choices
 from qbench.results.json_files import write_json
 from qbench.system import messages
-from qbench.system.extras import install
+from qbench.system.extras import install_command
 
 from .arguments import parse
 
@@ -51,7 +51,7 @@ def run_products(arguments: Namespace) -> None:
 
 def run_step(arguments: Namespace) -> None:
     """time a QLoRA training step, and one of PEFT with bitsandbytes"""
-    _require("bitsandbytes", install("bnb"))
+    _require("bitsandbytes", install_command("bnb"))
     device = _device(arguments.device)
     with _progress(2 * (arguments.steps + 1)) as advance:
         result = step.measure(device, arguments.steps, advance)
@@ -125,7 +125,7 @@ BENCHMARKS = {"products": run_products, "step": run_step, "tune": run_tune, "com
 
 def main() -> int:
     """Run the benchmark that the command line names. 0: done; 2: bad input; 130: interrupted."""
-    messages.printable()
+    messages.replace_unencodable()
     try:
         arguments = parse("qbench.cli.bench", sys.argv[1:])
         BENCHMARKS[arguments.benchmark](arguments)

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from qbench.system.extras import install
+from qbench.system.extras import install_command
 
 from .commands import GROUP, Command
 
@@ -50,7 +50,7 @@ def describe_error(error: Exception) -> str:
 
             return unknown(name)
         extra = LAUNCHERS.get(name) if group == "hydra/launcher" else None
-        brings = f"; {install(extra)} brings it" if extra else ""
+        brings = f"; {install_command(extra)} brings it" if extra else ""
         return f"{group}: {name!r} is unknown; accepted: {', '.join(error.options)}{brings}"
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith("full_key"))

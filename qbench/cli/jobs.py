@@ -93,7 +93,7 @@ def job(config: DictConfig) -> Outcome:
     folder = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     try:
-        with messages.aside(folder):
+        with messages.redirect(folder):
             outcome = _Attempt(resolve(config), folder, sweep).outcome()
     finally:
         if not sweep:
@@ -105,7 +105,7 @@ def job(config: DictConfig) -> Outcome:
 
 def _discard(folder: Path) -> None:
     """Leave nothing of a single run that never began."""
-    store.discard(folder)
+    store.remove_unbegun(folder)
     if folder.parent == RUNS.absolute():
         with suppress(OSError):  # it holds other runs, or has gone
             RUNS.rmdir()
@@ -115,7 +115,7 @@ class _Attempt:
     """One attempt at a run of a resolved configuration. sweep: the folder of the sweep that it is of, or None."""
 
     def __init__(self, config: dict, folder: Path, sweep: Path | None):
-        self.config, self.folder, self.sweep, self.started = config, folder, sweep, store.now()
+        self.config, self.folder, self.sweep, self.started = config, folder, sweep, store.timestamp()
         self._why = mmap.mmap(-1, mmap.PAGESIZE)  # memory that a forked child shares
 
     def outcome(self) -> Outcome:
@@ -149,7 +149,7 @@ class _Attempt:
             gc.unfreeze()
         if code < 0:
             return self._ended(_by_signal(-code))
-        if code == 0 and self.sweep and (result := store.since(self.folder, self.started)):
+        if code == 0 and self.sweep and (result := store.read_started_since(self.folder, self.started)):
             with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
                 loading.keep_in_memory(**result["config"]["model"])
         return code
@@ -182,39 +182,42 @@ class _Attempt:
         """What the configuration asks for. Raises InputError and Busy."""
         from qbench.runs import trackers
 
-        with files.locked(self.folder), store.kept(self.folder, store.blank(self.config), row=bool(self.sweep)):
+        with (
+            files.locked(self.folder),
+            store.record_failure(self.folder, store.new_result(self.config), in_sweep=bool(self.sweep)),
+        ):
             keys.RUN["timeout"].check("timeout", self.config["timeout"])
             return settings_of(self.config), trackers.checked(self.config["track"])
 
     def _ended(self, error: BaseException) -> int:
         """Record what ended the process of a run, unless that had recorded its end itself. Returns the exit code."""
-        result = store.since(self.folder, self.started)
+        result = store.read_started_since(self.folder, self.started)
         if result and result["status"] == "done":
             return 0
         if not self._recorded():
             with (
                 suppress(type(error), Busy, OSError),
                 files.locked(self.folder),
-                store.kept(self.folder, result or store.blank(self.config)),
+                store.record_failure(self.folder, result or store.new_result(self.config)),
             ):
                 raise error
         return self._failed(error)
 
     def _recorded(self) -> bool:
         """Whether result.json tells what went wrong in this attempt. A full disk, or a finished result, may prevent it."""
-        result = store.since(self.folder, self.started)
+        result = store.read_started_since(self.folder, self.started)
         return bool(result and result["error"])
 
     def _failed(self, error: BaseException) -> int:
         """Tell a person what went wrong, and `outcome`. Returns the exit code."""
         told = isinstance(error, InputError | Busy)
         line = str(error) if told else f"{type(error).__name__}: {error}"
-        stays = "; the result that had finished there stays" if store.done(self.folder) else ""
+        stays = "; the result that had finished there stays" if store.read_finished(self.folder) else ""
         self._tell("running elsewhere" if isinstance(error, Busy) else line + stays)
         if not told and self._recorded():
             line += f" (traceback in {self._file})"
         elif not isinstance(error, InputError | Busy | OSError | RunTimeout):
-            line += f"\n{store.error(error)['traceback'].rstrip()}"
+            line += f"\n{store.describe_error(error)['traceback'].rstrip()}"
         stderr.print(f"qbench: {line}")
         return 2 if isinstance(error, InputError) else 1
 

@@ -44,7 +44,7 @@ def run_command(module: str) -> int:
     from qbench.system import messages
     from qbench.system.interrupts import interruptible
 
-    messages.printable()
+    messages.replace_unencodable()
     try:
         with interruptible():
             from . import arguments

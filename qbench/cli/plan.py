@@ -32,7 +32,7 @@ def main() -> int:
 
     0: the step fits, or no gpu is given; 1: it does not fit; 2: bad input; 130: interrupted.
     """
-    messages.printable()
+    messages.replace_unencodable()
     # PEFT would import it, which takes 3 s; the stub does not know that None bars an import
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     codes: list[int] = []

@@ -20,7 +20,7 @@ AGAIN = "what is done is kept; the same command goes on from there"
 
 def main() -> int:
     """Do what the command line says. 0: done; 1: failed; 2: bad input; 130: interrupted."""
-    messages.printable()
+    messages.replace_unencodable()
     codes: list[int] = []
 
     def job(config: "DictConfig") -> None:

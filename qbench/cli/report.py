@@ -14,7 +14,7 @@ from qbench.errors import InputError
 from qbench.report.comparison import findings, main_table, page
 from qbench.report.wording import count, escape_markdown
 from qbench.system import messages
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 from .arguments import parse
 from .console import stderr
@@ -25,7 +25,7 @@ MOST_SKIPPED = 20  #: messages about skipped files
 
 def main() -> int:
     """Returns 0 if the report was written, 1 if it could not be, 2 if there is nothing to report."""
-    messages.printable()
+    messages.replace_unencodable()
     try:
         arguments = parse("qbench.cli.report", sys.argv[1:])
         with stderr.status("reading results"):
@@ -39,7 +39,7 @@ def main() -> int:
     if len(reasons) > MOST_SKIPPED:
         stderr.print(f"qbench: skipped {len(reasons) - MOST_SKIPPED} more")
     if not collection.settings:
-        stderr.print(f"qbench: no finished run under {visible(', '.join(map(str, arguments.paths)))}")
+        stderr.print(f"qbench: no finished run under {sanitize(', '.join(map(str, arguments.paths)))}")
         return 2
     first = arguments.paths[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report"
@@ -47,7 +47,7 @@ def main() -> int:
         with stderr.status("drawing the report"):
             written = page.write(collection, out)
     except OSError as error:
-        stderr.print(f"qbench: {visible(str(out))} cannot be written: {error.strerror or error}")
+        stderr.print(f"qbench: {sanitize(str(out))} cannot be written: {error.strerror or error}")
         return 1
     with suppress(BrokenPipeError):  # the reader of a pipe, such as `head`, may stop early
         print_report(collection)
@@ -55,7 +55,7 @@ def main() -> int:
     if collection.unfinished:
         stderr.print(f"qbench: {count(len(collection.unfinished), 'run')} not finished; the page says why")
     stderr.print(
-        f"\nThe page is {visible(os.path.relpath(written))}. Beside it are report.md, results.parquet and results.csv."
+        f"\nThe page is {sanitize(os.path.relpath(written))}. Beside it are report.md, results.parquet and results.csv."
     )
     return 0
 

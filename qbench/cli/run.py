@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
-    messages.printable()
+    messages.replace_unencodable()
     modules: dict[str, Any] = sys.modules
     modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
@@ -47,7 +47,7 @@ def main() -> int:
 
         sweep = sweep_folder(sys.argv[1:])
         told = [f"hydra.sweep.dir={overrides.quoted(str(sweep))}"] if sweep else []
-        with messages.aside():
+        with messages.redirect():
             if code := command_line.start(commands.RUN, load, told):
                 return code
         if sweep and outcomes:
@@ -61,7 +61,7 @@ def main() -> int:
         return 130
     finally:
         if sweep:
-            files.discard(sweep, {"multirun.yaml"})
+            files.remove_unused(sweep, {"multirun.yaml"})
 
 
 def sweep_folder(arguments: list[str]) -> Path | None:

@@ -21,7 +21,7 @@ from qbench.errors import InputError
 from qbench.report import wording
 from qbench.results import archive, dataframe, store
 from qbench.system import files, messages
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 from .arguments import parse
 from .console import stderr
@@ -54,25 +54,25 @@ class Left:
         if self.result is None:
             return "no result"
         error = self.result["error"] or {"type": "unfinished"}
-        return self.result["status"] if self.result["status"] == "done" else visible(error["type"], 30)
+        return self.result["status"] if self.result["status"] == "done" else sanitize(error["type"], 30)
 
     def cells(self) -> list[str]:
         """As a line of the list has them."""
         began, what, perplexity = "", "", ""
         if self.result:
-            began = visible(self.result["run"]["started"][:16]).replace("T", " ")
+            began = sanitize(self.result["run"]["started"][:16]).replace("T", " ")
             with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
                 what = wording.recipe_name(self.result["config"])
             scores = self.result["metrics"].get("quality", {})
             perplexity = next(
                 (wording.format_number(scores[s]["perplexity"], ".2f") for s in wording.STAGES[::-1] if s in scores), ""
             )
-        return [visible(str(self.folder)), began, what, self.status, perplexity, decimal(self.size)]
+        return [sanitize(str(self.folder)), began, what, self.status, perplexity, decimal(self.size)]
 
 
 def main() -> int:
     """0: done; 2: a path is no folder; 130: interrupted."""
-    messages.printable()
+    messages.replace_unencodable()
     try:
         arguments = parse("qbench.cli.runs", sys.argv[1:])
     except InputError as error:
@@ -84,7 +84,7 @@ def main() -> int:
         return 0
     for path in paths:
         if not path.is_dir():
-            stderr.print(f"qbench: {visible(str(path))} is no folder; accepted: folders of runs or sweeps")
+            stderr.print(f"qbench: {sanitize(str(path))} is no folder; accepted: folders of runs or sweeps")
             return 2
     if arguments.archive:
         return max(map(archived, paths))
@@ -103,12 +103,12 @@ def main() -> int:
 def archived(path: Path) -> int:
     """Copy all results below a path into its archive, and say so. Returns 0, or 1 where that cannot be done."""
     try:
-        count = archive.write(path, [file for file in dataframe.find(path) if not archive.is_archive(file)])
+        count = archive.write(path, [file for file in dataframe.find_results(path) if not archive.is_archive(file)])
     except (InputError, OSError) as error:
         stderr.print(f"qbench: nothing was archived: {error}")
         return 1
     file = path / archive.FILE
-    print(f"{visible(str(file))} has {wording.count(count, 'result')} in {decimal(file.stat().st_size)}")
+    print(f"{sanitize(str(file))} has {wording.count(count, 'result')} in {decimal(file.stat().st_size)}")
     print("remove the folders of these runs, or a report counts each run twice")
     return 0
 
@@ -129,7 +129,7 @@ def read(folder: Path) -> Left:
     except (OSError, InputError):
         result = None
     size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
-    return Left(folder, result, files.busy(folder), _finished(folder), size)
+    return Left(folder, result, files.is_locked(folder), _finished(folder), size)
 
 
 def _finished(folder: Path) -> bool:
@@ -161,10 +161,10 @@ def clean(left: list[Left], paths: Iterable[Path], sure: bool) -> None:
         return
     for run in left:
         if why := _remove(run.folder):
-            stderr.print(f"qbench: {visible(str(run.folder))} stays: {why}")
+            stderr.print(f"qbench: {sanitize(str(run.folder))} stays: {why}")
     for parent in {run.folder.parent for run in left}:
         if parent not in paths:
-            files.discard(parent, {"multirun.yaml"})
+            files.remove_unused(parent, {"multirun.yaml"})
 
 
 def _confirmed(question: str) -> bool:
@@ -179,7 +179,7 @@ def _remove(folder: Path) -> str | None:
     """Remove the folder of a run; where it stays, why."""
     foreign = sorted(file.name for file in folder.iterdir() if not OURS.fullmatch(file.name))
     if foreign:
-        return f"no run has left {visible(foreign[0])}"
+        return f"no run has left {sanitize(foreign[0])}"
     try:
         with files.locked(folder):
             if _finished(folder):
@@ -188,5 +188,5 @@ def _remove(folder: Path) -> str | None:
     except files.Busy:
         return "a run is in progress there"
     except OSError as error:
-        return visible(str(error))
+        return sanitize(str(error))
     return None

@@ -60,10 +60,10 @@ class TaskScores:
     def save(self, folder: Path, stage: str) -> None:
         """Write `stage`.json and the samples of each task, serialized as by lm-eval. Raises OSError."""
         folder.mkdir(exist_ok=True)
-        with files.replaced(folder / f"{stage}.json") as file:
+        with files.atomic_write(folder / f"{stage}.json") as file:
             file.write(_to_json(self.results, indent=2).encode())
         for task, rows in self.samples.items():
-            with files.replaced(_samples_file(folder, stage, task)) as file:
+            with files.atomic_write(_samples_file(folder, stage, task)) as file:
                 file.writelines(f"{_to_json(row)}\n".encode() for row in rows)
 
     @classmethod

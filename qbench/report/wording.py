@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 SIGNIFICANT = 0.05  #: p values below it are called distinguishable
 MAX_NAMES = 6  #: names in a list before it is cut
@@ -57,7 +57,7 @@ def relative_change(delta: float) -> float:
 
 def shorten(name: str) -> str:
     """A name that others chose, printable and cut to what fits in a table or a figure."""
-    return visible(name, 60)
+    return sanitize(name, 60)
 
 
 def recipe_name(config: dict) -> str:

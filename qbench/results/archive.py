@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from qbench.errors import InputError
 from qbench.system import files
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 from . import json_files, store
 
@@ -33,7 +33,7 @@ def write(folder: Path, results: Iterable[Path]) -> int:
     """
     new = {file.relative_to(folder).as_posix(): file for file in results}
     names = set(new)
-    with files.replaced(folder / FILE) as partial, lzma.open(partial, "wb") as out:
+    with files.atomic_write(folder / FILE) as partial, lzma.open(partial, "wb") as out:
         if (folder / FILE).exists():
             for path, result in read(folder / FILE):
                 if isinstance(result, InputError):
@@ -51,7 +51,7 @@ def _line(name: str, result: dict) -> bytes:
     try:
         return json.dumps({"path": name, "result": result}, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     except ValueError:  # JSON has 1e999 for a number that Python reads as infinite
-        raise InputError(f"{visible(name)} has a number that is not finite; null is accepted") from None
+        raise InputError(f"{sanitize(name)} has a number that is not finite; null is accepted") from None
 
 
 def read(file: Path) -> Iterator[tuple[Path, dict | InputError]]:
@@ -65,7 +65,7 @@ def read(file: Path) -> Iterator[tuple[Path, dict | InputError]]:
         try:
             name, result = _parsed(line, str(place))
             if name in seen:
-                raise InputError(f"{visible(str(place))} has the path of an earlier line: {visible(name, 100)}")
+                raise InputError(f"{sanitize(str(place))} has the path of an earlier line: {sanitize(name, 100)}")
         except InputError as error:
             yield place, error
         else:
@@ -77,17 +77,17 @@ def _parsed(line: bytes, place: str) -> tuple[str, dict]:
     """The path and the result in a line. place: names the line in messages. Raises InputError."""
     entry = json_files.parse_json(line, place, **store.NUMBERS)
     if not isinstance(entry, dict) or entry.keys() != {"path", "result"} or not isinstance(entry["path"], str):
-        raise InputError(f'{visible(place)} is not {{"path": "RUN/result.json", "result": {{...}}}}')
+        raise InputError(f'{sanitize(place)} is not {{"path": "RUN/result.json", "result": {{...}}}}')
     name = PurePosixPath(entry["path"])
     if not name.name or ".." in name.parts or not Path("a", name).is_relative_to("a"):
-        raise InputError(f"{visible(place)} has the path {visible(entry['path'], 100)}; RUN/result.json is accepted")
-    return str(name), store.checked(entry["result"], place)
+        raise InputError(f"{sanitize(place)} has the path {sanitize(entry['path'], 100)}; RUN/result.json is accepted")
+    return str(name), store.check_result(entry["result"], place)
 
 
 def _lines(file: Path) -> Iterator[bytes]:
     """The lines of a file, decompressed a piece at a time and within limits. Raises OSError and InputError."""
     json_files.check_regular(file)
-    shown = visible(str(file))
+    shown = sanitize(str(file))
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MEMORY)
     rest, size, count = b"", 0, 0
     with file.open("rb") as compressed:
@@ -98,7 +98,7 @@ def _lines(file: Path) -> Iterator[bytes]:
             try:
                 piece = unpacker.decompress(data, PIECE)
             except lzma.LZMAError as error:
-                raise InputError(f"{shown} is damaged after line {count}: {visible(str(error), 200)}") from error
+                raise InputError(f"{shown} is damaged after line {count}: {sanitize(str(error), 200)}") from error
             size += len(piece)
             *whole, rest = (rest + piece).split(b"\n") if b"\n" in piece else (rest + piece,)
             count += len(whole)

@@ -1,4 +1,4 @@
-"""What a result depends on: the id of a run, the digests of code, and the machine and versions it ran with."""
+"""What a result depends on: the id of a run, the digests of its code, and the machine and versions that it ran on."""
 
 import hashlib
 import json
@@ -26,22 +26,24 @@ _ROOT = Path(__file__).parents[2]
 
 
 def run_id(config: dict, **digests: str | list[str | None] | None) -> str:
-    """The hash of all that decides a result: configuration, code, and the digests of weights, text and formats."""
+    """The hash of everything that determines a result: configuration, code, and digests of weights, text and formats."""
     decisive = json.dumps([config, code_digest(), digests], sort_keys=True)
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
 
 @lru_cache
 def code_digest() -> str:
-    """SHA-256 over the Python files of `qbench` and `formats` that have a part in the numbers of a run."""
-    aside = {"report", "bench", "plan", "testing"}
-    found = [file for package in ("formats", "qbench") for file in (_ROOT / package).rglob("*.py")]
-    return _digest(_ROOT, (file for file in found if not aside & set(file.relative_to(_ROOT).parts)))
+    """SHA-256 over the Python files of `qbench` and `formats` that affect the numbers of a run."""
+    excluded = {"report", "bench", "plan", "testing"}
+    sources = [file for package in ("formats", "qbench") for file in (_ROOT / package).rglob("*.py")]
+    return _digest(_ROOT, (file for file in sources if not excluded & set(file.relative_to(_ROOT).parts)))
 
 
 def format_digest(fmt: Format) -> str | None:
-    """SHA-256 over the Python files of the module or the package that a format comes from; None for one of `formats`,
-    which `code_digest` has, and of a notebook, which has no file."""
+    """SHA-256 over the Python files of the module or package that a format comes from.
+
+    None for a format of `formats`, which `code_digest` covers, and for one from a notebook, which has no file.
+    """
     top = sys.modules.get(type(fmt).__module__.partition(".")[0])
     file: Any = getattr(top, "__file__", None)
     roots = [Path(folder) for folder in getattr(top, "__path__", [])]
@@ -52,15 +54,16 @@ def format_digest(fmt: Format) -> str | None:
     return "".join(_digest(root, root.rglob("*.py")) for root in roots)
 
 
-def _digest(root: Path, found: Iterable[Path]) -> str:
+def _digest(root: Path, sources: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files below `root`."""
     total = hashlib.sha256()
-    for file in sorted(found):
+    for file in sorted(sources):
         total.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return total.hexdigest()
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, commit, device, CPU flags and threads: what a number needs beside it."""
+    """The value of `environment` in result.json: versions, commit, device, CPU flags and threads."""
     cuda = device.type == "cuda"
     return {
         "versions": {
@@ -85,12 +88,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, with a plus if files differ from it; None outside a checkout."""
+    """The commit of this checkout, with a plus if files differ from it; None outside a checkout."""
     if not (_ROOT / ".git").exists():
         return None
-    # GIT_DIR and others, as a hook of git's has them, would name another repository
+    # inside a git hook, GIT_DIR and others name another repository
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"  # a run that is killed leaves none in the repository
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # a run that is killed must not leave a lock in the repository
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(_ROOT), *arguments]

@@ -1,4 +1,4 @@
-"""What a result.json must be, as result.schema.json says it: the types of docs/result.md, in JSON Schema.
+"""Check a result against result.schema.json, which states the types of docs/result.md in JSON Schema.
 
 A key that the schema does not name may hold anything.
 """
@@ -10,44 +10,46 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 FILE = Path(__file__).with_name("result.schema.json")
-DEEPEST = 40  #: objects and lists within each other; a result has nine, and Python's own recursion ends at a thousand
+DEEPEST = 40  #: levels of objects and lists. A result has nine; Python's recursion ends at a thousand
 
 
-def problem(result: Any) -> str | None:
-    """Why something is no result, in words that name the key; None if it is one."""
-    return f"it is nested more than {DEEPEST} deep" if _deeper(result, DEEPEST) else _refused(result, "result")
+def why_invalid(result: Any) -> str | None:
+    """Says why `result` is not a valid result, naming the key; None if it is valid."""
+    return (
+        f"it is nested more than {DEEPEST} deep" if _is_deeper(result, DEEPEST) else _first_violation(result, "result")
+    )
 
 
-def lacking(result: dict) -> str | None:
-    """What a result lacks to be shown and compared, in words that name the key; None if it has all. The lists in its
-    metrics may be arrays."""
-    return _refused(result, "comparable")
+def why_incomparable(result: dict) -> str | None:
+    """Says which key a result lacks to be shown and compared; None if it has all. Lists in its metrics may be arrays."""
+    return _first_violation(result, "comparable")
 
 
-def _refused(result: Any, what: str) -> str | None:
-    from fastjsonschema import JsonSchemaValueException  # not above: who reads no results does without
+def _first_violation(result: Any, definition: str) -> str | None:
+    from fastjsonschema import JsonSchemaValueException  # imported late, because most commands read no results
 
     try:
-        _checks(what)(result)
+        _compiled(definition)(result)
     except JsonSchemaValueException as error:
-        return visible(re.sub(r"^data(\.| )", lambda of: "" if of[1] == "." else "it ", error.message), 300)
+        return sanitize(re.sub(r"^data(\.| )", lambda match: "" if match[1] == "." else "it ", error.message), 300)
     return None
 
 
 @lru_cache
-def _checks(what: str) -> Callable[[Any], Any]:
+def _compiled(definition: str) -> Callable[[Any], Any]:
     import fastjsonschema
 
     whole = json.loads(FILE.read_text("utf-8"))
-    part = whole if what == "result" else {**whole["definitions"][what], "definitions": whole["definitions"]}
+    definitions = whole["definitions"]
+    part = whole if definition == "result" else {**definitions[definition], "definitions": definitions}
     return fastjsonschema.compile(part)
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def _is_deeper(value: Any, levels: int) -> bool:
     if not isinstance(value, dict | list):
         return False
     items = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper(item, levels - 1) for item in items if isinstance(item, dict | list))
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items if isinstance(item, dict | list))

@@ -1,4 +1,4 @@
-"""The result file: one JSON a run, written atomically; everything else is derived from it."""
+"""result.json, one file per run: create, write and read it, and record in it how a run failed."""
 
 import re
 import traceback
@@ -12,7 +12,7 @@ import torch
 
 from qbench.errors import InputError
 from qbench.system import files, messages
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 from . import schema
 from .json_files import read_json, write_json
@@ -21,123 +21,120 @@ SCHEMA = 1
 FILE = "result.json"
 
 
-def blank(config: dict) -> dict:
-    """A result before anything has been measured."""
+def new_result(config: dict) -> dict:
+    """Returns a result before anything has been measured. Its status is "failed" until the run sets another."""
     return {
         "schema": SCHEMA,
         "status": "failed",
         "error": None,
-        "run": {"id": None, "started": now(), "seconds": {}},
+        "run": {"id": None, "started": timestamp(), "seconds": {}},
         "config": config,
         "environment": None,
         "metrics": {},
     }
 
 
-@contextmanager
-def kept(folder: Path, result: dict, row: bool = True) -> Iterator[None]:
-    """Whatever is raised inside is told by result.json, and raised again.
-
-    What had finished in the folder stays until one that has measured something takes its place. Without `row`, neither is
-    told what is refused or interrupted before that: no run has begun. Where result.json cannot be written, what was raised
-    inside is raised all the same.
-    """
-    try:
-        yield
-    except BaseException as exception:
-        result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
-        result["error"] = error(exception)
-        unbegun = not row and isinstance(exception, InputError | KeyboardInterrupt)
-        if measured(result) or not (unbegun or done(folder)):
-            with suppress(OSError):
-                write(folder, result)
-        raise
+def timestamp() -> str:
+    """The time now, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def measured(result: dict) -> bool:
-    """Whether a result holds what its run measured itself, not only the baseline of another."""
-    reused = result["run"].get("baseline", {}).get("reused")
-    return bool(set(result["metrics"].get("quality", ())) - ({"baseline"} if reused else set()))
+def write(folder: Path, result: dict) -> Path:
+    """Write a result to `folder`/result.json. A finished result of another run there is kept as result-ID.json."""
+    before = read_finished(folder)
+    if before and before["run"]["id"] != result["run"]["id"]:
+        name = re.sub(r"\W", "", str(before["run"]["id"]))
+        with files.atomic_write(folder / f"result-{name}.json") as file:
+            file.write((folder / FILE).read_bytes())
+    return write_json(folder / FILE, result)
 
 
-def done(folder: Path) -> dict | None:
-    """The finished result in a folder, of whatever run."""
+def read(path: Path | str) -> dict:
+    """Read the result at a path: a result.json, or the folder that holds it. Raises InputError if it is invalid."""
+    path = Path(path)
+    return read_file(path / FILE if path.is_dir() else path)
+
+
+def read_file(file: Path) -> dict:
+    """Read a result.json. Raises InputError if it is invalid, and OSError."""
+    return check_result(read_json(file, **NUMBERS), str(file))
+
+
+def check_result(result: Any, place: str) -> dict:
+    """Returns `result` if it follows the schema, or raises InputError. place: where it was read, for the message."""
+    number = result.get("schema", SCHEMA) if isinstance(result, dict) else SCHEMA
+    if number != SCHEMA:
+        raise InputError(f"{sanitize(place)} has schema {sanitize(repr(number), 40)}; {SCHEMA} is accepted")
+    if problem := schema.why_invalid(result):
+        raise InputError(f"{sanitize(place)} is not a result of qbench's: {problem}")
+    return result
+
+
+def _parse_integer(text: str) -> int:
+    if abs(number := int(text)) >= 1 << 63:
+        raise ValueError("an integer of more than 64 bits")
+    return number
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+#: how the numbers of a result are parsed: arguments of `json.loads`
+NUMBERS: dict[str, Any] = {"parse_int": _parse_integer, "parse_constant": _refuse_constant}
+
+
+def read_finished(folder: Path, run_id: str | None = None) -> dict | None:
+    """Returns the finished result in a folder, or None. run_id: accept only the result of this run."""
     with suppress(OSError, InputError):
         result = read(folder)
-        return result if result["status"] == "done" else None
+        return result if result["status"] == "done" and run_id in (None, result["run"]["id"]) else None
     return None
 
 
-def finished(folder: Path, run_id: str) -> dict | None:
-    """The result in a folder, if it is that of the run and done."""
-    result = done(folder)
-    return result if result and result["run"]["id"] == run_id else None
-
-
-def since(folder: Path, started: str) -> dict | None:
-    """The result in a folder, finished or not, of a run that began at a time or after."""
+def read_started_since(folder: Path, started: str) -> dict | None:
+    """Returns the result in a folder, finished or not, if its run started at the time `started` or later."""
     with suppress(OSError, InputError):
         result = read(folder)
         return result if result["run"]["started"] >= started else None
     return None
 
 
-def write(folder: Path, result: dict) -> Path:
-    """Write a result to `folder`/result.json. What another run had finished there is kept beside, as result-ID.json."""
-    before = done(folder)
-    if before and before["run"]["id"] != result["run"]["id"]:
-        name = re.sub(r"\W", "", str(before["run"]["id"]))
-        with files.replaced(folder / f"result-{name}.json") as file:
-            file.write((folder / FILE).read_bytes())
-    return write_json(folder / FILE, result)
+@contextmanager
+def record_failure(folder: Path, result: dict, in_sweep: bool = True) -> Iterator[None]:
+    """Record an exception of the block in result.json, and raise it again.
+
+    A finished result in the folder is overwritten only if the new run has measured something. Outside a sweep, an
+    InputError or an interrupt before that is not recorded. If result.json cannot be written, the exception of the block is
+    raised all the same.
+    """
+    try:
+        yield
+    except BaseException as exception:
+        result["status"] = "oom" if isinstance(exception, torch.OutOfMemoryError | MemoryError) else "failed"
+        result["error"] = describe_error(exception)
+        refused = not in_sweep and isinstance(exception, InputError | KeyboardInterrupt)
+        if has_measurements(result) or not (refused or read_finished(folder)):
+            with suppress(OSError):
+                write(folder, result)
+        raise
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder in which no run began, and what Hydra and libraries left in it."""
-    files.discard(folder, {".hydra", messages.FILE})
-
-
-def read(path: Path | str) -> dict:
-    """The result at a path: a result.json, or the folder that holds it. Raises InputError if it is no whole result."""
-    path = Path(path)
-    return read_file(path / FILE if path.is_dir() else path)
-
-
-def read_file(file: Path) -> dict:
-    return checked(read_json(file, **NUMBERS), str(file))
-
-
-def checked(result: Any, place: str) -> dict:
-    """A result that holds to the schema. place: names it in messages. Raises InputError."""
-    number = result.get("schema", SCHEMA) if isinstance(result, dict) else SCHEMA
-    if number != SCHEMA:
-        raise InputError(f"{visible(place)} has schema {visible(repr(number), 40)}; {SCHEMA} is accepted")
-    if found := schema.problem(result):
-        raise InputError(f"{visible(place)} is not a result of qbench's: {found}")
-    return result
-
-
-def _integer(text: str) -> int:
-    if abs(number := int(text)) >= 1 << 63:
-        raise ValueError("an integer of more than 64 bits")
-    return number
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
-#: how the numbers of a result are parsed: arguments of `json.loads`
-NUMBERS: dict[str, Any] = {"parse_int": _integer, "parse_constant": _no_number}
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def error(exception: BaseException) -> dict:
+def describe_error(exception: BaseException) -> dict:
+    """The value of `error` in result.json."""
     return {
         "type": type(exception).__name__,
         "message": str(exception),
         "traceback": "".join(traceback.format_exception(exception)),
     }
+
+
+def has_measurements(result: dict) -> bool:
+    """Whether the run has measured something itself; a baseline that another run measured does not count."""
+    reused = result["run"].get("baseline", {}).get("reused")
+    return bool(set(result["metrics"].get("quality", ())) - ({"baseline"} if reused else set()))
+
+
+def remove_unbegun(folder: Path) -> None:
+    """Remove the folder of a run that did not begin: it holds only what Hydra and libraries wrote."""
+    files.remove_unused(folder, {".hydra", messages.FILE})

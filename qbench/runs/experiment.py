@@ -26,15 +26,15 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
     measured until then. A finished result in the folder is kept until the new run has measured something. Outside a sweep,
     a run that is refused or interrupted before that leaves nothing behind.
     """
-    result, in_sweep = store.blank(settings.plain()), baselines is not None
+    result, in_sweep = store.new_result(settings.plain()), baselines is not None
     is_new = not (in_sweep or folder.exists())
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with messages.aside(folder), files.locked(folder), store.kept(folder, result, in_sweep):
-            files.clear_partial(folder)
+        with messages.redirect(folder), files.locked(folder), store.record_failure(folder, result, in_sweep):
+            files.remove_partial(folder)
             context = RunContext.start(settings, folder, result)
             opened = inputs.open_inputs(context)
-            if finished := store.finished(folder, result["run"]["id"]):
+            if finished := store.read_finished(folder, result["run"]["id"]):
                 return finished
             with open_trackers(trackers, folder, result["config"]) as tracks:
                 _carry_out(context, opened, baselines, tracks)
@@ -42,7 +42,7 @@ def run(settings: Settings, folder: Path, baselines: Path | None = None, tracker
             store.write(folder, result)
     except BaseException:
         if is_new:
-            store.discard(folder)
+            store.remove_unbegun(folder)
         raise
     return result
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from qbench import keys
 from qbench.errors import InputError
-from qbench.system.extras import install
+from qbench.system.extras import install_command
 
 NAMES = keys.TRACKERS
 PROJECT = "qbench"
@@ -27,7 +27,7 @@ def checked(names: object) -> tuple[str, ...]:
     checked_names = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
     for name in checked_names:
         if find_spec(name) is None:
-            raise InputError(f"track: {name} is not installed; {install(name)} brings it")
+            raise InputError(f"track: {name} is not installed; {install_command(name)} brings it")
     return checked_names
 
 

@@ -1,17 +1,20 @@
-"""What to type for a package that is missing."""
+"""The command that installs a missing package."""
 
 from importlib.metadata import PackageNotFoundError, requires
 
-DISTRIBUTION = "qbench-formats"  #: as pip knows qbench
+DISTRIBUTION = "qbench-formats"  #: the name of qbench on PyPI
 
 
-def install(extra: str) -> str:
-    """What to type for the packages of an extra: their own names, which are right wherever qbench was installed from."""
+def install_command(extra: str) -> str:
+    """Returns the command that installs the packages of an extra.
+
+    It names the packages themselves, so it is right wherever qbench was installed from.
+    """
     from packaging.requirements import Requirement
 
     try:
-        found = [Requirement(line) for line in requires(DISTRIBUTION) or ()]
-    except PackageNotFoundError:  # a checkout that nothing installed
-        found = []
-    needed = [f"'{r.name}{r.specifier}'" for r in found if f'extra == "{extra}"' in str(r.marker)]
+        requirements = [Requirement(line) for line in requires(DISTRIBUTION) or ()]
+    except PackageNotFoundError:  # a checkout that is not installed
+        requirements = []
+    needed = [f"'{r.name}{r.specifier}'" for r in requirements if f'extra == "{extra}"' in str(r.marker)]
     return f"pip install {' '.join(needed or [extra])}"

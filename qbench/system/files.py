@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process at a time works in."""
+"""Write files atomically, and lock folders so that one process at a time works in them."""
 
 import os
 import re
@@ -16,12 +16,12 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 class Busy(Exception):
-    """Another process is at this folder."""
+    """Another process works in this folder."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Have a folder for this process alone. Raises Busy. The system lets go of the lock however the process ends."""
+    """Lock a folder for this process. The system releases the lock however the process ends. Raises Busy."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -33,8 +33,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def busy(folder: Path) -> bool:
-    """Whether a process has a folder locked. Where that cannot be told, none has."""
+def is_locked(folder: Path) -> bool:
+    """Whether a process has locked a folder. False if that cannot be determined."""
     if not (folder / LOCK).exists():
         return False
     try:
@@ -47,12 +47,12 @@ def busy(folder: Path) -> bool:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes to, which takes the place of `path` once it is whole and on the disk.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing bytes. When the block ends, it is flushed to disk and replaces `path`.
 
-    Whatever is raised before that leaves the old file; an OSError then names `path`.
+    If anything is raised before that, the old file stays. An OSError then names `path`.
     """
-    # random, for processes in containers that share the folder have the same ids
+    # a random name: in containers that share the folder, process ids are not unique
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with partial.open("xb") as file:
@@ -66,12 +66,12 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
             error.filename = str(path)
         raise
-    _keep_name(path)
+    _flush_folder(path)
 
 
-def _keep_name(path: Path) -> None:
-    """Have the new name of a file on the disk as well, where the system can: a crash then brings no old file back."""
-    with suppress(OSError):  # the file is whole and in its place: nothing has failed that the caller asked for
+def _flush_folder(path: Path) -> None:
+    """Flush the folder of a file to disk, if the system can. Without it a crash may bring the old file back."""
+    with suppress(OSError):  # the file itself is already written: the caller asked for no more
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -79,17 +79,17 @@ def _keep_name(path: Path) -> None:
             os.close(descriptor)
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what `replaced` left in a folder where its process was killed; only for who has the folder locked."""
+def remove_partial(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` after its process was killed. The caller must hold the lock."""
     for file in folder.iterdir():
         if _PARTIAL.fullmatch(file.name):
             file.unlink()
 
 
-def discard(folder: Path, scaffold: set[str]) -> None:
-    """Remove a folder that holds nothing but what `scaffold` names, unless another process is at it."""
+def remove_unused(folder: Path, scaffold: set[str]) -> None:
+    """Remove a folder that holds nothing but the names in `scaffold`, unless another process has locked it."""
     with suppress(Busy, OSError):
         if {file.name for file in folder.iterdir()} <= {LOCK, *scaffold}:
             with locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-            folder.rmdir()  # where an open lock, as on Windows, kept it
+            folder.rmdir()  # on Windows an open lock file kept it

@@ -25,7 +25,7 @@ FOLLOWERS = {
     "peft": "qbench.training.lora_layer",
     "torch.distributed.fsdp._fully_shard._fsdp_param": "qbench.model.fsdp",
 }
-#: what stands after `python -m`, and the module that holds the command
+#: `python -m NAME`, and the module that has the command
 COMMANDS = {
     "qbench.bench.__main__": "qbench.cli.bench",
     "qbench.plan.__main__": "qbench.cli.plan",
@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 class _Follow:
-    """A finder that leaves the work to the other finders, and imports the follower once a library is imported."""
+    """A finder that imports the follower of a library once the other finders have imported the library."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, str] = {}
@@ -76,7 +76,7 @@ class _Command(InspectLoader):
 
 
 class _Moved(InspectLoader):
-    """Loads the old name of a module: its attributes are those of the modules that took its place."""
+    """Loads a module under its old name: its attributes are those of the modules that replaced it."""
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
@@ -102,7 +102,7 @@ class _Moved(InspectLoader):
 
 
 class _Names:
-    """A finder of the commands and of the modules that have moved."""
+    """Finds the commands, and the old names of modules."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -118,7 +118,7 @@ _follow = _Follow()
 
 
 def after(name: str, follower: str) -> None:
-    """Import the module `follower` once the module `name` has been imported; now if it has been."""
+    """Import the module `follower` as soon as the module `name` is imported; at once if it already is."""
     if name in sys.modules:
         import_module(follower)
     else:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C inside is a KeyboardInterrupt, even where a library that is being imported takes it for an error, or for
-    nothing."""
+    """Raise KeyboardInterrupt for Ctrl-C in the block, even if a library that is being imported swallows it."""
     interrupted = False
 
     def interrupt(*_: object) -> None:

@@ -1,29 +1,28 @@
-"""What the terminal shows: the messages of qbench. Those of libraries go to a file while a run lasts."""
+"""Messages on the terminal. While a run lasts, those of libraries are written to a file instead."""
 
 import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-MOST = 0.9  #: share of the weights below which it is not "the model" that is quantized
-FILE = "warnings.log"  #: in the folder of a run, if there was any
-LONGEST = 1000  #: characters of a text of others' that are shown
-OURS = "qbench: "  #: how a warning begins that the user must see
+FILE = "warnings.log"  #: in the folder of a run, if libraries wrote any message
+LONGEST = 1000  #: characters shown of a text from a file or a library
+OURS = "qbench: "  #: warnings with this prefix are shown to the user
 
 
-class _Aside:
-    """Where messages go: into `folder`, or while that is None, into `waiting`."""
+class _MessageLog:
+    """Appends messages to the log file in `folder`. While `folder` is None, they wait in `waiting`."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.waiting: list[str] = []
 
-    def keep(self, message: str) -> None:
+    def add(self, message: str) -> None:
         self.waiting.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message.rstrip()}\n")
         self.write()
 
@@ -37,26 +36,14 @@ class _Aside:
                 file.write(text)
 
 
-_aside: _Aside | None = None
+_log: _MessageLog | None = None
 
 
-def left_in_words(layers: Mapping[str, str], share: float = 1.0) -> str:
-    """Of weights that are not quantized, by name with the reason, a sentence; empty where there are none.
+def sanitize(text: str, most: int = LONGEST) -> str:
+    """Returns `text` as one printable line of at most `most` characters, for a terminal or a page.
 
-    share: of the weights that could be, the part that is quantized.
-    """
-    if not layers:
-        return ""
-    first, why = next(iter(layers.items()))
-    others = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
-    only = "Only " if share < MOST else ""
-    return f"{only}{100 * share:.1f}% of the weights are quantized. Left in 16 bit: {first}, as {why}{others}."
-
-
-def visible(text: str, most: int = LONGEST) -> str:
-    """The text as one line that a terminal or a page shows as it is, cut to `most` characters.
-
-    What cannot be seen, such as what moves a cursor or turns the direction of reading, is there by its code: `\\x1b`.
+    Characters that cannot be seen are replaced by their codes, such as `\\x1b`. They could move the cursor, or change the
+    direction of reading.
     """
     if len(text) > most:
         text = text[: most - 1] + "…"
@@ -65,54 +52,54 @@ def visible(text: str, most: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def all_visible(value: Any) -> Any:
-    """What JSON holds, with every text in it `visible`, keys too."""
+def sanitize_all(value: Any) -> Any:
+    """Returns a JSON value with every text in it passed through `sanitize`, keys too."""
     if isinstance(value, str):
-        return visible(value)
+        return sanitize(value)
     if isinstance(value, dict):
-        return {visible(key): all_visible(item) for key, item in value.items()}
-    return type(value)(map(all_visible, value)) if isinstance(value, list | tuple) else value
+        return {sanitize(key): sanitize_all(item) for key, item in value.items()}
+    return type(value)(map(sanitize_all, value)) if isinstance(value, list | tuple) else value
 
 
-def printable() -> None:
-    """Print "?" for a character that the terminal's or a pipe's encoding lacks, as most of Windows' do."""
+def replace_unencodable() -> None:
+    """Print "?" for characters that the encoding of the terminal or pipe lacks, as is common on Windows."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 @contextmanager
-def aside(folder: Path | None = None) -> Iterator[None]:
-    """Write what libraries warn of or log meanwhile to `folder`/warnings.log instead of the terminal.
+def redirect(folder: Path | None = None) -> Iterator[None]:
+    """Write the warnings and logs of libraries to `folder`/warnings.log instead of the terminal.
 
-    Without a folder, messages wait for an `aside` within this one that has a folder. Those that none took are printed in
-    the end. Warnings that begin with "qbench: " are printed at once. Logs that go to files still do.
+    Blocks may be nested. Without a folder, messages wait for an inner block with a folder; those left over are printed at
+    the end. Warnings that begin with "qbench: " are printed at once. Logging to files is not affected.
     """
-    global _aside
-    if _aside is None:
-        _aside = _Aside()
+    global _log
+    if _log is None:
+        _log = _MessageLog()
         try:
-            with _handled(_aside), aside(folder):
+            with _handled(_log), redirect(folder):
                 yield
         finally:
-            sys.stderr.write("".join(_aside.waiting))
-            _aside = None
+            sys.stderr.write("".join(_log.waiting))
+            _log = None
         return
-    before, _aside.folder = _aside.folder, folder or _aside.folder
-    _aside.write()
+    before, _log.folder = _log.folder, folder or _log.folder
+    _log.write()
     try:
         yield
     finally:
-        _aside.folder = before
+        _log.folder = before
 
 
 @contextmanager
-def _handled(messages: _Aside) -> Iterator[None]:
-    """Python hands each warning and each record for the terminal to `messages`."""
+def _handled(log: _MessageLog) -> Iterator[None]:
+    """Pass every warning, and every log record for the terminal, to `log`."""
     show, handle = warnings.showwarning, logging.Handler.handle
     formatter = logging.Formatter("%(levelname)s %(name)s: %(message)s")
 
-    def show_aside(
+    def show_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
         if file is not None:
@@ -120,23 +107,23 @@ def _handled(messages: _Aside) -> Iterator[None]:
         elif str(message).startswith(OURS):
             sys.stderr.write(f"{message}\n")
         else:
-            messages.keep(warnings.formatwarning(message, category, filename, lineno, line))
+            log.add(warnings.formatwarning(message, category, filename, lineno, line))
 
-    def handle_aside(self: logging.Handler, record: logging.LogRecord) -> Any:
+    def handle_record(self: logging.Handler, record: logging.LogRecord) -> Any:
         if not _on_terminal(self):
             return handle(self, record)
         kept = self.filter(record)
-        if kept and not getattr(record, "qbench_kept", False):  # where another handler brought it here
+        if kept and not getattr(record, "qbench_kept", False):  # another handler may have added it already
             record.qbench_kept = True
             try:
                 text = formatter.format(record)
-            except Exception:  # its arguments do not fit its text
+            except Exception:  # its arguments do not match its text
                 text = f"{record.levelname} {record.name}: {record.msg} {record.args}"
-            messages.keep(text)
+            log.add(text)
         return kept
 
-    warnings.showwarning = show_aside
-    logging.Handler.handle = handle_aside  # type: ignore[method-assign]
+    warnings.showwarning = show_warning
+    logging.Handler.handle = handle_record  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -144,7 +131,7 @@ def _handled(messages: _Aside) -> Iterator[None]:
 
 
 def _on_terminal(handler: logging.Handler) -> bool:
-    """Whether a handler writes to standard output or error, which may be a pipe or a cell of a notebook as well."""
+    """Whether a handler writes to standard output or error, which may also be a pipe or the cell of a notebook."""
     stream = getattr(handler, "stream", None) or getattr(getattr(handler, "console", None), "file", None)  # or Rich's
     if stream is None or isinstance(handler, logging.FileHandler):
         return False

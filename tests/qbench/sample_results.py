@@ -38,7 +38,7 @@ def finished(name="nf4", seed=0, quantized=(3.0, 3.1), tuned=None, block=64, dq=
         "format": {"name": name}, "block": block, "dq": dq, "seed": seed, "device": "cpu", "model": {"path": None},
         "data": {"path": "kjv"}, "eval": {"tokens": 512}, "tune": tune,
     }  # fmt: skip
-    return store.blank(config | more) | {
+    return store.new_result(config | more) | {
         "status": "done",
         "environment": {"device": "a CPU", "threads": 2, "versions": {"torch": "2"}, "commit": None},
         "metrics": {

@@ -33,7 +33,7 @@ from qbench.checkpoint.safetensors_io import TensorSpec
 from qbench.errors import InputError
 from qbench.model.quant_linear import QuantLinear
 from qbench.model.selection import linear_layers, weight_of
-from qbench.system.extras import install
+from qbench.system.extras import install_command
 
 from .base import ForeignCheckpoint, ForeignTensors
 
@@ -55,7 +55,9 @@ def import_gguf() -> ModuleType:
     try:
         return import_module("gguf")
     except ImportError:
-        raise InputError(f"gguf, which reads GGUF files, is not installed; {install('gguf')} brings it") from None
+        raise InputError(
+            f"gguf, which reads GGUF files, is not installed; {install_command('gguf')} brings it"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _claim_folder(out: Path, job: dict, origins: dict[str, dict]) -> dict[str, d
         raise InputError(f"out: the {PROGRESS} of {out} is of something else; accepted: a new or empty folder")
     if differing := [key for key in job if progress["job"].get(key) != job[key]]:
         raise InputError(f"out: {out} was begun with another {differing[0]}; accepted: a new or empty folder")
-    files.clear_partial(out)
+    files.remove_partial(out)
     json_files.write_json(out / PROGRESS, progress)
     valid = {name: entry for name, entry in progress["done"].items() if entry["origin"] == origins[name]}
     if (out / safetensors_io.INDEX).is_file() and len(valid) < len(origins):
@@ -184,5 +184,5 @@ def _copy_text_files(folder: Path, out: Path) -> None:
     for file in sorted(folder.iterdir()):
         excluded = file.name in (CONFIG, PROGRESS) or file.name.endswith(".index.json") or file.name.startswith(".")
         if file.is_file() and file.suffix in _TEXT_SUFFIXES and not excluded:
-            with file.open("rb") as old, files.replaced(out / file.name) as new:
+            with file.open("rb") as old, files.atomic_write(out / file.name) as new:
                 shutil.copyfileobj(old, new)

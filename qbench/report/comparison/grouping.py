@@ -32,7 +32,7 @@ Runs = dict[int, tuple[Path, dict]]  #: file and result of each run of a configu
 
 def find_problem(result: dict) -> str | None:
     """What keeps a finished result out of a comparison; None where nothing does."""
-    if problem := schema.lacking(result):
+    if problem := schema.why_incomparable(result):
         return problem
     needed: list[tuple[str, ...]] = [
         ("quality", stage, key) for stage in ("baseline", "quantized") for key in ("nll", "perplexity")

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qbench.results import archive
-from qbench.system.messages import visible
+from qbench.system.messages import sanitize
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ def link_to(file: Path, folder: Path) -> str:
 
 def _run_in_archive(file: Path) -> str:
     """The name of a run for the title of a Markdown link, which stands in double quotes."""
-    return visible(file.parent.name, 100).replace('"', "'")
+    return sanitize(file.parent.name, 100).replace('"', "'")

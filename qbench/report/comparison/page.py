@@ -14,7 +14,7 @@ from markupsafe import Markup
 from qbench.report.table import Table
 from qbench.report.wording import count, escape_markdown, recipe_name
 from qbench.results import dataframe
-from qbench.system.messages import all_visible, visible
+from qbench.system.messages import sanitize, sanitize_all
 
 from . import charts, extra_tables, findings, main_table
 from .configurations import Setting
@@ -46,12 +46,12 @@ class Collection:
 
 def collect(*paths: Path) -> Collection:
     """Read and compare all results at or under the paths. Raises InputError for a path that does not exist."""
-    results, unreadable = dataframe.collect(*paths)
+    results, unreadable = dataframe.read_results(*paths)
     for file, result in list(results.items()):
         if result["status"] == "done" and (problem := find_problem(result)):
-            unreadable[file] = f"{visible(str(file))} says that the run is done, but it is incomplete: {problem}"
+            unreadable[file] = f"{sanitize(str(file))} says that the run is done, but it is incomplete: {problem}"
             del results[file]
-    printable = {file: all_visible(result) for file, result in results.items()}
+    printable = {file: sanitize_all(result) for file, result in results.items()}
     unfinished = {file: result for file, result in printable.items() if result["status"] != "done"}
     return Collection(results, printable, group_runs(printable), unfinished, unreadable)
 
@@ -77,7 +77,7 @@ def _escape_in_markdown(value: object) -> Markup:
 
 def _scalar_columns(results: dict[Path, dict]) -> "pandas.DataFrame":
     """A row for each run, without the columns that hold lists. Columns of mixed types become texts, as Parquet needs."""
-    frame = dataframe.as_frame(results)
+    frame = dataframe.to_dataframe(results)
     frame = frame[[name for name in frame if not frame[name].map(lambda cell: isinstance(cell, _LISTS)).any()]]
     mixed = {name for name in frame if frame[name].dtype.kind == "O"}
     return frame.assign(**{name: frame[name].map(_to_text) for name in mixed})
@@ -154,7 +154,7 @@ def _failure_content(file: Path, result: dict, folder: Path) -> dict:
     try:
         title = f"{recipe_name(result['config'])}, seed {result['config']['seed']}"
     except (KeyError, TypeError):  # a run that failed early has its config as it was typed
-        title = visible(file.parent.name)
+        title = sanitize(file.parent.name)
     message = " ".join(str(error["message"]).split())
     return {
         "title": title,

@@ -2,6 +2,7 @@
 
 import math
 
+from qbench.model.unquantized import describe_unquantized
 from qbench.report.task_wording import STAGES, better_sign, is_significant, list_scores
 from qbench.report.wording import (
     SIGNIFICANT,
@@ -14,7 +15,6 @@ from qbench.report.wording import (
     relative_change,
     shorten,
 )
-from qbench.system.messages import left_in_words
 
 
 def describe_run(result: dict) -> list[str]:
@@ -73,7 +73,7 @@ def _describe_unquantized(result: dict) -> list[str]:
     bits = result["metrics"]["bits"]
     quantized, eligible = (bits.get(f"{which}_parameters") for which in ("quantized", "eligible"))
     share = quantized / eligible if quantized is not None and eligible else 1.0
-    sentence = left_in_words(bits.get("left", {}), share)
+    sentence = describe_unquantized(bits.get("left", {}), share)
     return (
         [f"{sentence} The whole model takes {format_number(bits['model'], '.2f')} bits per weight."] if sentence else []
     )

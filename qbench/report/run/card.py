@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qbench.report.wording import INITS, STAGES, escape_markdown, format_number, method_name, recipe_name
-from qbench.system.messages import all_visible
+from qbench.system.messages import sanitize_all
 
 CONFIG = "adapter_config.json"
 LIBRARIES = ("qbench", "torch", "transformers", "peft")
@@ -29,7 +29,7 @@ def write(folder: Path, result: dict, arguments: Mapping) -> None:
     """
     if (folder / CONFIG).is_file():
         base = json.loads((folder / CONFIG).read_text("utf-8"))["base_model_name_or_path"]
-        (folder / "README.md").write_text("\n".join(_lines(base, all_visible(result), arguments)) + "\n", "utf-8")
+        (folder / "README.md").write_text("\n".join(_lines(base, sanitize_all(result), arguments)) + "\n", "utf-8")
 
 
 def _lines(base: str, result: dict, arguments: Mapping) -> Iterator[str]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from qbench.report.run import answer, figures, tables
 from qbench.report.wording import escape_markdown, format_number, recipe_name
-from qbench.system.messages import all_visible
+from qbench.system.messages import sanitize_all
 
 
 def write(folder: Path, result: dict) -> Path:
     """Write report.md and its figures into `folder` from a finished result; returns the path of report.md."""
-    result = all_visible(result)
+    result = sanitize_all(result)
     images = figures.draw(result, folder)
     config, scores, tasks = result["config"], tables.scores_table(result), tables.tasks_table(result)
     lines = [

@@ -12,15 +12,15 @@ from qbench.report.run import answer, tables
 from qbench.report.table import Table
 from qbench.report.wording import STAGES, format_number, recipe_name
 from qbench.results import schema
-from qbench.system.messages import all_visible, visible
+from qbench.system.messages import sanitize, sanitize_all
 
 
 def show(result: dict, folder: Path, console: Console | None = None) -> None:
     """Print a finished run. folder: where its result.json is."""
     console = console or Console()
-    result, place = all_visible(result), visible(os.path.relpath(folder))
+    result, place = sanitize_all(result), sanitize(os.path.relpath(folder))
     console.print()
-    if problem := schema.lacking(result):
+    if problem := schema.why_incomparable(result):
         _print_text(f"{place}/result.json says that the run is done, but it is incomplete: {problem}", console)
         return
     result["config"] = fill_defaults(result["config"])
@@ -38,7 +38,7 @@ def show(result: dict, folder: Path, console: Console | None = None) -> None:
 def show_line(result: dict, before: bool, console: Console | None = None) -> None:
     """Print a run of a sweep in one line. before: whether an earlier command had finished it."""
     console = console or Console(soft_wrap=True)
-    config, quality = all_visible(result["config"]), result["metrics"]["quality"]
+    config, quality = sanitize_all(result["config"]), result["metrics"]["quality"]
     scores = ", ".join(
         f"{stage} {format_number(quality[stage]['perplexity'], '.2f')}" for stage in STAGES if stage in quality
     )

@@ -112,7 +112,7 @@ def test_a_package_that_pip_installs(tmp_path, tiny_llama):
     assert one["status"] == "done" and "tuned" in one["metrics"]["quality"]
     told = {"name": "plugged_spread1.5", "source": "nowhere else", "class": "plugged.Plugged"}
     assert one["config"]["format"] == told
-    results, _ = dataframe.collect(tmp_path / "sweep")
+    results, _ = dataframe.read_results(tmp_path / "sweep")
     assert sorted(r["config"]["format"]["name"] for r in results.values()) == ["nf4", "plugged"]
     assert "plugged, block 32" in (tmp_path / "sweep/report/report.md").read_text()
 

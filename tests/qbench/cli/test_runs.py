@@ -19,8 +19,8 @@ EMPTY = "nf4_block64_dq-False_seed0_12345678"
 def folder(tmp_path, monkeypatch) -> Path:
     """Runs that are done, failed, killed, empty, set aside, in progress, and one among files of others."""
     monkeypatch.chdir(tmp_path)
-    failed = store.blank({"format": {"name": "nf4"}, "block": 64, "dq": True})
-    failed["error"] = store.error(InputError("no"))
+    failed = store.new_result({"format": {"name": "nf4"}, "block": 64, "dq": True})
+    failed["error"] = store.describe_error(InputError("no"))
     for name, result in {"done": finished("nf4"), "failed": failed, "busy": failed, "others": failed}.items():
         store.write(Path("runs") / name, result)
     (Path("runs") / "killed" / ".hydra").mkdir(parents=True)

@@ -128,9 +128,9 @@ def sweep(tmp_path) -> Path:
                     windows = text + generator.normal(0.02, 0.01, 30) * (name != "none")
                     run = finished(name, seed, windows, windows - 1, block=block, dq=dq)
                     store.write(folder / f"{name}{block}{dq}{seed}", run)
-    failed = store.blank(finished("int4")["config"]) | {"status": "oom"}
+    failed = store.new_result(finished("int4")["config"]) | {"status": "oom"}
     store.write(folder / "failed", failed | {"error": {"type": "MemoryError", "message": "no <more>", "traceback": ""}})
-    store.write(folder / "odd", store.blank({}) | {"status": "done"})
+    store.write(folder / "odd", store.new_result({}) | {"status": "done"})
     (folder / "cut").mkdir()
     (folder / "cut" / store.FILE).write_text('{"schema": 1')
     store.write(folder / "new", finished("nf4") | {"schema": 2})

@@ -31,7 +31,7 @@ from qbench.report.comparison import charts, findings, page
 from qbench.report.run import page as run_page
 from qbench.report.run import terminal
 from qbench.results import dataframe, json_files, schema, store
-from qbench.system.messages import all_visible, visible
+from qbench.system.messages import sanitize, sanitize_all
 from tests.qbench.sample_results import browsed, only, whole
 
 GOOD = [("none", 0, 0.0), ("nf4", 0, 0.02), ("nf4", 1, 0.03), ("int8", 0, 0.001)]
@@ -246,7 +246,7 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     refused, rest = files & collection.unreadable.keys(), files & collection.results.keys()
     assert refused | rest == files and len(refused) > count / 4 and len(rest) > count / 10
     for file in refused:
-        assert visible(str(file)) in collection.unreadable[file] and collection.unreadable[file].isprintable()
+        assert sanitize(str(file)) in collection.unreadable[file] and collection.unreadable[file].isprintable()
     apart = good.parent / "apart"
     for file in rest:
         (apart / file.parent.name).parent.mkdir(exist_ok=True)
@@ -269,7 +269,7 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     with pytest.warns(UserWarning) as caught:
         frame = qbench.load(good)
     names = [str(warning.message) for warning in caught]
-    unread = {file for file in refused if any(visible(str(file)) in name for name in names)}
+    unread = {file for file in refused if any(sanitize(str(file)) in name for name in names)}
     assert len(frame) == len(GOOD) + len(refused - unread)
 
     # what is a result is shown, by the page and by the terminal
@@ -305,7 +305,7 @@ def test_what_may_not_be_read_is_named():
         (folder / "secret" / store.FILE).chmod(0)
         folder.chmod(0o755)
         with nobody():
-            results, unreadable = dataframe.collect(folder)
+            results, unreadable = dataframe.read_results(folder)
             with pytest.warns(UserWarning, match="Permission denied"):
                 assert len(qbench.load(folder)) == 1
         (folder / "closed").chmod(0o700)
@@ -335,7 +335,7 @@ def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
     for _ in range(1200):  # deeper than Python recurses
         os.mkdir("d")
         os.chdir("d")
-    results, unreadable = dataframe.collect(tmp_path)
+    results, unreadable = dataframe.read_results(tmp_path)
     for _ in range(1200):
         os.chdir("..")
         os.rmdir("d")
@@ -347,7 +347,7 @@ def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
             qbench.load(path)
         assert str(error.value).isprintable()
     (tmp_path / "loop").symlink_to("loop")
-    assert "cannot be read" in dataframe.collect(tmp_path / "loop")[1][tmp_path / "loop"]
+    assert "cannot be read" in dataframe.read_results(tmp_path / "loop")[1][tmp_path / "loop"]
 
 
 def spoilt_leaves(value: object, place: tuple = ()) -> Iterator[tuple]:
@@ -364,7 +364,7 @@ def spoilt_leaves(value: object, place: tuple = ()) -> Iterator[tuple]:
 
 def test_every_key_has_a_type():
     result = json.loads(json.dumps(json_files._plain(whole())))
-    assert schema.problem(result) is schema.lacking(result) is None
+    assert schema.why_invalid(result) is schema.why_incomparable(result) is None
     for place in spoilt_leaves(result):
         spoilt = json.loads(json.dumps(result))
         *above, last = place
@@ -373,7 +373,7 @@ def test_every_key_has_a_type():
             holder = holder[key]
         holder[last] = {"no": [True]}
         name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
-        assert name.removesuffix("[0]") in (schema.problem(spoilt) or schema.lacking(spoilt) or ""), name
+        assert name.removesuffix("[0]") in (schema.why_invalid(spoilt) or schema.why_incomparable(spoilt) or ""), name
 
 
 @pytest.mark.thorough
@@ -430,7 +430,7 @@ def test_a_seed_that_diverged_is_told(tmp_path, monkeypatch, capsys):
 
 def test_no_text_of_a_figure_is_a_formula_or_left_out():
     names = ["$x_{$ and $$y$$", "_x", "nf4"]
-    runs = [whole("none"), *(all_visible(whole(name, 0, 0.02 * i)) for i, name in enumerate(names))]
+    runs = [whole("none"), *(sanitize_all(whole(name, 0, 0.02 * i)) for i, name in enumerate(names))]
     for rate in (0.003, 0.01):
         runs.append(whole("nf4", 0, rate))
         runs[-1]["config"]["tune"]["lr"] = rate

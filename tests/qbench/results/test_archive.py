@@ -15,7 +15,9 @@ from qbench.errors import InputError
 from qbench.results import archive, dataframe, json_files, store
 from tests.qbench.sample_results import whole
 
-GOOD = json.dumps({"path": "a/result.json", "result": json.loads(json.dumps(json_files._plain(whole())))}).encode()
+GOOD = json.dumps(
+    {"path": "a/result.json", "result": json.loads(json.dumps(json_files._replace_non_finite(whole())))}
+).encode()
 
 
 @pytest.fixture
@@ -23,13 +25,14 @@ def sweep(tmp_path) -> Path:
     for name, seed, shift in [("none", 0, 0.0), ("nf4", 0, 0.02), ("nf4", 1, 0.03), ("int8", 0, 0.001)]:
         store.write(tmp_path / "sweep" / f"{name}{seed}", whole(name, seed, shift))
     store.write(
-        tmp_path / "sweep" / "failed", store.blank({"format": "\ud800"}) | {"error": store.error(KeyError("x"))}
+        tmp_path / "sweep" / "failed",
+        store.new_result({"format": "\ud800"}) | {"error": store.describe_error(KeyError("x"))},
     )
     return tmp_path / "sweep"
 
 
 def test_no_byte_of_a_result_changes(sweep):
-    files = dataframe.find(sweep)
+    files = dataframe.find_results(sweep)
     assert archive.write(sweep, files) == 5
     for path, result in archive.read(sweep / archive.FILE):
         former = sweep / path.relative_to(sweep / archive.FILE)
@@ -49,7 +52,7 @@ def test_it_is_read_as_the_folders_are(sweep, tmp_path, monkeypatch, capsys):
     before = compared()
     monkeypatch.setattr(sys, "argv", ["qbench.runs", "--archive", str(sweep)])
     assert runs.main() == 0 and "results.jsonl.xz has 5 results" in capsys.readouterr().out
-    for file in dataframe.find(sweep):
+    for file in dataframe.find_results(sweep):
         if file.name == store.FILE:
             file.unlink()
     after = compared()
@@ -64,18 +67,18 @@ def test_it_is_read_as_the_folders_are(sweep, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_archived_later_is_added(sweep):
-    archive.write(sweep, dataframe.find(sweep))
+    archive.write(sweep, dataframe.find_results(sweep))
     (sweep / "nf40" / store.FILE).unlink()
     store.write(sweep / "int80", whole("int8", 0, 0.5))
     store.write(sweep / "later", whole("int4"))
-    assert archive.write(sweep, [f for f in dataframe.find(sweep) if not archive.is_archive(f)]) == 6
+    assert archive.write(sweep, [f for f in dataframe.find_results(sweep) if not archive.is_archive(f)]) == 6
     results = dict(archive.read(sweep / archive.FILE))
     assert len(results) == 6
     assert results[sweep / archive.FILE / "int80" / store.FILE] == store.read(sweep / "int80")
 
 
 def test_nothing_is_lost_where_a_result_is_not_whole(sweep, monkeypatch, capsys):
-    archive.write(sweep, dataframe.find(sweep))
+    archive.write(sweep, dataframe.find_results(sweep))
     before = (sweep / archive.FILE).read_bytes()
     (sweep / "nf40" / store.FILE).write_text("{")
     monkeypatch.setattr(sys, "argv", ["qbench.runs", "--archive", str(sweep)])
@@ -107,7 +110,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line):
     last = GOOD.replace(b"a/result", b"b\\u001b\\ud800/result", 1)
     file = tmp_path / archive.FILE
     file.write_bytes(lzma.compress(b"\n".join([GOOD, text, last])))
-    results, unreadable = dataframe.collect(tmp_path)
+    results, unreadable = dataframe.read_results(tmp_path)
     assert len(results) == 2 and list(unreadable) == [Path(f"{file}:2")]
     assert unreadable[Path(f"{file}:2")].startswith(f"{file}:2 ") and why in unreadable[Path(f"{file}:2")]
     with pytest.warns(UserWarning, match=":2 "):
@@ -129,7 +132,7 @@ FILES = {
 def test_a_damaged_file_is_named(tmp_path, name):
     content, why = FILES[name]
     (tmp_path / archive.FILE).write_bytes(content)
-    results, unreadable = dataframe.collect(tmp_path)
+    results, unreadable = dataframe.read_results(tmp_path)
     assert list(unreadable) == [tmp_path / archive.FILE] and why in unreadable[tmp_path / archive.FILE]
     assert len(results) == (2 if "line 2" in why or "other" in why else 0)
 
@@ -160,6 +163,6 @@ def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "folder" / archive.FILE).mkdir(parents=True)
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / archive.FILE).symlink_to("nowhere")
-    results, unreadable = dataframe.collect(tmp_path)
+    results, unreadable = dataframe.read_results(tmp_path)
     assert not results and len(unreadable) == 3
     assert "is a pipe" in unreadable[tmp_path / archive.FILE].replace("no file, but", "is")

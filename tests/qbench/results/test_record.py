@@ -15,7 +15,7 @@ from qbench.system import files
 
 
 def test_round_trip_without_nan(tmp_path):
-    result = store.blank({})
+    result = store.new_result({})
     store.write(tmp_path / "new", result | {"metrics": {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": None}}})
     assert store.read(tmp_path / "new") == result | {"metrics": {"a": None, "b": [None, 1.5], "c": {"d": None}}}
     assert store.read(tmp_path / "new" / "result.json") == store.read(tmp_path / "new")
@@ -46,28 +46,28 @@ def test_the_id_tells_what_decides():
     "content", ["", '{"schema": 1, "sta', "[]", '"text"', "\x00", '{"schema": 1}', '{"schema": 99}']
 )
 def test_what_is_no_result_is_named(tmp_path, content):
-    good, bad = store.write(tmp_path / "good", store.blank({})), tmp_path / "bad" / "result.json"
+    good, bad = store.write(tmp_path / "good", store.new_result({})), tmp_path / "bad" / "result.json"
     bad.parent.mkdir()
     bad.write_text(content)
     with pytest.raises(InputError, match=str(bad)):
         store.read(bad)
-    results, unreadable = dataframe.collect(tmp_path)
+    results, unreadable = dataframe.read_results(tmp_path)
     assert list(results) == [good] and str(bad) in unreadable[bad]
 
 
 def test_another_schema_is_named(tmp_path):
-    file = store.write(tmp_path, store.blank({}) | {"schema": 99})
+    file = store.write(tmp_path, store.new_result({}) | {"schema": 99})
     with pytest.raises(InputError, match="schema 99; 1 is accepted"):
         store.read(file)
 
 
 def test_a_finished_run_is_told_from_another(tmp_path):
-    done = store.blank({}) | {"status": "done", "run": {"id": "one", "started": store.now()}}
+    done = store.new_result({}) | {"status": "done", "run": {"id": "one", "started": store.timestamp()}}
     store.write(tmp_path, done)
-    assert store.finished(tmp_path, "one") == done
-    assert store.finished(tmp_path, "two") is None and store.read(tmp_path) == done
+    assert store.read_finished(tmp_path, "one") == done
+    assert store.read_finished(tmp_path, "two") is None and store.read(tmp_path) == done
     store.write(tmp_path, done | {"status": "failed"})
-    assert store.finished(tmp_path, "one") is None and store.finished(tmp_path / "nothing", "one") is None
+    assert store.read_finished(tmp_path, "one") is None and store.read_finished(tmp_path / "nothing", "one") is None
 
 
 AGAINST = dict.fromkeys(["delta_nll", "stderr", "p", "kl_mean", "kl_p99", "top1_agreement"], 0.5)
@@ -79,12 +79,12 @@ SCORES = {"nll": 1.0, "perplexity": 2.7, "stderr": 0.1, "tokens": 9, "windows": 
     [(False, [], False), (True, ["baseline"], False), (False, ["baseline"], True), (True, ["baseline", "tuned"], True)],
 )
 def test_what_had_finished_stays_until_something_new_is_measured(tmp_path, reused, scored, counts):
-    done = store.blank({}) | {"status": "done", "run": {"id": "one", "started": store.now()}}
+    done = store.new_result({}) | {"status": "done", "run": {"id": "one", "started": store.timestamp()}}
     store.write(tmp_path, done)
-    result = store.blank({})
+    result = store.new_result({})
     result["run"] |= {"id": "two", "baseline": {"id": "b", "reused": reused}}
     result["metrics"] = {"quality": dict.fromkeys(scored, SCORES)}
-    with pytest.raises(KeyError), store.kept(tmp_path, result):
+    with pytest.raises(KeyError), store.record_failure(tmp_path, result):
         raise KeyError("gone")
     if counts:
         assert store.read(tmp_path)["error"]["type"] == "KeyError"
@@ -96,14 +96,14 @@ def test_what_had_finished_stays_until_something_new_is_measured(tmp_path, reuse
 @pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt()], ids=repr)
 def test_outside_a_sweep_what_never_began_is_not_told(tmp_path, error):
     for row in (False, True):
-        with pytest.raises(type(error)), store.kept(tmp_path, store.blank({}), row):
+        with pytest.raises(type(error)), store.record_failure(tmp_path, store.new_result({}), row):
             raise error
         assert (tmp_path / store.FILE).exists() == row
 
 
 def test_a_result_that_cannot_be_written_hides_no_error(tmp_path):
     (tmp_path / store.FILE).mkdir()
-    with pytest.raises(KeyError), store.kept(tmp_path, store.blank({})):
+    with pytest.raises(KeyError), store.record_failure(tmp_path, store.new_result({})):
         raise KeyError("gone")
 
 
@@ -120,7 +120,7 @@ def test_the_commit_is_this_checkouts_whatever_git_is_told(tmp_path, monkeypatch
 
 def test_many_results_are_one_frame(tmp_path):
     for name in ("nf4", "int8"):
-        result = store.blank({"format": {"name": name}})
+        result = store.new_result({"format": {"name": name}})
         layers = [{"name": "a", "mse": 1.0}, {"name": "b", "mse": 2.0}]
         store.write(tmp_path / name, result | {"metrics": {"windows": [1.0, 2.0], "layers": layers}})
     (tmp_path / "broken").mkdir()
@@ -135,17 +135,17 @@ def test_many_results_are_one_frame(tmp_path):
 
 def test_partial_files_have_names_of_their_own_and_are_cleared(tmp_path):
     """Processes in containers that share a folder have the same id."""
-    with files.replaced(tmp_path / "a") as one, files.replaced(tmp_path / "a") as two:
+    with files.atomic_write(tmp_path / "a") as one, files.atomic_write(tmp_path / "a") as two:
         assert one.name != two.name
         one.write(b"1")
         two.write(b"2")
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
-    with pytest.raises(KeyError), files.replaced(tmp_path / "a") as three:
+    with pytest.raises(KeyError), files.atomic_write(tmp_path / "a") as three:
         (tmp_path / "copy").write_bytes(b"")
         left = three.name
         raise KeyError
     os.rename(tmp_path / "copy", left)  # as where the process is killed
-    files.clear_partial(tmp_path)
+    files.remove_partial(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
@@ -157,6 +157,6 @@ def test_the_name_of_a_file_is_on_the_disk_too(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", seen)
-    with files.replaced(tmp_path / "a") as file:
+    with files.atomic_write(tmp_path / "a") as file:
         file.write(b"1")
     assert flushed == [False, True]

@@ -65,16 +65,16 @@ def test_every_key_of_the_docs_has_a_type(section):
 
 
 def test_the_results_that_are_kept_pass():
-    results, unreadable = dataframe.collect(ROOT / "reports")
+    results, unreadable = dataframe.read_results(ROOT / "reports")
     assert len(results) > 100 and not unreadable
-    assert {schema.lacking(result) for result in results.values()} == {None}
+    assert {schema.why_incomparable(result) for result in results.values()} == {None}
 
 
 @pytest.mark.parametrize("raised", [MemoryError("none left"), KeyError("gone"), KeyboardInterrupt()])
 def test_what_a_run_leaves_that_ends_early_passes(raised, tmp_path):
-    result = store.blank({"anything": [1, {"a": None}]})
+    result = store.new_result({"anything": [1, {"a": None}]})
     result["metrics"] = {"memory": {"peak_bytes": {}}, "throughput": {}, "quality": {}}
-    with pytest.raises(type(raised)), store.kept(tmp_path, result):
+    with pytest.raises(type(raised)), store.record_failure(tmp_path, result):
         raise raised
     assert store.read(tmp_path)["error"]["type"] == type(raised).__name__
 

@@ -114,11 +114,11 @@ def log():
 
 def test_messages_go_to_the_innermost_folder(tmp_path, capsys, log):
     log.handlers = [logging.StreamHandler(sys.stderr)]
-    with messages.aside():
+    with messages.redirect():
         log.warning("before")
-        with messages.aside(tmp_path / "a"):
+        with messages.redirect(tmp_path / "a"):
             log.warning("in a, %d", 1)
-            with messages.aside(tmp_path / "b"):
+            with messages.redirect(tmp_path / "b"):
                 warnings.warn("in b", UserWarning, stacklevel=1)
             log.warning("in a, %d", "no number")
         assert capsys.readouterr().err == ""
@@ -132,14 +132,14 @@ def test_messages_go_to_the_innermost_folder(tmp_path, capsys, log):
 
 
 def test_the_warnings_of_qbench_are_shown(tmp_path, capsys):
-    with messages.aside(tmp_path):
+    with messages.redirect(tmp_path):
         warnings.warn("qbench: no kernels here", RuntimeWarning, stacklevel=1)
     assert capsys.readouterr().err == "qbench: no kernels here\n" and not (tmp_path / messages.FILE).exists()
 
 
 def test_a_log_that_goes_to_a_file_still_does(tmp_path, log):
     log.addHandler(logging.FileHandler(tmp_path / "own.log"))
-    with messages.aside(tmp_path):
+    with messages.redirect(tmp_path):
         log.warning("twice")
     for handler in log.handlers:
         handler.close()
@@ -147,7 +147,7 @@ def test_a_log_that_goes_to_a_file_still_does(tmp_path, log):
 
 
 def test_a_character_that_a_pipe_lacks_is_no_error(tmp_path):
-    code = "from qbench import messages; messages.printable(); print('4 − 1 ≈ 3')"
+    code = "from qbench import messages; messages.replace_unencodable(); print('4 − 1 ≈ 3')"
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and done.stdout.split() == [b"4", b"?", b"1", b"?", b"3"]
