@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from formats.modes import aside
 from qbench.errors import InputError
-from qbench.system.messages import OURS, left_in_words
+from qbench.system.messages import OURS
 
 from .quant_linear import PackedParameter, QuantLinear
+from .unquantized import describe_unquantized
 
 
 def is_replaceable(layer: nn.Module) -> bool:
@@ -74,7 +75,7 @@ class Coverage:
 
     def describe(self) -> str:
         """A sentence about what is left in 16 bit; empty if nothing is."""
-        return left_in_words(self.left, self.share)
+        return describe_unquantized(self.left, self.share)
 
     def to_json(self) -> dict:
         return {"quantized": self.quantized, "eligible": self.eligible, "left": self.left}
