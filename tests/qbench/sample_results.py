@@ -1,4 +1,4 @@
-"""Finished results made up by their scores, and what a browser makes of the page of a report."""
+"""Sample results with given scores, and a check of a report's page in a browser."""
 
 import math
 import re
@@ -20,7 +20,7 @@ BITS = {"none": 16.0, "int8": 8.0}
 
 
 def finished(name="nf4", seed=0, quantized=(3.0, 3.1), tuned=None, block=64, dq=False, **more) -> dict:
-    """A finished result with scores by window."""
+    """A finished result. quantized, tuned: the nll of each window."""
     base = score([3.0] * len(quantized))
     quality = {"baseline": base, "quantized": score(quantized) | {"against_baseline": against(quantized)}}
     if tuned is not None:
@@ -52,7 +52,7 @@ def finished(name="nf4", seed=0, quantized=(3.0, 3.1), tuned=None, block=64, dq=
 
 
 def whole(name="nf4", seed=0, shift=0.0, **more) -> dict:
-    """A finished result with every key that docs/result.md explains. shift: of the loss of its 12 windows."""
+    """A finished result with every key that docs/result.md explains. shift: added to the nll of its 12 windows."""
     windows = 3 + 0.1 * np.random.default_rng(9).normal(size=12)
     result = finished(name, seed, windows + shift, windows + shift / 2 - 1, **more)
     config, metrics, quality = result["config"], result["metrics"], result["metrics"]["quality"]
@@ -123,8 +123,11 @@ def only(runs) -> Setting:
 
 
 def browsed(page: Path) -> dict[str, str]:
-    """In a browser, where there is one, a click on each head, up and down. wrong: heads of columns that did not sort.
-    asked: resources that the page asked for. wide: pixels that it is wider than a window of 500."""
+    """Click each table head twice in a browser; skip the test where there is none.
+
+    Returns wrong: heads of columns that did not sort; asked: the number of resources that the page loaded; wide: by how
+    many pixels it is wider than a window of 500 pixels.
+    """
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium on this machine")

@@ -1,4 +1,4 @@
-"""Many runs as one comparison: grouped by seed, paired, corrected, and shown as they are."""
+"""Many runs as one comparison: grouped by seed, paired, and corrected."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_p_values_are_corrected_for_their_number():
 
 
 def test_there_is_always_a_16_bit_row():
-    """Without a run of it, each run's own baseline tells, though not what a fine-tune would have made of it."""
+    """Without a 16-bit run, the baseline of another run stands in. It has no scores after a fine-tune."""
     setting = only([finished("nf4", 0, [3.2, 3.3], [2.0, 2.1]), finished("nf4", 1, [3.2, 3.3], [2.1, 2.1])])
     base, nf4 = setting.configurations
     assert base.title == "16 bit, untuned" and base.nll("quantized") == 3.0 and base.nll("tuned") is None
@@ -168,7 +168,7 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
 
 
 def test_the_page_sorts_and_asks_for_nothing(sweep, monkeypatch):
-    """In a browser, where there is one: a click on each head, up and down."""
+    """The page works offline, and a click on a table head sorts by it."""
     done = browsed(page.write(page.collect(sweep), sweep / "report"))
     assert done == {"wrong": "", "asked": "0", "wide": "0"}
 

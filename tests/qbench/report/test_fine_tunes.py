@@ -1,4 +1,4 @@
-"""What a comparison says of fine-tunes: their methods and learning rates, where LoRA began, and what became of it."""
+"""What a comparison says about fine-tunes: methods, learning rates, initializations and merged adapters."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ LORA = {"method": "lora", "rank": 16, "lr": 1e-3, "init": "default", "merge": Fa
 
 
 def tuned(name="nf4", seed=0, delta=0.0, noise=0.01, untuned=0.05, **keys) -> dict:
-    """A run whose tuned windows are `delta` from those of the text less 1; keys: block, dq, or of the fine-tune."""
+    """A run whose tuned nll is TEXT − 1 + delta on average. keys: block, dq, or keys of the fine-tune."""
     generator = np.random.default_rng([seed, *(name + str(keys)).encode()])
     wobble = generator.normal(0, noise, len(TEXT))
     after = TEXT - 1 + delta + wobble - wobble.mean()
@@ -43,7 +43,7 @@ def test_a_best_learning_rate_at_an_edge_is_not_bracketed(best, edge):
 
 
 def test_the_best_learning_rate_is_chosen_on_the_seeds_that_all_have():
-    """The better one may have been run on harder seeds as well."""
+    """Otherwise a better rate could lose because it was also run on harder seeds."""
     runs = [tuned("none", 100, 0.05, lr=1e-4), tuned("none", 100, 0.0, lr=1e-3)]
     runs += [tuned("none", seed, 0.5, lr=1e-3) for seed in (0, 1)]
     (series,) = methods.find_series(only(runs))
@@ -53,7 +53,7 @@ def test_the_best_learning_rate_is_chosen_on_the_seeds_that_all_have():
 
 
 def test_methods_meet_each_at_its_own_learning_rate():
-    """The difference is that of the best configurations, paired over the seeds that both have."""
+    """The difference is between the best configurations, paired over the seeds that both have."""
     deltas = {("none", "full", 1e-4): 0.0, ("none", "lora", 1e-3): 0.02, ("nf4", "lora", 1e-2): 0.03}
     runs = []
     for (name, method, lr), delta in deltas.items():
@@ -128,7 +128,7 @@ def test_one_fine_tune_alone_is_not_compared_with_others():
 
 
 def test_before_a_fine_tune_the_fine_tune_has_no_part():
-    """A format that many methods are put on is one format, whose test counts once."""
+    """A format with many fine-tunes is one configuration, and its test counts once."""
     many = [tuned(n, method=m) for n in ("none", "nf4") for m in ("lora", "dora", "ia3")]
     untuned = [finished(n, 0, TEXT + 0.05 * (n != "none")) for n in ("none", "nf4")]
     setting = only([*many, *untuned])
@@ -159,7 +159,7 @@ def test_without_a_format_nothing_is_said_of_formats():
 
 
 def begun(name, init, seed, sqnr, initial, delta, alone=20.0) -> dict:
-    """A run with another start."""
+    """A run with LoRA initialized by `init`."""
     run = tuned(name, seed, delta, init=init)
     if init != "default":
         metrics = run["metrics"]
@@ -174,7 +174,7 @@ def begun(name, init, seed, sqnr, initial, delta, alone=20.0) -> dict:
 
 @pytest.fixture
 def starts() -> list[dict]:
-    """LoftQ helps before and after, PiSSA only before; 16 bit has no error that LoftQ could begin from."""
+    """LoftQ helps before and after, PiSSA only before. On 16 bit there is no error for LoftQ to reduce."""
     runs = []
     for seed in (0, 1, 2):
         for name in ("none", "nf4", "int4"):
@@ -197,7 +197,7 @@ def test_a_start_is_compared_with_none_on_the_same_format(starts):
 
 
 def test_starts_meet_each_at_its_own_learning_rate():
-    """PiSSA at a small rate is what B = 0 is at a larger one: at its best neither is better."""
+    """PiSSA has its best rate lower than B = 0; at their best rates, neither is better."""
     runs = [tuned("nf4", 0, delta, lr=lr) for delta, lr in ((0.2, 1e-4), (0.1, 1e-3), (0.3, 1e-2))]
     for lr, delta in ((1e-4, 0.1), (1e-3, 0.3)):
         runs.append(begun("nf4", "pissa", 0, 21, 0.01, delta))
@@ -231,7 +231,7 @@ def test_a_start_without_its_like_is_told_of_alone():
 
 
 def kept(name, seed, **deltas) -> dict:
-    """A run whose adapters were packed and merged; deltas: from those kept apart, by what became of them."""
+    """A run whose adapters were packed and merged. deltas: by kind, the loss against separate adapters."""
     run = tuned(name, seed, 0.01 * seed, merge=True, adapter_format="int8")
     metrics = run["metrics"]
     metrics["bits"]["parameters"] = 8_000_000
@@ -292,7 +292,7 @@ def test_in_16_bit_again_is_in_16_bit():
 
 
 def test_what_is_measured_afterwards_has_no_part_in_the_fine_tune(merged):
-    """The 16-bit run that nf4's is compared with need not have been merged."""
+    """A run with merged adapters is compared with a 16-bit run without."""
     nf4 = next(c for c in only(merged).configurations if c.format == "nf4")
     assert nf4.differences["tuned"].delta == pytest.approx(0.005, abs=0.002)
 

@@ -1,4 +1,4 @@
-"""No result.json takes a report down: one that is none is skipped and named, and the texts of others stay texts."""
+"""No file breaks a report: one that is not a result is skipped and named, and texts in results are never markup."""
 
 import gzip
 import html.parser
@@ -43,7 +43,7 @@ TEXTS = [
     "\udcff", "\u0301" * 50, "../../etc/passwd", "/", "..", "%s %n {0} {x.__class__}", "", " ", "'; drop table", "=1+1",
     "a" * 100_000, "名前 🙂", "nan", "none",
 ]  # fmt: skip
-TOKEN = "\ue000"  # around what json.dumps would not write
+TOKEN = "\ue000"  # marks JSON that json.dumps cannot write
 RAW = [
     "NaN",
     "Infinity",
@@ -91,7 +91,7 @@ def written(result: dict) -> bytes:
 
 
 def spoilt(content: bytes, random: Random) -> bytes:
-    """What a disk, an editor or a transfer may leave of a file."""
+    """The content as a full disk, an editor or a broken transfer might leave it."""
     at = random.randrange(len(content))
     return random.choice(
         [
@@ -104,7 +104,7 @@ def spoilt(content: bytes, random: Random) -> bytes:
 
 
 def spoil(folder: Path, random: Random) -> None:
-    """Something in the place of the file that is none, or none that can be read."""
+    """Put something that is no readable file in the place of result.json."""
     file = folder / store.FILE
     kind = random.choice(["folder", "pipe", "socket", "gone", "loop", "huge", "zero"])
     if kind == "folder":
@@ -113,7 +113,7 @@ def spoil(folder: Path, random: Random) -> None:
         os.mkfifo(file)
     elif kind == "socket":
         here = os.getcwd()
-        os.chdir(folder)  # as the name of a socket must be short
+        os.chdir(folder)  # because the path of a socket must be short
         try:
             socket.socket(socket.AF_UNIX).bind(store.FILE)
         finally:
@@ -130,7 +130,7 @@ def spoil(folder: Path, random: Random) -> None:
 
 
 def fill(folder: Path, count: int, seed: int = 0) -> None:
-    """Mutations of a good result, a folder each; in an eighth of them the name of the folder is odd too."""
+    """Write mutations of a good result, a folder each. An eighth of the folders have odd names."""
     for i in range(count):
         random = Random(f"{seed} {i}")
         name = f"{i}"
@@ -160,7 +160,7 @@ def good(tmp_path) -> Path:
 
 
 def report(folder: Path, monkeypatch, capsys) -> tuple[str, str]:
-    """Of the command: standard output and error. The page and its twin are whole."""
+    """Run the command, and check its page and Markdown. Returns standard output and standard error."""
     monkeypatch.setattr("sys.argv", ["qbench.report", str(folder), "--out", str(folder.parent / "report")])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,7 +201,7 @@ def whole_page(file: Path) -> None:
 
 
 def whole_twin(file: Path, fences: int = 0) -> None:
-    """fences: blocks of code that it has itself."""
+    """fences: the number of code blocks that the page has itself."""
     text = file.read_text("utf-8")
     assert not [c for c in text if c != "\n" and not c.isprintable()]
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
@@ -237,7 +237,7 @@ def part_of(text: str, start: str, end: str) -> str:
 
 
 def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
-    """The property: the bad are named and change nothing, the others are shown."""
+    """Check that bad results are named and change nothing else, and that all other results are shown."""
     output, _ = report(good, monkeypatch, capsys)
     before = [(good.parent / "report" / name).read_text("utf-8") for name in (page.HTML, page.MARKDOWN)]
     fill(good / "bad", count, seed)
@@ -252,7 +252,7 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
         (apart / file.parent.name).parent.mkdir(exist_ok=True)
         shutil.move(file.parent, apart / file.parent.name)
 
-    # the good with the bad: as without, but for the list of those skipped
+    # bad results change only the list of skipped files
     now, err = report(good, monkeypatch, capsys)
     assert now == output and err.count("qbench: skipped") == min(len(refused), 21)
     after = [(good.parent / "report" / name).read_text("utf-8") for name in (page.HTML, page.MARKDOWN)]
@@ -265,14 +265,14 @@ def hold(good: Path, count: int, monkeypatch, capsys, seed: int = 0) -> None:
     reasons = Tags(after[0]).tags["code"] - Tags(before[0]).tags["code"]
     assert reasons == len(refused)
 
-    # in Python
+    # qbench.load skips the same files
     with pytest.warns(UserWarning) as caught:
         frame = qbench.load(good)
     names = [str(warning.message) for warning in caught]
     unread = {file for file in refused if any(sanitize(str(file)) in name for name in names)}
     assert len(frame) == len(GOOD) + len(refused - unread)
 
-    # what is a result is shown, by the page and by the terminal
+    # mutations that are still results are shown, by the page and in the terminal
     for folder in apart.iterdir():
         result = store.read(folder)
         if result["status"] == "done":
@@ -300,7 +300,7 @@ def test_what_may_not_be_read_is_named():
         folder = Path(name)
         for run in ("open", "closed/run", "secret"):
             store.write(folder / run, whole())
-        assert len(qbench.load(folder)) == 3  # with all that it imports
+        assert len(qbench.load(folder)) == 3  # also imports everything, which needs its rights
         (folder / "closed").chmod(0)
         (folder / "secret" / store.FILE).chmod(0)
         folder.chmod(0o755)
@@ -318,7 +318,7 @@ def test_what_may_not_be_read_is_named():
 
 @contextmanager
 def nobody() -> Iterator[None]:
-    """A user without rights, where root would have them all."""
+    """Run as a user without rights, because root may read everything."""
     if os.geteuid():
         yield
         return
@@ -332,7 +332,7 @@ def nobody() -> Iterator[None]:
 def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store.write(tmp_path / "one", whole())
-    for _ in range(1200):  # deeper than Python recurses
+    for _ in range(1200):  # deeper than the recursion limit of Python
         os.mkdir("d")
         os.chdir("d")
     results, unreadable = dataframe.read_results(tmp_path)
@@ -351,7 +351,7 @@ def test_deep_folders_and_odd_paths(tmp_path, monkeypatch):
 
 
 def spoilt_leaves(value: object, place: tuple = ()) -> Iterator[tuple]:
-    """The places of all that is no object, a list by its first item."""
+    """The keys to every value that is not an object; of a list, only to its first item."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from spoilt_leaves(item, (*place, key))
@@ -378,7 +378,7 @@ def test_every_key_has_a_type():
 
 @pytest.mark.thorough
 def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
-    """Each in every place that takes any text; in a browser, where there is one, nothing of it runs or loads."""
+    """Each text stands in every place that takes any text. In a browser, nothing of it runs or loads."""
     for i, text in enumerate(TEXTS):
         result = json.loads(
             json.dumps(json_files._plain(whole("nf4", 100 + i, 0.02))).replace("layers.0.q_proj", f"l.{i}")
@@ -407,7 +407,7 @@ def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
 
 
 def test_windows_that_do_not_fit_are_not_compared():
-    """By run: 12 windows, but of the third the scores of 11; and one that is not finite."""
+    """One run has 11 windows and the others 12; another has a window that is not finite."""
     runs = [whole("none"), whole("nf4", 0, 0.02), whole("nf4", 1, 0.02), whole("int8", 0, 0.01), whole("int4", 0, 0.1)]
     for scores in runs[2]["metrics"]["quality"].values():
         del scores["windows"][-1]

@@ -1,4 +1,4 @@
-"""What people read says what the numbers say."""
+"""The sentences about a run say what its numbers say."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Scores on tasks as a run and a comparison show them."""
+"""Scores on tasks, in the report of a run and in a comparison."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from tests.qbench.sample_results import by_file, finished, only
 
 
 def scored(values, base, log=False, better=True, **more) -> dict:
-    """A score with documents, beside the baseline's."""
+    """A score with the value of each document, compared with the baseline's documents."""
     values, delta = np.asarray(values, float), np.asarray(values, float) - base
     value = math.exp(values.mean()) if log else values.mean()
     against = {
@@ -33,7 +33,7 @@ RIGHT = np.random.default_rng(1).random(100) < 0.7
 
 
 def with_tasks(name, seed=0, worse=0.0, wrong=0, tuned=None) -> dict:
-    """A finished run whose words are less likely by `worse`, and which errs on `wrong` documents more."""
+    """A finished run. worse: added to the nll of words. wrong: the number of additional documents it gets wrong."""
     result = finished(name, seed, tuned=tuned, eval={"tokens": 512, "tasks": ["docs", "group"]})
     right = RIGHT.astype(float)
     right[np.flatnonzero(RIGHT)[:wrong]] = 0
