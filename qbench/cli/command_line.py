@@ -29,7 +29,7 @@ from .commands import GROUP, NO_FORMAT, Check, Command, Job
 from .compose import compose_config, describe_error, resolve
 from .config_files import EXPERIMENTS, read_keys
 from .console import stderr
-from .overrides import check_no_tune, check_override, check_single, separate_choices
+from .overrides import check_no_tune, check_override, check_single, count_jobs, separate_choices
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,29 @@ class Line:
     sweeps: bool
 
     @property
+    def jobs(self) -> int | None:
+        """The number of runs; None if another sweeper than Hydra's own chooses them."""
+        if any(override.key_or_group == "hydra/sweeper" for override in self.overrides):
+            return None
+        return count_jobs([*self.params, *self.overrides])
+
+    @property
     def runs(self) -> bool:
         """Whether it runs a job. Some flags only print something."""
         return not (self.asked.cfg or self.asked.info or self.asked.hydra_help or self.asked.shell_completion)
 
 
-def start(command: Command, load: Callable[[], tuple[Job, Check]], settings: Sequence[str] = ()) -> int:
+def start(
+    command: Command,
+    load: Callable[[], tuple[Job, Check]],
+    settings: Sequence[str] = (),
+    announce: Callable[[int | None], None] = lambda jobs: None,
+) -> int:
     """Let Hydra run the command line in sys.argv.
 
     load: imports what takes time; returns the job and a check of the resolved config.
     settings: overrides that come before those of the command line.
+    announce: receives the number of runs before the first begins.
 
     Returns 0 when Hydra is done, whatever its jobs did; 1 if a folder cannot be written; 2 for bad input. Raises
     KeyboardInterrupt.
@@ -72,6 +85,7 @@ def start(command: Command, load: Callable[[], tuple[Job, Check]], settings: Seq
         if line.runs and not line.sweeps:
             check(resolve(compose_config(command, line.asked, line.overrides)))
         _check_choices(command, line, [GROUP])
+        announce(line.jobs)
         # flags last: --info takes an override that follows it for its own argument
         overrides = [*settings, *command.first_overrides, *(str(o.input_line) for o in line.overrides)]
         sys.argv[1:] = [*command.search_path(), *overrides, *line.flags]

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from qbench.system.interrupts import interruptible
 from .compose import resolve
 from .console import INTERRUPTED, stderr
 from .format_group import format_of
+from .sweep import Progress
 from .time_limit import time_limit, too_long
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
     )
 
 
+progress = Progress()  #: of the sweep that this process runs
 outcomes: list["Outcome"] = []  #: what came of the runs that were asked for
 
 
@@ -94,7 +97,15 @@ def job(config: DictConfig) -> Outcome:
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     try:
         with messages.redirect(folder):
-            outcome = _Attempt(resolve(config), folder, sweep).outcome()
+            if sweep:
+                stderr.print(progress.describe(hydra.job.num, folder), style="dim")
+            started = time.monotonic()
+            attempt = _Attempt(resolve(config), folder, sweep)
+            outcome = attempt.outcome()
+            if outcome.code == 0 and store.read_started_since(
+                folder, attempt.started
+            ):  # else it failed or was done before
+                progress.seconds.append(time.monotonic() - started)
     finally:
         if not sweep:
             _discard(folder)

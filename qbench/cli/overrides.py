@@ -4,13 +4,14 @@ Hydra would take the path `2024` for a number and the path `a,b` for two values.
 raises an InputError of one line.
 """
 
+import math
 import re
 import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from qbench import keys
@@ -119,6 +120,22 @@ def separate_choices(override: Override) -> list[Override]:
     """One override for each choice of a group that is swept."""
     prefix = "+" if override.is_add() else ""
     return [_parser.parse_override(f"{prefix}{override.key_or_group}={name}") for name in choices_of(override)]
+
+
+def count_jobs(overrides: Iterable[Override]) -> int | None:
+    """The number of jobs that a sweep makes of overrides, of which a later one replaces an earlier one of its key.
+
+    None if that is not known: a glob's choices are files.
+    """
+    counts: dict[str, int] = {}
+    for override in overrides:
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
+                return None
+            counts[override.get_key_element()] = sum(1 for _ in override.sweep_string_iterator())
+        else:
+            counts[override.get_key_element()] = 1
+    return math.prod(counts.values())
 
 
 def check_single(command: "Command", override: Override) -> None:

@@ -37,6 +37,12 @@ def main() -> int:
         jobs.outcomes = outcomes
         return jobs.job, check
 
+    def announce(total: int | None) -> None:
+        from . import jobs
+        from .sweep import Progress
+
+        jobs.progress = Progress(total)
+
     try:
         if "--formats" in sys.argv[1:]:
             from . import format_list
@@ -46,9 +52,9 @@ def main() -> int:
             from . import command_line, commands, overrides  # Hydra, which takes a while to import
 
         sweep = sweep_folder(sys.argv[1:])
-        told = [f"hydra.sweep.dir={overrides.quoted(str(sweep))}"] if sweep else []
+        settings = [f"hydra.sweep.dir={overrides.quoted(str(sweep))}"] if sweep else []
         with messages.redirect():
-            if code := command_line.start(commands.RUN, load, told):
+            if code := command_line.start(commands.RUN, load, settings, announce):
                 return code
         if sweep and outcomes:
             return summary(sweep, outcomes)
@@ -84,15 +90,19 @@ def sweep_folder(arguments: list[str]) -> Path | None:
 
 
 def summary(folder: Path, outcomes: list["Outcome"]) -> int:
-    """Say how many of the runs that were asked for are done, and which are not and why. 0 if all are, else 1."""
+    """Print a table of the runs that were asked for, how many are done, and why others are not. 0 if all are, else 1."""
+    from rich.console import Console
+
     from qbench.runs import baseline
 
     from . import jobs
     from .console import stderr
+    from .sweep import show_table
 
     baseline.clear(folder / jobs.BASELINES)
     asked = {outcome.folder: outcome for outcome in outcomes}  # 16 bit is one run for every block
     missing = [outcome for outcome in asked.values() if outcome.code]
+    show_table(list(asked.values()), Console(stderr=True, highlight=False, markup=False))
     stderr.print(f"\n{len(asked) - len(missing)} of {len(asked)} runs are done in {folder}")
     for outcome in missing:
         stderr.print(f"  {os.path.relpath(outcome.folder)}: {outcome.why}")
