@@ -26,7 +26,7 @@ def paired_difference(ours_rows: ArrayLike, theirs_rows: ArrayLike) -> tuple[flo
     single window the error and p are NaN.
     """
     difference = np.asarray(ours_rows, np.float64) - np.asarray(theirs_rows, np.float64)
-    rows = difference.reshape(*difference.shape[:2], -1).mean(2)
+    rows = difference.mean(tuple(range(2, difference.ndim)))  # over tokens, if there are any
     seeds, windows = rows.shape
     delta, over_windows = clustered_mean(rows.mean(0)[:, None])
     over_seeds = rows.mean(1).var(ddof=1) / seeds if seeds > 1 else 0.0

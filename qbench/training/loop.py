@@ -52,7 +52,6 @@ def train(
     advance: called after each step, counted from 1, with its loss and tokens/s. Raises FloatingPointError if the loss is
     not finite, and InputError if no gradient reaches the trained parameters.
     """
-    device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.build(
         settings.optimizer,
@@ -69,44 +68,56 @@ def train(
     order = _order([len(example) for example in examples], settings, seed)
     torch.manual_seed(seed)  # dropout
     tokens = padded_tokens = 0
-    full = settings.method == FULL  # its weights are fp32, but the products are computed in 16 bit
     with _training_mode(model, settings.checkpointing):
         for step in range(settings.steps):
             started = time.perf_counter()
             batch = [examples[i] for i in order[step * settings.batch : (step + 1) * settings.batch]]
-            length = sum(map(len, batch))
-            total = 0.0
-            with torch.autocast(device.type, torch.bfloat16) if full else nullcontext():
-                for start in range(0, settings.batch, settings.batch // settings.accumulate):
-                    rows = batch[start : start + settings.batch // settings.accumulate]
-                    # padding is at the end, where a causal model's text does not see it, so no mask is needed
-                    part = pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(device)
-                    loss = next_token_loss(logits_of(model, part.clamp(min=0)), part, length - len(batch))
-                    if not loss.requires_grad:  # Reformer's layers compute their gradients themselves
-                        raise InputError(
-                            f"tune.method: {settings.method} does not work on this model, which hands no gradient to its "
-                            "layers; accepted: full, or tune=none"
-                        )
-                    loss.backward()
-                    total += loss.item()
-                    padded_tokens += part.numel()
-            if not total < float("inf"):
+            loss, batch_tokens = _accumulate_gradients(model, batch, settings)
+            if not loss < float("inf"):
                 raise FloatingPointError(
-                    f"the loss of step {step + 1} is {total}; a lower tune.lr={settings.lr} may help"
+                    f"the loss of step {step + 1} is {loss}; a lower tune.lr={settings.lr} may help"
                 )
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
             log.lr.append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            log.loss.append(total)
+            log.loss.append(loss)
             log.grad_norm.append(norm.item())
+            length = sum(map(len, batch))
             tokens += length
+            padded_tokens += batch_tokens
             log.tokens_s.append(length / (time.perf_counter() - started))
-            advance(step + 1, total, log.tokens_s[-1])
+            advance(step + 1, loss, log.tokens_s[-1])
     log.padding = 1 - tokens / padded_tokens
     log.optimizer = optim.footprint(optimizer)
     return log
+
+
+def _accumulate_gradients(
+    model: "PreTrainedModel | PeftModel", batch: list[Tensor], settings: TuneSettings
+) -> tuple[float, int]:
+    """Add the gradients of a batch, part by part; returns its loss and its number of tokens with padding."""
+    device = next(model.parameters()).device
+    targets = sum(map(len, batch)) - len(batch)
+    part_size = settings.batch // settings.accumulate
+    full = settings.method == FULL  # its weights are fp32, but the products are computed in 16 bit
+    total, padded_tokens = 0.0, 0
+    with torch.autocast(device.type, torch.bfloat16) if full else nullcontext():
+        for start in range(0, settings.batch, part_size):
+            # padding is at the end, where a causal model's text does not see it, so no mask is needed
+            rows = batch[start : start + part_size]
+            part = pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(device)
+            loss = next_token_loss(logits_of(model, part.clamp(min=0)), part, targets)
+            if not loss.requires_grad:  # Reformer's layers compute their gradients themselves
+                raise InputError(
+                    f"tune.method: {settings.method} does not work on this model, which hands no gradient to its "
+                    "layers; accepted: full, or tune=none"
+                )
+            loss.backward()
+            total += loss.item()
+            padded_tokens += part.numel()
+    return total, padded_tokens
 
 
 def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
