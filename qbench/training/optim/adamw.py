@@ -144,6 +144,7 @@ class PagedAdamW(Optimizer):
         for p, group in active:
             self.state[p]["step"] += 1
             state, step = self._states[p], self.state[p]["step"].item()
+            assert p.grad is not None, "active parameters have a gradient"
             grad = _flatten(p.grad, like=p)
             for page_slice in state.slices:
                 slice_update = SliceUpdate(page_slice, state.moments, flat[p], grad, step, group)
