@@ -73,6 +73,12 @@ def test_the_readme_is_a_screen_and_leads_to_every_page():
     assert "(docs/index.md)" in PAGES["README.md"] and all(f"({page})" in index for page in pages)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_a_page_names_exists(name):
+    named = re.findall(r"`((?:qbench|tests|formats|docs|conf|experiments|reports)/[\w/.-]+\.\w+)`", PAGES[name])
+    assert [file for file in named if not (ROOT / file).exists() and "NAME" not in file] == []
+
+
 class Accepted(Exception):
     """A command line that its reader accepts."""
 
