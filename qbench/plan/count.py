@@ -163,6 +163,7 @@ def _trained_sizes(sizes: Sizes, settings: PlanSettings) -> list[int]:
                 f"tune.rank: {settings.rank} is larger than {name}, {out_features} × {in_features}; accepted: 1 to {most}"
             )
         numels += [settings.rank * out_features, settings.rank * in_features]
+        numels += [out_features] if settings.method == "dora" else []  # the magnitudes
     return numels
 
 

@@ -10,13 +10,12 @@ import formats
 from formats import Format
 from qbench import keys
 from qbench.errors import InputError
-from qbench.settings import FULL, TuneSettings
+from qbench.settings import FULL, LOW_RANK, TuneSettings
 
 #: `attention=` and what transformers calls it
 ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}
 UNQUANTIZED = formats.get("none")
-#: the methods whose step can be counted; rsLoRA differs from LoRA in one factor, and takes the same memory
-METHODS = ("lora", "rslora", FULL, "none")
+METHODS = (*LOW_RANK, FULL, "none")  #: those whose step can be counted
 #: bytes of CUDA's context with cuBLAS' workspace, and per cent that an allocator loses to rounding: typical since 2020
 CONTEXT, FRAGMENTATION = 500_000_000, 5.0
 
@@ -99,7 +98,7 @@ class PlanSettings:
     @property
     def low_rank(self) -> bool:
         """Whether adapters with matrices A and B are trained."""
-        return self.method in ("lora", "rslora")
+        return self.method in LOW_RANK
 
     @property
     def paged(self) -> bool:

@@ -14,6 +14,7 @@ from .settings import PlanSettings, key_of
 
 METHODS = {
     "lora": "under LoRA of rank {rank}",
+    "dora": "under DoRA of rank {rank}",
     "rslora": "under rsLoRA of rank {rank}",
     "full": "under full fine-tuning",
     "none": "when it only scores text",

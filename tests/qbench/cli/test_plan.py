@@ -242,11 +242,11 @@ BAD = {
         r"blocks: \[0\] is not accepted; a list of integers of at least 1",
     ),
     "sweep": (["model=bundled", "sweep=maybe"], r"sweep: 'maybe' is not accepted; true or false"),
-    "sweep of full": (["model=bundled", "sweep=true", "tune=full"], r"sweep: tune=full .*accepted: lora, rslora, none"),
+    "sweep of full": (["model=bundled", "sweep=true", "tune=full"], r"sweep: tune=full .*accepted: lora, dora, rslora, none"),
     "multirun": (["-m", "model=bundled"], r"--multirun: .*sweep=true"),
     "a method that is not counted": (
         ["model=bundled", "+format=nf4", "tune=ia3"],
-        r"tune\.method: the memory of ia3 is not counted; accepted in a plan: lora, rslora, full, none",
+        r"tune\.method: the memory of ia3 is not counted; accepted in a plan: lora, dora, rslora, full, none",
     ),
     "named sweep": (["+experiments=quick"], r"--multirun: .*sweep=true"),
     "check": (["model=bundled", "+format=nf4", "check=true", "tune=none"], r"check: tune=none trains nothing"),

@@ -109,6 +109,7 @@ KINDS = {
     "lora": SMALL,
     "bf16, parts": SMALL.replace(dtype=Dtypes(), accumulate=2, checkpointing=True),
     "eager, dropout": SMALL.replace(attention="eager", dropout=0.1, format=formats.get("int4_asym", block=32)),
+    "dora": SMALL.replace(method="dora"),
     "full": SMALL.replace(method="full", format=BF16, checkpointing=True),
 }
 
