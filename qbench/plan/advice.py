@@ -122,7 +122,7 @@ def compare_formats(shape: Shape, settings: PlanSettings, blocks: tuple[int, ...
     """
     if settings.method == FULL:
         raise InputError(
-            "sweep: tune=full trains 16-bit weights, so there are no formats to compare; accepted: lora, dora, rslora, none"
+            "sweep: tune=full trains 16-bit weights, so no formats compare; accepted: lora, dora, rslora, none"
         )
     for block in blocks:
         integer("blocks", block)
