@@ -67,8 +67,8 @@ def test_every_model_is_quantized_or_refused_in_a_line(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v2", "mixtral"])
-def test_adapters_are_on_the_layers_of_a_mixture_that_are_not_told_and_on_nothing_else(kind, tmp_path):
-    """PEFT takes some names for those of old experts. It would adapt the 16-bit experts instead of these layers."""
+def test_adapters_of_a_mixture_are_on_its_linear_layers_and_on_nothing_else(kind, tmp_path):
+    """PEFT mistakes some layers for old experts and would adapt the 16-bit experts. These layers get no adapter."""
     architectures.build(kind, tmp_path)
     model = loading.load(str(tmp_path), torch.float32, torch.device("cpu")).model
     names = selection.linear_layers(model).keys()

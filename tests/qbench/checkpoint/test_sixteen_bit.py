@@ -110,7 +110,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
-def test_the_prefixes_of_wrappers_are_taken_off_and_told(wrapper, folder, tiny_llama):
+def test_the_prefixes_of_wrappers_are_removed_with_a_warning(wrapper, folder, tiny_llama):
     rewrite(folder, lambda tensors: {WRAPPED[wrapper](name): tensor for name, tensor in tensors.items()})
     with pytest.warns(UserWarning, match=f"qbench: .*{wrapper.removesuffix(' of the inner model')}"):
         state = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
