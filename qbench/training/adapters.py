@@ -66,7 +66,7 @@ def add(
 def check(model: PreTrainedModel, settings: TuneSettings, seq: int) -> dict[str, str]:
     """Check that a fine-tune on windows of `seq` tokens can work, by a training step on the meta device.
 
-    model: has no weights (`empty_model.build_empty`). Returns the linear layers that get no adapter, by name, with the reason;
+    model: has no weights (see `build_empty`). Returns the linear layers that get no adapter, by name, with the reason;
     the first is named in a warning. Raises InputError for settings that the model or PEFT does not support.
     """
     layers = linear_layers(model)
