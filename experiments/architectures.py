@@ -136,7 +136,7 @@ def config(kind: str) -> PreTrainedConfig:
 def _shrunk(made: PreTrainedConfig) -> dict[str, Any]:
     """The keys of a config that are to be others."""
     values = {key: value for key, value in made.to_dict().items() if key not in made.sub_configs}
-    small = {key: found for key, value in values.items() if (found := _small(key, value)) != value}
+    small = {key: smaller for key, value in values.items() if (smaller := _small(key, value)) != value}
     if values.get("num_key_value_heads") == values.get("num_attention_heads") and "num_attention_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if (kinds := values.get("layer_types")) and "num_hidden_layers" in values:
@@ -227,8 +227,8 @@ def _same(model: PreTrainedModel, other: PreTrainedModel) -> None:
     assert selection.packed_layers(model).keys() == selection.packed_layers(other).keys()
     tokens = torch.arange(100, 120)[None]
     quality.check_logits(model, tokens)
-    found = [m(input_ids=tokens, use_cache=False).logits for m in (model, other)]
-    assert torch.equal(*found), "logits differ"
+    logits = [m(input_ids=tokens, use_cache=False).logits for m in (model, other)]
+    assert torch.equal(*logits), "logits differ"
 
 
 STEPS = {"run": _run, "quantize": _quantize, "save": _save}
@@ -255,14 +255,14 @@ def tried(kind: str, scratch: Path, steps: Iterable[str] = STEPS) -> Row:
 def apart(kind: str) -> Row:
     """`tried` in a process of its own, within its limits."""
     with tempfile.TemporaryDirectory() as scratch:
-        file, told = Path(scratch, "row.json"), Path(scratch, "output.txt")
+        file, output_file = Path(scratch, "row.json"), Path(scratch, "output.txt")
 
         def work() -> int:
             resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             signal.alarm(5 * SECONDS)  # a machine may be busy
             torch.set_num_threads(1)
-            with told.open("w", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output):
+            with output_file.open("w", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output):
                 file.write_text(json.dumps(asdict(tried(kind, Path(scratch)))), "utf-8")
             return 0
 

@@ -124,5 +124,5 @@ def load_kernels() -> None:
             entry.load()
         except Exception as error:
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
-            told = f"formats: the kernels {entry.value} cannot be imported ({why}); plain PyTorch computes instead"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            message = f"formats: the kernels {entry.value} cannot be imported ({why}); plain PyTorch computes instead"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -23,7 +23,10 @@ from .scales import largest
 
 
 class BrokenContract(AssertionError, ValueError):
-    """A format does not do what all must. To a test a failed assertion, to a command line a value that it refuses."""
+    """Raised when a format violates the contract.
+
+    It is an AssertionError, so tests fail, and a ValueError, so the command line reports it.
+    """
 
 
 _Asked = TypeVar("_Asked")
@@ -33,9 +36,9 @@ PLAIN = ("format", "bits", "block", "own_levels", "shape", "dtype")  #: what a q
 TINY = 10 * SMALLEST  #: as good as zero: the scale of a short last block of zeros, where no level is zero
 
 
-def expect(holds: object, found: object, expected: object) -> None:
+def expect(holds: object, actual: object, expected: object) -> None:
     if not holds:
-        raise BrokenContract(f"{found}; expected {expected}")
+        raise BrokenContract(f"{actual}; expected {expected}")
 
 
 def naming(fmt: Format, w: Tensor) -> None:
@@ -72,10 +75,10 @@ def table(fmt: Format, w: Tensor) -> None:
         expect(len(levels) == n, f"there are {len(levels)} levels", f"{n}, one a code of {fmt.bits} bits")
     book = fmt.codebook(w.detach().reshape(-1).float())
     expect(isinstance(book, Codebook), f"codebook gives a {type(book).__name__}", "a Codebook")
-    wanted = {"levels": f"float32 [{n}]", "boundaries": f"float32 [{n - 1}]", "order": f"uint8 [{n}]"}
-    for part, told in wanted.items():
+    parts = {"levels": f"float32 [{n}]", "boundaries": f"float32 [{n - 1}]", "order": f"uint8 [{n}]"}
+    for part, expected in parts.items():
         tensor = getattr(book, part)
-        expect(_told(tensor) == told, f"the {part} of the codebook are {_told(tensor)}", told)
+        expect(_describe(tensor) == expected, f"the {part} of the codebook are {_describe(tensor)}", expected)
         expect(tensor.isfinite().all(), f"the {part} of the codebook hold NaN or Inf", "finite ones")
     expect(book.order.sort().values.tolist() == list(range(n)), f"order is {book.order.tolist()}", "every code once")
     ranked = book.levels[book.order.long()]
@@ -90,12 +93,12 @@ def round_trip(fmt: Format, w: Tensor) -> None:
     """What is decoded has the shape and the dtype of what was quantized, or the dtype asked for, and is finite."""
     q = fmt.quantize(w)
     expect(isinstance(q, QuantizedTensor), f"quantize gives a {type(q).__name__}", "a QuantizedTensor")
-    wanted = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
-    for part, value in zip(PLAIN, wanted, strict=True):
+    expected = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
+    for part, value in zip(PLAIN, expected, strict=True):
         expect(getattr(q, part) == value, f"{part} of the quantized tensor is {getattr(q, part)!r}", repr(value))
     for dtype in (None, torch.float32, torch.bfloat16):
-        back, told = q.dequantize(dtype), f"{_word(dtype or w.dtype)} {list(w.shape)}"
-        expect(_told(back) == told, f"dequantize({dtype or ''}) is {_told(back)}", told)
+        back, expected = q.dequantize(dtype), f"{_word(dtype or w.dtype)} {list(w.shape)}"
+        expect(_describe(back) == expected, f"dequantize({dtype or ''}) is {_describe(back)}", expected)
         bad = int((~back.float().isfinite()).sum())
         expect(not bad or dtype != torch.float32, f"{bad} decoded weights are NaN or Inf", "finite ones")
 
@@ -117,11 +120,11 @@ def declared(fmt: Format, w: Tensor) -> None:
     """`empty` has what `quantize` stores: every tensor with its dtype and shape, and levels that are the format's."""
     q, e = fmt.quantize(w), fmt.empty(w.shape, w.dtype, w.device)
     for part in ("codes", "scale", "shift", "levels"):
-        found, wanted = (", ".join(map(_told, _tensors(getattr(side, part)))) or "none" for side in (e, q))
-        expect(found == wanted, f"{part} of empty: {found}", f"{wanted}, as quantized")
+        actual, expected = (", ".join(map(_describe, _tensors(getattr(side, part)))) or "none" for side in (e, q))
+        expect(actual == expected, f"{part} of empty: {actual}", f"{expected}, as quantized")
     for part in PLAIN:
-        found, wanted = getattr(e, part), getattr(q, part)
-        expect(found == wanted, f"{part} of empty is {found!r}", f"{wanted!r}, as quantized")
+        actual, expected = getattr(e, part), getattr(q, part)
+        expect(actual == expected, f"{part} of empty is {actual!r}", f"{expected!r}, as quantized")
     if q.levels is not None and e.levels is not None and not q.own_levels:
         expect(torch.equal(e.levels, q.levels), "empty has other levels than what is quantized", "the same")
 
@@ -133,15 +136,15 @@ def zeros(fmt: Format, w: Tensor) -> None:
     for which in sorted({0, last // 2, last}) if flat.numel() and not fmt.dq else ():
         block, among = slice(which * fmt.block, (which + 1) * fmt.block), flat.clone()
         among[block] = 0
-        found = largest(fmt.quantize(among.view(w.shape)).dequantize().reshape(-1)[block])
-        expect(found <= TINY, f"block {which} of zeros decodes to {found:.3g}", "zeros")
-    found = largest(fmt.quantize(torch.zeros_like(flat).view(w.shape)).dequantize())
-    expect(found <= TINY, f"zeros decode to {found:.3g}", "zeros")
+        actual = largest(fmt.quantize(among.view(w.shape)).dequantize().reshape(-1)[block])
+        expect(actual <= TINY, f"block {which} of zeros decodes to {actual:.3g}", "zeros")
+    actual = largest(fmt.quantize(torch.zeros_like(flat).view(w.shape)).dequantize())
+    expect(actual <= TINY, f"zeros decode to {actual:.3g}", "zeros")
 
 
 def finite(fmt: Format, w: Tensor) -> None:
-    """Weights up to the largest of their dtype, or of fp32, decode to finite ones, in fp32 and in their own dtype; or they
-    raise a ValueError, a line that names the tensor."""
+    """Weights up to the largest of their dtype, or of fp32, decode to finite ones, in fp32 and in their own dtype. Or they
+    raise a ValueError: one line, which names the tensor."""
     flat = w.detach().double()
     flat = flat / (float(flat.abs().amax()) or 1.0) if w.numel() else flat
     for most in {torch.finfo(w.dtype).max, min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max)}:
@@ -154,8 +157,8 @@ def _finite(fmt: Format, huge: Tensor, most: float) -> None:
     try:
         q = fmt.quantize(huge, name="layers.3.q_proj")
     except ValueError as error:
-        told = "layers.3.q_proj" in str(error) and "\n" not in str(error)
-        expect(told, f"the error says {str(error)!r}", "a line with the name of the tensor in it")
+        is_named = "layers.3.q_proj" in str(error) and "\n" not in str(error)
+        expect(is_named, f"the error says {str(error)!r}", "a line with the name of the tensor in it")
         return
     for dtype in (torch.float32, huge.dtype):
         bad = int((~q.dequantize(dtype).isfinite()).sum())
@@ -167,21 +170,21 @@ BRIEF = (naming, sourced, width, table, round_trip, counted, declared, zeros)
 
 
 def failure(prop: Callable[[_Asked, _Given], None], fmt: _Asked, w: _Given, on: str) -> BrokenContract | None:
-    """How a format breaks a property on a tensor, in a line; None where it keeps it."""
+    """Returns in one line how a format breaks a property on a tensor; None if it does not."""
     try:
         prop(fmt, w)
     except Exception as error:
         raised = "" if isinstance(error, BrokenContract) else f"it raised {type(error).__name__}: "
-        found = BrokenContract(f"{prop.__name__}: on {on}: {raised}{first_line(error)}")
-        found.__cause__ = error
-        return found
+        failed = BrokenContract(f"{prop.__name__}: on {on}: {raised}{first_line(error)}")
+        failed.__cause__ = error
+        return failed
     return None
 
 
 def glance(fmt: Format, name: str) -> None:
-    """Raises BrokenContract, a line, for a format that cannot be worked with."""
-    if found := aside(_first_failure, fmt):
-        raise BrokenContract(f"{name} breaks the contract of a format: {found}") from found.__cause__
+    """Check the properties that everything else relies on. Raises BrokenContract, in one line."""
+    if failed := aside(_first_failure, fmt):
+        raise BrokenContract(f"{name} breaks the contract of a format: {failed}") from failed.__cause__
 
 
 def _first_failure(fmt: Format) -> BrokenContract | None:
@@ -191,7 +194,7 @@ def _first_failure(fmt: Format) -> BrokenContract | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception, its first line; without one, its type."""
+    """Returns the first line of the message of an exception, or its type if it has no message."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
@@ -200,7 +203,7 @@ def _tensors(part: object) -> list[object]:
     return [] if part is None else list(part) if isinstance(part, tuple | list) else [part]
 
 
-def _told(tensor: object) -> str:
+def _describe(tensor: object) -> str:
     return f"{_word(tensor.dtype)} {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
 
 

@@ -1,11 +1,16 @@
 """The one contract: a `Format` turns a tensor into a `QuantizedTensor`, which turns back.
 
-To write a format, subclass `Format` in a file of its own, give it a name, a number of bits and its levels, and register
-it; `nf4.py` is the shortest example. Where the scale is not the absmax of the block, override `scale_and_shift`; where
-scales are stored in another dtype than fp32, or ranks do not part halfway between levels, say so; where the levels depend
-on the tensor, override `codebook`; where something else is stored, `quantize` and `empty`. What else there is to choose
-are arguments of the constructor, with defaults, and told by the name: see `fp4.py`. What all of that must keep is in
-`contract.py`.
+To write a format, subclass `Format` in a file of its own. Give it a name, a number of bits and its levels, and register
+it. `nf4.py` is the shortest example. Further cases:
+
+    the scale is not the absmax of the block            override `scale_and_shift`
+    scales are not stored in fp32                       set `scale_dtype`
+    ranks do not part halfway between levels            set `boundaries`
+    the levels depend on the tensor                     override `codebook`
+    something else is stored                            override `quantize` and `empty`
+    the user has more to choose                         arguments of the constructor, with defaults: see `fp4.py`
+
+`contract.py` has the properties that every format must keep.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,8 +73,8 @@ class QuantizedTensor:
 
     codes: uint8 [ceil(n·bits/8)], packed. levels: fp32 [2^bits], or None where a code is the weight itself (`none`).
     scale, shift: stored scales (`scales.py`), an empty shift where there is none. shape, dtype: of the original.
-    own_levels: whether the levels were made for this tensor alone, and so count towards its bytes; the levels of a
-    format with one fixed table are one tensor, shared by all, and cost a tensor nothing.
+    own_levels: whether the levels were made for this tensor alone, and so count towards its bytes. A format with one
+    fixed table has one tensor of levels, which all its tensors share.
     """
 
     format: str
@@ -203,8 +208,8 @@ class Format:
         """Quantize a float tensor of any shape.
 
         Blocks run over the flattened tensor, so they may span rows, and the last may be short. What is decoded, in fp32
-        and in the dtype of `w`, is finite. Raises TypeError if `w` is not floating point, ValueError, naming the tensor by
-        `name`, if it holds NaN, Inf, or numbers so large that their scales or what is decoded would not be finite.
+        and in the dtype of `w`, is finite. Raises TypeError if `w` is not floating point. Raises
+        ValueError, with the `name` of the tensor, if it holds NaN, Inf, or numbers too large for finite scales or weights.
         """
         load_kernels()
         flat = w.detach().reshape(-1)
@@ -268,11 +273,11 @@ def refusal(w: Tensor, name: str, dtype: torch.dtype, why: str = "") -> ValueErr
     """What is wrong with a tensor that `dtype` cannot hold; `why` not, where it could hold each of its numbers."""
     w = w.detach().double()
     nan, inf = int(w.isnan().sum()), int(w.isinf().sum())
-    found = " and ".join(f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count)
-    if not found:
+    content = " and ".join(f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count)
+    if not content:
         top = float(w.abs().amax())
-        found = f"numbers up to {top:.6g}, {why if why and top <= torch.finfo(dtype).max else f'beyond {dtype}'}"
-    return ValueError(f"{name}: holds {found}; a quantized tensor cannot")
+        content = f"numbers up to {top:.6g}, {why if why and top <= torch.finfo(dtype).max else f'beyond {dtype}'}"
+    return ValueError(f"{name}: holds {content}; a quantized tensor cannot")
 
 
 @lru_cache

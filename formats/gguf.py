@@ -9,8 +9,8 @@ In a file a block is 32 weights, and d and m are fp16: 4.5, 5 and 8.5 bits. With
 are those of `gguf` (0.18 and later), to the last bit, wherever d is at least 1e-38 in magnitude. Two things make them so.
 Codes are chosen by d as it is in fp32, and d is rounded after that. And a weight halfway between two levels goes up, in
 q8_0 away from zero, while 4-bit codes are found by cutting off x + 8.5 (or x + 0.5): that sum is rounded, so the
-boundaries lie next to the halves, not on them. A llama.cpp that is compiled to fuse w/d and that sum rounds once less, so
-that a q4_0 weight this close to halfway can get the next code (its pull request 8939).
+boundaries lie next to the halves, not on them. If llama.cpp is compiled to fuse w/d and that sum, it rounds once less. A
+q4_0 weight this close to halfway can then get the next code (its pull request 8939).
 
 Another block, and double quantization in the place of fp16, are for comparison: the same rules, which no file has.
 """

@@ -1,7 +1,7 @@
 """INT4: 16 evenly spaced levels.
 
 Symmetric (`int4`): L = i/7 for i = −8 … 7 and the absmax as scale, so a weight becomes an integer within ±7 and −8 is
-never used; this is the Int4 that QLoRA's Table 2 compares with (arXiv 2305.14314).
+never used. This is the Int4 that QLoRA's Table 2 compares with (arXiv 2305.14314).
 
 Asymmetric (`int4_asym`): L = i/15 for i = 0 … 15, the scale is the range of the block and the shift its minimum (GPTQ,
 arXiv 2210.17323, section 4, and most group-wise INT4 since). It uses all 16 levels and follows skewed blocks, for a

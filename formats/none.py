@@ -1,7 +1,7 @@
 """No quantization: 16 bits a weight, the baseline every other format is compared with, through the same path.
 
-A code is the weight itself in bf16 (or fp16, where the checkpoint has it), so there are no levels and no scales, and the
-block size and double quantization mean nothing: they are fixed.
+A code is the weight itself in bf16 (or fp16, where the checkpoint has it), so there are no levels and no scales. Block
+size and double quantization have no effect, so they are fixed.
 """
 
 from typing import ClassVar

@@ -74,8 +74,8 @@ _discovered = False
 def register(*names: str, **options: Any) -> Callable[[_Class], _Class]:
     """Decorate a `Format` class: each of `names` gets it with these options.
 
-    Raises ValueError for a name that is taken, unless by what this class was before its cell or module ran again, and for
-    one that a command line could not tell from something else.
+    Raises ValueError for a name that another class has taken. The same class may register again, such as when its
+    notebook cell runs again. Raises ValueError too for a name that a command line could not tell from something else.
     """
 
     def add(cls: _Class) -> _Class:
@@ -97,8 +97,8 @@ def get(name: str, block: int = 64, dq: bool = False, **options: Any) -> Format:
     name: a registered one, or `module.Class`. Where the format has block or dq fixed, that is what it gets. Options that
     the name of the format does not tell become part of it, so that results can be told apart.
 
-    Raises KeyError, listing the names, if there is none such; ValueError or TypeError for a bad argument; BrokenContract,
-    a ValueError, for a format of another package that does not keep what formats promise (`contract`).
+    Raises KeyError, which lists the names, for an unknown one; ValueError or TypeError for a bad argument. Raises
+    BrokenContract, a ValueError, if a format of another package violates the contract (`contract`).
     """
     entry = find(name)
     known = entry.options
@@ -114,11 +114,11 @@ def get(name: str, block: int = 64, dq: bool = False, **options: Any) -> Format:
     fmt.arguments = {"name": name, "block": block, "dq": dq, **options}
     if ours(type(fmt)):
         return fmt
-    told = {option: value for option, value in options.items() if value != known.get(option)}
-    _check_name(entry, fmt, None if told or "." in name else name)
+    chosen = {option: value for option, value in options.items() if value != known.get(option)}
+    _check_name(entry, fmt, None if chosen or "." in name else name)
     contract.glance(fmt, name)
-    if told and fmt.name == getattr(entry.cls, "name", None):
-        fmt.name += "".join(f"_{option}{value}" for option, value in told.items())
+    if chosen and fmt.name == getattr(entry.cls, "name", None):
+        fmt.name += "".join(f"_{option}{value}" for option, value in chosen.items())
     return fmt
 
 
@@ -181,21 +181,21 @@ def _target(name: str) -> Entry:
     if not all(map(str.isidentifier, name.split("."))):
         raise ValueError(f"{name!r} names no class; accepted: module.Class, such as my_module.MyFormat")
     try:
-        found = import_module(module)
+        imported = import_module(module)
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         why = "there is no such module here" if missing else f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{name}: {module} cannot be imported: {why}") from error
-    cls = getattr(found, attribute, None)
+    cls = getattr(imported, attribute, None)
     if not _is_format(cls):
-        there = [key for key, value in vars(found).items() if _is_format(value) and value.__module__ == module]
-        what = f"has no {attribute}" if cls is None else f"has {attribute}, which is none"
-        raise ValueError(f"{name}: {module} {what}; accepted: {', '.join(there) or 'a subclass of formats.Format'}")
+        there = [key for key, value in vars(imported).items() if _is_format(value) and value.__module__ == module]
+        problem = f"has no {attribute}" if cls is None else f"has {attribute}, which is none"
+        raise ValueError(f"{name}: {module} {problem}; accepted: {', '.join(there) or 'a subclass of formats.Format'}")
     return Entry(cls, {}, module.partition(".")[0])
 
 
-def _is_format(found: object) -> TypeGuard[type[Format]]:
-    return isclass(found) and issubclass(found, Format) and found is not Format
+def _is_format(value: object) -> TypeGuard[type[Format]]:
+    return isclass(value) and issubclass(value, Format) and value is not Format
 
 
 def _discover() -> None:
@@ -219,9 +219,9 @@ def _discover() -> None:
 
 def _load(point: EntryPoint) -> None:
     """A class, which may have registered itself, or a module that registers its own names."""
-    found = point.load()
-    if _is_format(found):
-        if point.name not in _entries or _entries[point.name].path != Entry(found).path:
-            register(point.name)(found)
-    elif not ismodule(found) and point.name not in _entries:
+    loaded = point.load()
+    if _is_format(loaded):
+        if point.name not in _entries or _entries[point.name].path != Entry(loaded).path:
+            register(point.name)(loaded)
+    elif not ismodule(loaded) and point.name not in _entries:
         raise TypeError(f"{point.value} is no subclass of formats.Format")

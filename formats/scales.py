@@ -126,7 +126,7 @@ def _dynamic_boundaries(device: torch.device) -> Tensor:
     """The fp32 thresholds [255] of the dynamic map: a value above threshold k takes a level beyond k.
 
     bitsandbytes (0.50, CPU) rounds the normalized value to a grid of 65536 points on [−1, 1] before it looks for the
-    nearest level, so its thresholds are not the midpoints of the map but the edges of that grid's cells. They are found
+    nearest level. So its thresholds are not the midpoints of the map but the edges of that grid's cells. They are found
     here by bisection over the fp32 numbers, with the grid's own arithmetic: fma(0.5·(x + 1), 65535, 0.5), in fp32.
     """
     levels = dynamic_map()

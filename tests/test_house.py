@@ -41,16 +41,16 @@ UNSEEN = {
 def imported(file: Path, at_once: bool = False) -> set[str]:
     """Full names of the modules that a file imports, relative ones resolved; all, or those that it imports when it is."""
     package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
-    found = set()
+    names = set()
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             start = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{start}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{start}.{alias.name}" for alias in node.names}
+    return names
 
 
 def test_formats_know_torch_and_themselves():
@@ -132,9 +132,9 @@ def test_the_examples_of_the_readme_run(block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     scope = {"torch": torch, "w": torch.randn(30, 70)}
     exec(block, scope)
-    for found in scope.values():
-        if isinstance(found, type) and issubclass(found, formats.Format) and found is not formats.Format:
-            check_format(found)
+    for value in scope.values():
+        if isinstance(value, type) and issubclass(value, formats.Format) and value is not formats.Format:
+            check_format(value)
 
 
 def test_the_lowest_releases_are_those_of_the_project():

@@ -76,8 +76,8 @@ def test_every_module_can_be_imported_without(missing, tmp_path):
     failed, error, cuda = json.loads(done.stdout.splitlines()[-1])
     assert set(failed) == NEEDED.get(missing, set()) and 0 < error < 0.2 and not cuda
     assert all(f"'{missing}'" in why or f" {missing} " in why for why in failed.values()), failed
-    told = [line for line in done.stderr.splitlines() if "qbench: " in line]
-    assert len(told) == (missing == "numba") and all("pip install numba" in line for line in told)
+    messages = [line for line in done.stderr.splitlines() if "qbench: " in line]
+    assert len(messages) == (missing == "numba") and all("pip install numba" in line for line in messages)
 
 
 @pytest.fixture(scope="module")

@@ -42,10 +42,10 @@ def _comment(statement: ast.stmt, lines: list[str]) -> list[ast.Expr]:
     """What is said of a variable in the line where it ends, or else in those before it."""
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return []
-    _, behind, told = lines[statement.end_lineno - 1].partition("  #: ")
+    _, behind, comment = lines[statement.end_lineno - 1].partition("  #: ")
     before = takewhile(lambda line: line.startswith("#: "), map(str.strip, lines[statement.lineno - 2 :: -1]))
-    told = told if behind else " ".join(line.removeprefix("#: ") for line in reversed(list(before)))
-    return [ast.Expr(ast.Constant(told))] if told else []
+    comment = comment if behind else " ".join(line.removeprefix("#: ") for line in reversed(list(before)))
+    return [ast.Expr(ast.Constant(comment))] if comment else []
 
 
 def build(folder: Path) -> list[str]:
@@ -55,19 +55,19 @@ def build(folder: Path) -> list[str]:
 
 
 def _build(folder: Path) -> list[str]:
-    found = {name: Module(import_module(name)) for name in modules()}
+    docs = {name: Module(import_module(name)) for name in modules()}
     for name in qbench.__all__:  # which are imported once they are asked for, and only then known to pdoc
         getattr(qbench, name)
     render.configure(template_directory=Path(__file__).parent, footer_text=f"qbench {qbench.__version__}")
-    pages = {f"{name.replace('.', '/')}.html": render.html_module(module, found) for name, module in found.items()}
+    pages = {f"{name.replace('.', '/')}.html": render.html_module(module, docs) for name, module in docs.items()}
     for name, text in {
-        "index.html": render.html_index(found),
-        "search.js": render.search_index(found),
+        "index.html": render.html_index(docs),
+        "search.js": render.search_index(docs),
         **pages,
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    return list(found)
+    return list(docs)
 
 
 if __name__ == "__main__":

@@ -179,12 +179,12 @@ def main() -> None:
     with open(work / "train.jsonl", "w", encoding="utf-8") as train:
         for source in SOURCES:
             root, version = unpack(source.package, work)
-            found = sorted(documents(source, root, seen), key=lambda d: digest(d[1]))
+            ordered = sorted(documents(source, root, seen), key=lambda d: digest(d[1]))
             row = dict(package=source.package, version=version, licence=source.licence,
                        declared=declared_licences(root, source.package),
                        train_documents=0, train_characters=0, heldout_documents=0, heldout_characters=0)  # fmt: skip
             taken = 0
-            for name, text in found:
+            for name, text in ordered:
                 if taken + len(text) > source.cap:
                     continue
                 taken += len(text)

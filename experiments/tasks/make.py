@@ -48,16 +48,16 @@ def documents(pieces: list[str]) -> Iterator[dict]:
 
 def continuations(pieces: list[str], generator: random.Random) -> Iterator[dict]:
     """Words of a paragraph, the words that follow them, and three other continuations of like length."""
-    found = []
+    sentences = []
     for piece in pieces:
         for paragraph in piece.split("\n"):
             words = paragraph.split()
             step = CONTEXT + CONTINUATION
             for at in range(0, len(words) - step + 1, step):
                 context, true = words[at : at + CONTEXT], words[at + CONTEXT : at + step]
-                found.append((" ".join(context), " ".join(true)))
-    for context, true in sorted(generator.sample(found, ITEMS)):
-        others = sorted({c for _, c in found} - {true}, key=lambda c: (abs(len(c) - len(true)), c))
+                sentences.append((" ".join(context), " ".join(true)))
+    for context, true in sorted(generator.sample(sentences, ITEMS)):
+        others = sorted({c for _, c in sentences} - {true}, key=lambda c: (abs(len(c) - len(true)), c))
         choices = [true, *generator.sample(others[:NEAREST], 3)]
         generator.shuffle(choices)
         yield {"context": context, "choices": choices, "answer": choices.index(true)}

@@ -61,16 +61,16 @@ def every() -> tuple[Case, ...]:
     """Each shape, kind, size and dtype, and memory that is not contiguous or is a parameter."""
     g = torch.Generator().manual_seed(1)
     usual = (33, 65)
-    found = [(kind, make(kind, usual, g)) for kind in KINDS if kind != "normal"]
-    found += [(f"normal · 10^{power}", make("normal", usual, g, power)) for power in sorted({*POWERS} - {0})]
-    found += [("normal", make("normal", usual, g, dtype=dtype)) for dtype in (*DTYPES[1:], torch.float64)]
-    found += [("transposed", make("normal", (65, 33), g).t()), ("strided", make("normal", (33, 130), g)[:, ::2])]
-    found += [("a parameter", nn.Parameter(make("normal", usual, g)))]
-    return (*shapes(), *_named(found))
+    tensors = [(kind, make(kind, usual, g)) for kind in KINDS if kind != "normal"]
+    tensors += [(f"normal · 10^{power}", make("normal", usual, g, power)) for power in sorted({*POWERS} - {0})]
+    tensors += [("normal", make("normal", usual, g, dtype=dtype)) for dtype in (*DTYPES[1:], torch.float64)]
+    tensors += [("transposed", make("normal", (65, 33), g).t()), ("strided", make("normal", (33, 130), g)[:, ::2])]
+    tensors += [("a parameter", nn.Parameter(make("normal", usual, g)))]
+    return (*shapes(), *_named(tensors))
 
 
-def _named(found: Iterable[Case]) -> tuple[Case, ...]:
-    return tuple((f"{kind} {dtype_name(w.dtype)} {list(w.shape)}", w) for kind, w in found)
+def _named(tensors: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple((f"{kind} {dtype_name(w.dtype)} {list(w.shape)}", w) for kind, w in tensors)
 
 
 def matrices() -> Iterator[Case]:

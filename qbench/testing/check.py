@@ -65,8 +65,8 @@ def check_format(f: Format | type[Format] | str) -> None:
         for prop, inputs in asked.items():
             malformed = any(prop.__name__ in broken for prop in contract.BRIEF)
             if prop.__name__ not in broken and (prop in contract.BRIEF or not malformed):
-                found = (failure(prop, fmt, cases.within(fmt, w), f"{label}, {what}") for what, w in inputs())
-                if first := next(filter(None, found), None):
+                failures = (failure(prop, fmt, cases.within(fmt, w), f"{label}, {case}") for case, w in inputs())
+                if first := next(filter(None, failures), None):
                     broken[prop.__name__] = first
     if broken:
         who = f if isinstance(f, str) else f"{f!r}" if isinstance(f, Format) else f.__qualname__
@@ -76,8 +76,8 @@ def check_format(f: Format | type[Format] | str) -> None:
 
 def _made(entry: Entry, broken: dict[str, BrokenContract]) -> Iterator[Format]:
     """The format with each block size that it takes, with and without double quantization."""
-    if found := failure(is_made, entry, None, f"block={BLOCKS[0]}"):
-        broken["is_made"] = found
+    if failed := failure(is_made, entry, None, f"block={BLOCKS[0]}"):
+        broken["is_made"] = failed
         return
     made: dict[tuple[int, bool], Format] = {}
     for block in BLOCKS:
@@ -86,8 +86,8 @@ def _made(entry: Entry, broken: dict[str, BrokenContract]) -> Iterator[Format]:
                 fmt = entry.make(block=block, dq=dq)
                 made.setdefault((fmt.block, fmt.dq), fmt)
     yield from made.values()
-    if found := failure(refuses_blocks, entry, None, "other blocks"):
-        broken["refuses_blocks"] = found
+    if failed := failure(refuses_blocks, entry, None, "other blocks"):
+        broken["refuses_blocks"] = failed
 
 
 def is_made(entry: Entry, _: None) -> None:

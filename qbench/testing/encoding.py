@@ -63,10 +63,10 @@ def scaled(fmt: Format, w: Tensor) -> None:
     if q.levels is None:
         return
     expect(bool(q.shift) == fmt.shifted, f"shifted is {fmt.shifted}", bool(q.shift))
-    for what, stored in (("scales", q.scale), ("shifts", q.shift)):
+    for kind, stored in (("scales", q.scale), ("shifts", q.shift)):
         values = decode_scales(stored) if stored else w.new_empty(0)
-        expect(values.numel() == (n if stored else 0), f"there are {values.numel()} {what}", f"{n}, one a block")
-        expect(values.isfinite().all(), f"{what} are NaN or Inf", "finite ones")
+        expect(values.numel() == (n if stored else 0), f"there are {values.numel()} {kind}", f"{n}, one a block")
+        expect(values.isfinite().all(), f"{kind} are NaN or Inf", "finite ones")
 
 
 def nearest(fmt: Format, w: Tensor) -> None:
@@ -125,9 +125,9 @@ def as_the_reference(fmt: Format, w: Tensor) -> None:
         expect(fmt.dq or torch.equal(q.scale[0], scale.to(fmt.scale_dtype)), "scales differ", "the reference's")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expected = dequantize_reference(q.codes, q.levels, q.scale, q.shift, q.bits, q.block, q.shape, dtype)
-        found = q.dequantize(dtype)
-        wrong = f"{int((found != expected).sum())} weights decoded to {dtype} differ"
-        expect(_same(found, expected), wrong, "the reference's")
+        decoded = q.dequantize(dtype)
+        wrong = f"{int((decoded != expected).sum())} weights decoded to {dtype} differ"
+        expect(_same(decoded, expected), wrong, "the reference's")
 
 
 def _spread(stored: tuple[Tensor, ...], block: int, n: int) -> Tensor:

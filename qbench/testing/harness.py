@@ -32,13 +32,13 @@ def layered(fmt: Format, w: Tensor) -> None:
         g = torch.randn(*rows, w.shape[0], generator=generator).to(w.dtype)
         y = layer(x)
         (dx,) = torch.autograd.grad(y, x, g)
-        for what, found, right in (
+        for quantity, actual, exact_result in (
             ("product", y.detach(), x.detach().double() @ exact.t() + layer.bias.double()),
             ("gradient", dx, g.double() @ exact),
         ):
-            expect(found.dtype == w.dtype, f"the {what} of {w.dtype} is {found.dtype}", w.dtype)
-            error = float((found.double() - right).norm() / right.norm().clamp(min=1e-30))
-            expect(error < most, f"the {what} of {rows} rows is off by {error:.2g} of its norm", f"below {most:g}")
+            expect(actual.dtype == w.dtype, f"the {quantity} of {w.dtype} is {actual.dtype}", w.dtype)
+            error = float((actual.double() - exact_result).norm() / exact_result.norm().clamp(min=1e-30))
+            expect(error < most, f"the {quantity} of {rows} rows is off by {error:.2g} of its norm", f"below {most:g}")
 
 
 def saved(fmt: Format, w: Tensor) -> None:

@@ -62,15 +62,15 @@ def quantized() -> list[Tensor]:
     from formats.scales import dynamic_map
     from qbench.training.optim import states
 
-    found = [dynamic_map(CPU, signed) for signed in (True, False)]
+    tensors = [dynamic_map(CPU, signed) for signed in (True, False)]
     books = [states.codebook(CPU, signed) for signed in (True, False)]
     for f in all_formats():
         books += [f.codebook(WEIGHTS[0])] if f.bits < 16 and not f.own_levels else []
         for w in WEIGHTS:
             q, e = f.quantize(w), f.empty(w.shape, w.dtype, "cpu")
             assert q.nbytes == e.nbytes == f.count_bytes(w.numel()) and e.device == CPU
-            found += q.stored
-    return found + [part for book in books for part in (book.levels, book.boundaries, book.order)]
+            tensors += q.stored
+    return tensors + [part for book in books for part in (book.levels, book.boundaries, book.order)]
 
 
 def decoded() -> list[Tensor]:
@@ -82,25 +82,25 @@ def trained() -> list[Tensor]:
     from qbench.model.quant_linear import QuantLinear
     from qbench.training.optim import PagedAdamW
 
-    found, w = [], WEIGHTS[0]
+    tensors, w = [], WEIGHTS[0]
     for f in all_formats():
         layer = QuantLinear(f.quantize(w))
         x = w[:5].clone().requires_grad_()
         y = layer(x)
         y.square().sum().backward()
-        found += [y.detach(), x.grad]
+        tensors += [y.detach(), x.grad]
     p = torch.nn.Parameter(w.clone())
     optimizer = PagedAdamW([p], bits=8)
     for _ in range(2):
         p.grad = w * p.detach()
         optimizer.step()
     state = optimizer.state_dict()["state"][0]
-    return [*found, p.detach(), *(state[name] for name in sorted(state))]
+    return [*tensors, p.detach(), *(state[name] for name in sorted(state))]
 
 
-def check(found: list[Tensor], expected: list[Tensor], later: bool) -> None:
-    assert len(found) == len(expected)
-    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+def check(tensors: list[Tensor], expected: list[Tensor], later: bool) -> None:
+    assert len(tensors) == len(expected)
+    for number, (a, b) in enumerate(zip(tensors, expected, strict=True)):
         assert type(a) is Tensor and a.dtype == b.dtype and torch.equal(a, b), number
         assert not later or not a.is_inference(), number
 
@@ -130,8 +130,8 @@ def main() -> None:
     if MODE == "plain":
         torch.save((kept, made, steps), FILE)
     expected = torch.load(FILE)
-    for found, wanted, later in zip((kept, made, steps), expected, (True, False, True), strict=True):
-        check(found or wanted, wanted, later)
+    for tensors, wanted, later in zip((kept, made, steps), expected, (True, False, True), strict=True):
+        check(tensors or wanted, wanted, later)
     for find, wanted in zip((quantized, decoded, trained), expected, strict=True):
         check(find(), wanted, later=True)
 

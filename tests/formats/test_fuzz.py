@@ -78,16 +78,16 @@ def check(number: int) -> str:
     name, block, dq = pick(formats.names(), generator), pick(BLOCKS, generator), bool(pick((0, 1), generator))
     fmt, w = formats.get(name, block=block, dq=dq), tensor(generator)
     top = float(w.abs().max()) if w.numel() else 0.0
-    what = f"tensor {number}: {fmt} of {w.dtype} {list(w.shape)} up to {top:g}"
-    assert math.isfinite(top), what
-    q, found = quantized(fmt, w, threads=1)
-    assert quantized(fmt, w, threads=2)[1] == found, f"{what}: other bytes with two threads"
+    case = f"tensor {number}: {fmt} of {w.dtype} {list(w.shape)} up to {top:g}"
+    assert math.isfinite(top), case
+    q, stored = quantized(fmt, w, threads=1)
+    assert quantized(fmt, w, threads=2)[1] == stored, f"{case}: other bytes with two threads"
     if q is None:
-        assert found.startswith(NAME.encode()) and b"\n" not in found, f"{what}: {found}"
-        assert not torch.equal(within(fmt, w), w), f"{what}: refused, although it holds such: {found}"
+        assert stored.startswith(NAME.encode()) and b"\n" not in stored, f"{case}: {stored}"
+        assert not torch.equal(within(fmt, w), w), f"{case}: refused, although it holds such: {stored}"
         return "refused"
     for dtype in (torch.float32, w.dtype):
-        assert q.dequantize(dtype).isfinite().all() and q.is_finite(dtype), f"{what}: NaN or Inf in {dtype}"
+        assert q.dequantize(dtype).isfinite().all() and q.is_finite(dtype), f"{case}: NaN or Inf in {dtype}"
     return "finite"
 
 

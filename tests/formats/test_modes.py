@@ -48,22 +48,22 @@ import sys, warnings
 sys.modules["triton"] = None
 if {{}}:
     sys.modules["numba"] = None
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     sys.argv = ["in_mode", "plain", {{}}]
     import runpy
     runpy.run_path({str(SCRIPT)!r})
-found = [str(w.message) for w in told if "numba cannot be imported" in str(w.message)]
-assert len(found) == {{}}, found
-assert not [w for w in told if "cannot be imported" in str(w.message) and str(w.message) not in found], told
+messages = [str(w.message) for w in caught if "numba cannot be imported" in str(w.message)]
+assert len(messages) == {{}}, messages
+assert not [w for w in caught if "cannot be imported" in str(w.message) and str(w.message) not in messages], caught
 """
     for blocked in (True, False):
         script = code.format(blocked, repr(str(tmp_path / f"{blocked}.pt")), int(blocked))
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
     plain, kernels = (torch.load(tmp_path / f"{blocked}.pt")[:2] for blocked in (True, False))
-    for found, expected in zip(plain, kernels, strict=True):
-        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    for tensors, expected in zip(plain, kernels, strict=True):
+        assert len(tensors) == len(expected) and all(map(torch.equal, tensors, expected))
 
 
 def test_kernels_that_cannot_be_imported_leave_the_reference_in_their_place(monkeypatch):

@@ -135,14 +135,14 @@ def test_many_results_are_one_frame(tmp_path):
 
 def test_partial_files_have_names_of_their_own_and_are_cleared(tmp_path):
     """Processes in containers that share a folder have the same id."""
-    with files.atomic_write(tmp_path / "a") as one, files.atomic_write(tmp_path / "a") as two:
-        assert one.name != two.name
-        one.write(b"1")
-        two.write(b"2")
+    with files.atomic_write(tmp_path / "a") as first, files.atomic_write(tmp_path / "a") as second:
+        assert first.name != second.name
+        first.write(b"1")
+        second.write(b"2")
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
-    with pytest.raises(KeyError), files.atomic_write(tmp_path / "a") as three:
+    with pytest.raises(KeyError), files.atomic_write(tmp_path / "a") as third:
         (tmp_path / "copy").write_bytes(b"")
-        left = three.name
+        left = third.name
         raise KeyError
     os.rename(tmp_path / "copy", left)  # as where the process is killed
     files.remove_partial(tmp_path)

@@ -27,12 +27,12 @@ def test_tensorboard(tiny_llama, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = run(tmp_path, tiny_llama, "tensorboard", monkeypatch)["metrics"]
-    found = EventAccumulator(str(tmp_path / "out" / "qbench"))
-    found.Reload()
-    losses = found.Scalars("tune/loss")
+    events = EventAccumulator(str(tmp_path / "out" / "qbench"))
+    events.Reload()
+    losses = events.Scalars("tune/loss")
     assert [event.step for event in losses] == [1, 2, 3]
     assert [event.value for event in losses] == pytest.approx(metrics["tune"]["loss"])
-    assert found.Scalars("quality/tuned/nll")[0].value == pytest.approx(metrics["quality"]["tuned"]["nll"])
+    assert events.Scalars("quality/tuned/nll")[0].value == pytest.approx(metrics["quality"]["tuned"]["nll"])
 
 
 def test_a_metric_with_a_filter_has_a_name_that_all_accept(tmp_path):
@@ -40,18 +40,18 @@ def test_a_metric_with_a_filter_has_a_name_that_all_accept(tmp_path):
 
     with trackers.open_trackers(("tensorboard",), tmp_path, {"seed": 0}) as tracks:
         tracks.result({"tasks": {"tuned": {"cases": {"exact_match,first": {"value": 0.5, "documents": [0, 1]}}}}}, 3)
-    found = EventAccumulator(str(tmp_path / "qbench"))
-    found.Reload()
-    assert found.Tags()["scalars"] == ["tasks/tuned/cases/exact_match-first/value"]
+    events = EventAccumulator(str(tmp_path / "qbench"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["tasks/tuned/cases/exact_match-first/value"]
 
 
 def test_mlflow(tiny_llama, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     metrics = run(tmp_path, tiny_llama, "mlflow", monkeypatch)["metrics"]
-    (found,) = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}").search_runs(["1"])
-    assert found.data.params["format.name"] == "nf4" and found.info.status == "FINISHED"
-    assert found.data.metrics["quality/tuned/nll"] == pytest.approx(metrics["quality"]["tuned"]["nll"])
-    assert found.data.metrics["tune/loss"] == pytest.approx(metrics["tune"]["loss"][-1])
+    (tracked,) = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}").search_runs(["1"])
+    assert tracked.data.params["format.name"] == "nf4" and tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["quality/tuned/nll"] == pytest.approx(metrics["quality"]["tuned"]["nll"])
+    assert tracked.data.metrics["tune/loss"] == pytest.approx(metrics["tune"]["loss"][-1])
 
 
 def test_wandb(tiny_llama, tmp_path, monkeypatch):
@@ -61,9 +61,9 @@ def test_wandb(tiny_llama, tmp_path, monkeypatch):
     assert kept.stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, ()), ("tensorboard", ("tensorboard",)), ([], ())])
-def test_names(given, found):
-    assert trackers.checked(given) == found
+@pytest.mark.parametrize(("given", "names"), [(None, ()), ("tensorboard", ("tensorboard",)), ([], ())])
+def test_names(given, names):
+    assert trackers.checked(given) == names
 
 
 @pytest.mark.parametrize("given", ["comet", ["tensorboard", "x"], 3])

@@ -79,8 +79,8 @@ def test_nor_its_bars_in_a_terminal(tmp_path, tiny_llama):
     def read() -> None:
         nonlocal seen
         with suppress(OSError):  # the other end is closed
-            while some := os.read(ours, 1 << 16):
-                seen += some
+            while chunk := os.read(ours, 1 << 16):
+                seen += chunk
 
     reader = Thread(target=read)
     reader.start()
