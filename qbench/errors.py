@@ -23,8 +23,8 @@ def integer(name: str, value: object, at_least: int = 1) -> None:
 def byte_count(name: str, value: object, at_least: int = 1) -> int:
     """The bytes that `value` stands for: an integer, or text such as "64MB", "1.5 GiB". Raises InputError otherwise."""
     pattern = r"(\d{1,30}(?:\.\d{1,30})?) ?([kmgt]?i?b?)"
-    found = None if isinstance(value, bool) else re.fullmatch(pattern, str(value).lower())
-    if not found or found[2] not in UNITS or (n := round(float(found[1]) * UNITS[found[2]])) < at_least:
+    match = None if isinstance(value, bool) else re.fullmatch(pattern, str(value).lower())
+    if not match or match[2] not in UNITS or (n := round(float(match[1]) * UNITS[match[2]])) < at_least:
         raise InputError(
             f"{name}: {value!r} is not accepted; bytes are, such as 67108864, 64MB or 1.5GiB, {at_least} or more"
         )

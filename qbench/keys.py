@@ -235,11 +235,11 @@ def check(table: Mapping[str, Accepted], values: Mapping[str, object], prefix: s
 
 def leaves(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Of a nested config the values by dotted key."""
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        found |= leaves(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
-    return found
+        values |= leaves(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return values
 
 
 def unknown(key: str, table: Mapping[str, Accepted]) -> str:

@@ -167,17 +167,17 @@ class Settings:
             return [self.format, self.tune.format_of_adapters()]
         return [self.format]
 
-    def plain(self, **found: str | int) -> dict:
-        """The configuration as JSON holds it; `found` tells device, dtype and seq once they are no longer `auto`."""
+    def plain(self, **resolved: str | int) -> dict:
+        """The configuration as JSON holds it; `resolved` replaces device, dtype and seq that are `auto`."""
         model, data = asdict(self.model), asdict(self.data)
         return {
             "format": _plain(self.format),
             "block": self.format.block,
             "dq": self.format.dq,
             "seed": self.seed,
-            "device": found.get("device", self.device),
-            "model": {**model, "dtype": found.get("dtype", self.model.dtype)},
-            "data": {**data, "seq": found.get("seq", self.data.seq)},
+            "device": resolved.get("device", self.device),
+            "model": {**model, "dtype": resolved.get("dtype", self.model.dtype)},
+            "data": {**data, "seq": resolved.get("seq", self.data.seq)},
             "tune": asdict(self.tune) if self.tune else {"method": "none"},
             "eval": self.eval.plain(),
         }

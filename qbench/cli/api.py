@@ -74,11 +74,11 @@ def run(
     bundled model; or `model.*` keys. data: a text file or the name of a bundled text; or `data.*` keys. tune: one of
     conf/tune, None for no fine-tune; or `tune.*` keys, over those of the `method` among them. eval: `eval.*` keys.
     track: of `qbench.runs.trackers.NAMES`.
-    out: the folder to write into, by default the one under runs/ that the command line has
-    for the same run; where it holds the finished result of that, it is returned.
+    out: the folder to write into; by default the one under runs/ that the command line uses for the same run. If it
+    holds the finished result of this run, that is returned.
 
-    Returns the result. Raises InputError, in one line, for what is not accepted, and leaves no folder; what goes wrong
-    later is raised as it is, and result.json in the folder tells it too.
+    Returns the result. Raises InputError, in one line, for bad input, and leaves no folder. Later errors are raised as
+    they are, and recorded in result.json.
 
         result = qbench.run(format="nf4", block=64, dq=True, tune={"steps": 100, "lr": 3e-4})
         result.metrics["quality"]["tuned"]["perplexity"]
@@ -93,11 +93,11 @@ def run(
     config = _composed(name, method or "none", {"block": block, "dq": dq, "seed": seed, "device": device, **given})
     chosen = format if isinstance(format, Format) else format_group.format_of(config)
     settings = jobs.settings_of(config, chosen)
-    told = trackers.checked(track)
+    names = trackers.checked(track)
     if out is None:
-        told_apart = jobs.short_hash(config if isinstance(format, str) else {**config, "format": repr(format)})
-        out = jobs.RUNS / f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}_{told_apart}"
-    return Result(experiment.run(settings, Path(out), trackers=told), Path(out))
+        digits = jobs.short_hash(config if isinstance(format, str) else {**config, "format": repr(format)})
+        out = jobs.RUNS / f"{chosen.name}_block{chosen.block}_dq-{chosen.dq}_seed{seed}_{digits}"
+    return Result(experiment.run(settings, Path(out), trackers=names), Path(out))
 
 
 def _keys(given: str | Path | Keys | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def integer(text: str) -> int:
     return int(text)
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
+def name_type(names: Iterable[str]) -> Callable[[str], str]:
     """The type of an argument that is one of some names."""
     known = list(names)
 
@@ -120,7 +120,7 @@ def bench_parser(benchmark: str | None = None) -> Parser:
             " products --formats nf4 --rows 1 16",
             " step --help",
         )
-        parser.add_argument("benchmark", metavar="BENCHMARK", type=one_of(BENCHMARKS))
+        parser.add_argument("benchmark", metavar="BENCHMARK", type=name_type(BENCHMARKS))
         parser.rows += [
             (name, meaning, f"python -m qbench bench {name} --help") for name, meaning in BENCHMARKS.items()
         ]
@@ -129,9 +129,9 @@ def bench_parser(benchmark: str | None = None) -> Parser:
     models, names = ", ".join(MODELS), [name for name in format_names() if name != "none"]
     if benchmark == "products":
         parser.accept(
-            "--formats", "formats to time", ", ".join(names), "all; on a CPU nf4", nargs="+", type=one_of(names)
+            "--formats", "formats to time", ", ".join(names), "all; on a CPU nf4", nargs="+", type=name_type(names)
         )
-        parser.accept("--models", "whose layers", models, "7B 70B; on a CPU 7B", nargs="+", type=one_of(MODELS))
+        parser.accept("--models", "whose layers", models, "7B 70B; on a CPU 7B", nargs="+", type=name_type(MODELS))
         parser.accept("--rows", "numbers of rows of x", "integers", "1 to 4096", nargs="+", type=integer)
         parser.accept("--block", "weights under one scale", "an integer", "64", type=integer, default=64)
         parser.accept("--repeats", "samples of each time", "an integer", "10", type=integer, default=10)
@@ -141,11 +141,11 @@ def bench_parser(benchmark: str | None = None) -> Parser:
         parser.accept("--device", "where to run", "auto, cpu, cuda", "auto", default="auto")
         parser.accept("--out", "where to write", "a folder", "runs/bench", type=Path, default=Path("runs/bench"))
     if benchmark == "tune":
-        parser.accept("--models", "whose layers", models, "7B 70B", nargs="+", type=one_of(MODELS))
+        parser.accept("--models", "whose layers", models, "7B 70B", nargs="+", type=name_type(MODELS))
         parser.accept("--out", "where to write the choices", "a file", "in the package", type=Path)
     if benchmark == "compile":
         kinds = ", ".join(CAPABILITIES)
-        parser.accept("--capability", "which GPUs", kinds, "all", nargs="+", type=one_of(CAPABILITIES))
+        parser.accept("--capability", "which GPUs", kinds, "all", nargs="+", type=name_type(CAPABILITIES))
         parser.accept("--out", "where to write the figures as JSON", "a file", "nowhere", type=Path)
     return parser
 

@@ -1,7 +1,12 @@
 """Composed configurations: what Hydra makes of a command's files and the overrides, as plain data.
 
-`format.block` and `format.dq` of a composed config point at `block` and `dq`. The top-level keys are what a user types;
-those of `format` make that block, with the name and the format's own options, the arguments of `formats.get`.
+The arguments of a format have one source: the block `format` of a composed config, which is what `formats.get` takes,
+{name, block, dq, options…}. `format.block` and `format.dq` only point at the keys `block` and `dq` that a user types, so
+that the block is complete by itself. The other forms derive from it:
+
+    Format.arguments           the same, kept by `formats.get` on the format that it makes
+    Recipe.arguments           the same, as a packed checkpoint has them; its config.json stores the options apart
+    config of a result.json    format.name and source, and block and dq as the format took them (`Settings.plain`)
 """
 
 import os

@@ -50,8 +50,8 @@ def format_of(config: dict) -> formats.Format:
     if not isinstance(recipe, dict):
         raise InputError(NO_FORMAT)
     if not isinstance(recipe.get("name"), str):
-        found = "none is given" if recipe.get("name") is None else f"{recipe['name']!r} names no class"
-        raise InputError(f"format.target: {found}; accepted: module.Class, such as my_module.MyFormat")
+        problem = "none is given" if recipe.get("name") is None else f"{recipe['name']!r} names no class"
+        raise InputError(f"format.target: {problem}; accepted: module.Class, such as my_module.MyFormat")
     keys.check(keys.RUN, {"block": recipe.get("block", 64), "dq": recipe.get("dq", False)})
     try:
         return formats.get(**recipe)

@@ -56,8 +56,8 @@ def _levels(fmt: Format) -> str:
     if fmt.bits == 16:
         return ""
     if fmt.own_levels:
-        told = f"{2**fmt.bits}, own"
+        levels = f"{2**fmt.bits}, own"
     else:
         ends = (f"{end:.3g}".replace("-", "−") for end in (min(fmt.levels), max(fmt.levels)))
-        told = f"{len(set(fmt.levels))}, {' … '.join(ends)}"
-    return told + ", z" * fmt.shifted
+        levels = f"{len(set(fmt.levels))}, {' … '.join(ends)}"
+    return levels + ", z" * fmt.shifted

@@ -221,11 +221,11 @@ class _Attempt:
 
     def _failed(self, error: BaseException) -> int:
         """Tell a person what went wrong, and `outcome`. Returns the exit code."""
-        told = isinstance(error, InputError | Busy)
-        line = str(error) if told else f"{type(error).__name__}: {error}"
+        expected = isinstance(error, InputError | Busy)
+        line = str(error) if expected else f"{type(error).__name__}: {error}"
         stays = "; the result that had finished there stays" if store.read_finished(self.folder) else ""
         self._tell("running elsewhere" if isinstance(error, Busy) else line + stays)
-        if not told and self._recorded():
+        if not expected and self._recorded():
             line += f" (traceback in {self._file})"
         elif not isinstance(error, InputError | Busy | OSError | RunTimeout):
             line += f"\n{store.describe_error(error)['traceback'].rstrip()}"

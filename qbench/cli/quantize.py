@@ -89,14 +89,16 @@ def quantize(config: dict) -> None:
         from qbench.checkpoint.streaming import source, stream
 
         layout = packed_checkpoint.get_layout(config["layout"])
-        found = source.read_source(config["model"]["path"])
-    recipe = layout.of(config["format"], found.dtypes)
+        checkpoint = source.read_source(config["model"]["path"])
+    recipe = layout.of(config["format"], checkpoint.dtypes)
     columns = [BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(TextColumn("quantize"), *columns, console=stderr, disable=not stderr.is_terminal) as progress:
-        before = sum(spec.nbytes for spec in safetensors_io.merge_specs(found.contents).values())
+        before = sum(spec.nbytes for spec in safetensors_io.merge_specs(checkpoint.contents).values())
         task = progress.add_task("quantize", total=before)
-        contents = stream.quantize_checkpoint(found, recipe, out, lambda n: progress.advance(task, n), stderr.print)
+        contents = stream.quantize_checkpoint(
+            checkpoint, recipe, out, lambda n: progress.advance(task, n), stderr.print
+        )
     after = sum(spec.nbytes for spec in safetensors_io.merge_specs(contents).values())
-    stderr.print(f"{out}: {len(found.layers)} layers in {fmt!r}, {decimal(before)} to {decimal(after)}")
-    if sentence := found.coverage.describe():
+    stderr.print(f"{out}: {len(checkpoint.layers)} layers in {fmt!r}, {decimal(before)} to {decimal(after)}")
+    if sentence := checkpoint.coverage.describe():
         stderr.print(sentence)

@@ -58,16 +58,16 @@ class Left:
 
     def cells(self) -> list[str]:
         """As a line of the list has them."""
-        began, what, perplexity = "", "", ""
+        began, recipe, perplexity = "", "", ""
         if self.result:
             began = sanitize(self.result["run"]["started"][:16]).replace("T", " ")
             with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
-                what = wording.recipe_name(self.result["config"])
+                recipe = wording.recipe_name(self.result["config"])
             scores = self.result["metrics"].get("quality", {})
             perplexity = next(
                 (wording.format_number(scores[s]["perplexity"], ".2f") for s in wording.STAGES[::-1] if s in scores), ""
             )
-        return [sanitize(str(self.folder)), began, what, self.status, perplexity, decimal(self.size)]
+        return [sanitize(str(self.folder)), began, recipe, self.status, perplexity, decimal(self.size)]
 
 
 def main() -> int:
@@ -115,9 +115,9 @@ def archived(path: Path) -> int:
 
 def find(path: Path) -> Iterator[Path]:
     """The folders of runs at or below a path: by what is in them, or by their name, for they may be empty."""
-    for name, folders, found in os.walk(path):
+    for name, folders, files_here in os.walk(path):
         folders.sort()
-        if store.FILE in found or HYDRAS in folders or NAMED.search(os.path.basename(name)):
+        if store.FILE in files_here or HYDRAS in folders or NAMED.search(os.path.basename(name)):
             folders.clear()
             yield Path(name)
 

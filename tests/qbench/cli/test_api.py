@@ -25,19 +25,21 @@ TOLD = ["eval.tokens=200", "data.seq=32", "tune.steps=3", "tune.batch=2", "tune.
 def test_as_from_the_command_line(command, tiny_llama, tmp_path):  # noqa: F811
     code, _, expected = command("+format=nf4", "block=32", "dq=true", "seed=3", f"model.path={tiny_llama}", *TOLD)
     assert code == 0
-    found = qbench.run("nf4", block=32, dq=True, seed=3, model=tiny_llama, out=tmp_path / "there", **SHORT)
-    assert found["config"] == expected["config"] and found["run"]["id"] == expected["run"]["id"]
+    result = qbench.run("nf4", block=32, dq=True, seed=3, model=tiny_llama, out=tmp_path / "there", **SHORT)
+    assert result["config"] == expected["config"] and result["run"]["id"] == expected["run"]["id"]
     for part in ("quality", "error", "bits"):
-        assert found.metrics[part] == expected["metrics"][part]
-    assert json.loads((found.folder / "result.json").read_text()) == found
+        assert result.metrics[part] == expected["metrics"][part]
+    assert json.loads((result.folder / "result.json").read_text()) == result
     again = qbench.run("nf4", block=32, dq=True, seed=3, model=str(tiny_llama), out=tmp_path / "there", **SHORT)
-    assert again == found, "a finished run is not done again"
-    shown = found._repr_markdown_()
+    assert again == result, "a finished run is not done again"
+    shown = result._repr_markdown_()
     assert (
-        found.answer[0] in shown and "| tuned |" in shown and repr(found).startswith("<Result of nf4 + dq, block 32 in")
+        result.answer[0] in shown
+        and "| tuned |" in shown
+        and repr(result).startswith("<Result of nf4 + dq, block 32 in")
     )
     frame = qbench.load(tmp_path)
-    assert len(frame) == 2 and set(frame["metrics.quality.tuned.nll"]) == {found.metrics["quality"]["tuned"]["nll"]}
+    assert len(frame) == 2 and set(frame["metrics.quality.tuned.nll"]) == {result.metrics["quality"]["tuned"]["nll"]}
 
 
 def test_a_format_and_a_method_of_its_own(tiny_llama, tmp_path, monkeypatch):
@@ -45,12 +47,12 @@ def test_a_format_and_a_method_of_its_own(tiny_llama, tmp_path, monkeypatch):
         name, bits, source, levels = "coarse", 2, "a test", (-1.0, 0.0, 0.5, 1.0)
 
     monkeypatch.chdir(tmp_path)
-    told = {**SHORT, "tune": {**SHORT["tune"], "method": "ia3"}}
-    found = qbench.run(Coarse(block=16), model=tiny_llama, **told)
-    assert found["config"]["format"]["name"] == "coarse" and found["config"]["block"] == 16
-    assert found["config"]["tune"]["method"] == "ia3" and found["config"]["tune"]["lr"] == 1e-2, "as conf/tune has it"
-    assert found.metrics["bits"]["per_parameter"] == pytest.approx(2 + 32 / 16, abs=0.01)
-    assert found.folder.parent == Path("runs") and found.folder.name.startswith("coarse_block16_dq-False_seed0_")
+    settings = {**SHORT, "tune": {**SHORT["tune"], "method": "ia3"}}
+    result = qbench.run(Coarse(block=16), model=tiny_llama, **settings)
+    assert result["config"]["format"]["name"] == "coarse" and result["config"]["block"] == 16
+    assert result["config"]["tune"]["method"] == "ia3" and result["config"]["tune"]["lr"] == 1e-2, "as conf/tune has it"
+    assert result.metrics["bits"]["per_parameter"] == pytest.approx(2 + 32 / 16, abs=0.01)
+    assert result.folder.parent == Path("runs") and result.folder.name.startswith("coarse_block16_dq-False_seed0_")
     assert set(qbench.run("none", tune=None, model=tiny_llama, **{k: SHORT[k] for k in ("data", "eval")}).metrics) >= {
         "quality", "error"
     }  # fmt: skip
@@ -84,22 +86,22 @@ def test_to_import_it_takes_no_time():
 
 
 def test_every_key_of_a_result_is_explained(tiny_llama, tmp_path):
-    told = {**SHORT, "tune": {**SHORT["tune"], "init": "loftq", "merge": True, "adapter_format": "int8"}}
-    told["eval"] = {**SHORT["eval"], "tasks": ["qbench_docs", "qbench_grammar"], "limit": 3}
-    result = qbench.run("quantile", model=tiny_llama, out=tmp_path / "out", **told)
+    settings = {**SHORT, "tune": {**SHORT["tune"], "init": "loftq", "merge": True, "adapter_format": "int8"}}
+    settings["eval"] = {**SHORT["eval"], "tasks": ["qbench_docs", "qbench_grammar"], "limit": 3}
+    result = qbench.run("quantile", model=tiny_llama, out=tmp_path / "out", **settings)
     page = (DOCS / "result.md").read_text()
     heads = re.findall(r"^## (.*)", page, re.M)
     explained = {*re.findall(r"`([a-z0-9_]+)`", page), *(word for head in heads for word in head.split("."))}
     free = {"seconds", "config", "versions", "peak_bytes"}  # whose keys are names of phases, settings, packages
 
-    def keys(found: dict) -> set[str]:
-        return {key for key in found} | {
-            k for key, value in found.items() if isinstance(value, dict) and key not in free for k in keys(value)
+    def keys(content: dict) -> set[str]:
+        return {key for key in content} | {
+            k for key, value in content.items() if isinstance(value, dict) and key not in free for k in keys(value)
         }
 
     tasks = result.metrics["tasks"]
     assert list(tasks) == ["baseline", "quantized", "tuned"]
     assert "| qbench_grammar acc |" in result._repr_markdown_() and "task scores" in result.answer[-1]
-    scores = [score for stage in tasks.values() for found in stage.values() for score in found.values()]
+    scores = [score for stage in tasks.values() for task in stage.values() for score in task.values()]
     result.metrics["tasks"] = {}  # by stages, and by names of tasks and metrics
     assert set().union(keys(result), *map(keys, scores)) - explained == set()

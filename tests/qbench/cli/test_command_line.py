@@ -1,4 +1,4 @@
-"""Command lines before Hydra has them: mistakes are one line, told at once, and nothing is left behind."""
+"""Command lines before Hydra has them: mistakes are one line, reported at once, and nothing is left behind."""
 
 import json
 import os
@@ -87,8 +87,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_however_it_is_spelled(case):
 
 def test_unknown_keys_of_a_file_are_refused(tmp_path):
     (tmp_path / "experiments").mkdir()
-    told = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {+format: nf4, tune.stpes: '1,2'}}}\n"
-    (tmp_path / "experiments" / "mine.yaml").write_text(told)
+    content = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {+format: nf4, tune.stpes: '1,2'}}}\n"
+    (tmp_path / "experiments" / "mine.yaml").write_text(content)
     line = ["--config-dir", str(tmp_path), "+experiments=mine"]
     assert refused("qbench", *line) == "tune.stpes is unknown; did you mean tune.steps?"
     (tmp_path / "experiments" / "mine.yaml").write_text("# @package _global_\ntune: {stpes: 3}\n")
@@ -123,9 +123,9 @@ RANGES = {
 @pytest.mark.parametrize("key", RANGES)
 def test_every_value_has_a_range(key):
     for value in RANGES[key]:
-        told = refused("qbench", "+format=nf4", f"{key}={value}")
-        assert told.startswith(f"{key}: ") and ("not accepted; " in told or "unknown; accepted: " in told)
-        assert len(told) < 500
+        message = refused("qbench", "+format=nf4", f"{key}={value}")
+        assert message.startswith(f"{key}: ") and ("not accepted; " in message or "unknown; accepted: " in message)
+        assert len(message) < 500
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ ODD = ["a=b", "it's", 'a"b', "a(1)", "a#b", "ä", "日本", "~/x", "a,b", "a[", 
 @pytest.mark.parametrize("text", ODD)
 def test_for_other_paths_the_quoting_to_type_is_shown(text, tmp_path):
     """What is shown is typed into a shell, and stands for the path."""
-    told = refused("qbench", "+format=nf4", f"model.path={text}")
-    typed = told.rpartition(": ")[2]
+    message = refused("qbench", "+format=nf4", f"model.path={text}")
+    typed = message.rpartition(": ")[2]
     (argument,) = subprocess.check_output(["sh", "-c", f"printf '%s\\n' {typed}"], text=True).splitlines()
     line = command_line.read(RUN, ["+format=nf4", argument])
     assert line.overrides[1].value() == text
@@ -214,8 +214,8 @@ for module, *line in {MISTAKES}:
     print(importlib.import_module("qbench.cli." + command).main(), {heavy} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    told = [line for line in done.stdout.splitlines() if line.endswith("set()")]
-    assert [line.split()[0] for line in told] == ["2"] * 4 + ["0"] * 2 + ["2"] * 4, done.stdout
+    codes = [line for line in done.stdout.splitlines() if line.endswith("set()")]
+    assert [line.split()[0] for line in codes] == ["2"] * 4 + ["0"] * 2 + ["2"] * 4, done.stdout
     assert len(done.stderr.splitlines()) == 8 and not list(tmp_path.iterdir())
 
 
@@ -276,20 +276,20 @@ def _mutations() -> list[tuple[str, list[str]]]:
         "glob(",
         "${nothing}",
     ]
-    found = []
+    lines = []
     for module, asked in COMMANDS.items():
         for key in asked.keys:
             wrong = [
                 value for value in spoiled if not (asked.keys[key].text and value.isdigit())
             ]  # a path may be digits
             for value in generator.sample(wrong, 3):
-                found.append((module, [*VALID[module], f"{key}={value}"]))
+                lines.append((module, [*VALID[module], f"{key}={value}"]))
             name = list(key)
             at = generator.randrange(len(name))
             name[at] = generator.choice("qxz_")
             if "".join(name) not in asked.keys and not "".join(name).startswith("hydra"):
-                found.append((module, [*VALID[module], f"{generator.choice(['', '+', '++', '~'])}{''.join(name)}=1"]))
-    return generator.sample(found, 150)
+                lines.append((module, [*VALID[module], f"{generator.choice(['', '+', '++', '~'])}{''.join(name)}=1"]))
+    return generator.sample(lines, 150)
 
 
 def test_150_mutated_command_lines_are_each_one_line(command, tmp_path):

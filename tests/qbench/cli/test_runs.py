@@ -50,13 +50,13 @@ def command(folder, monkeypatch, capsys):
 
 def test_each_run_is_a_line(command):
     code, said, _ = command()
-    found = {line.split()[0]: line for line in said.splitlines()[1:]}
-    assert code == 0 and list(found) == [
+    rows = {line.split()[0]: line for line in said.splitlines()[1:]}
+    assert code == 0 and list(rows) == [
         f"runs/{name}" for name in ("aside", "busy", "done", "failed", "killed", EMPTY, "others", "sweep/one")
     ]
-    assert "nf4 + dq, block 64" in found["runs/failed"] and "InputError" in found["runs/failed"]
-    assert "nf4" in found["runs/done"] and "done" in found["runs/done"].split("done", 1)[1]
-    assert "running" in found["runs/busy"] and "no result" in found["runs/killed"]
+    assert "nf4 + dq, block 64" in rows["runs/failed"] and "InputError" in rows["runs/failed"]
+    assert "nf4" in rows["runs/done"] and "done" in rows["runs/done"].split("done", 1)[1]
+    assert "running" in rows["runs/busy"] and "no result" in rows["runs/killed"]
 
 
 def test_clean_removes_what_holds_no_finished_result_after_showing_it(command, folder, monkeypatch):

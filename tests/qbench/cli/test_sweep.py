@@ -32,10 +32,10 @@ def start(folder: Path, model: Path, *arguments: str, sweep=SWEEP) -> subprocess
 
 def results(folder: Path) -> dict[str, dict]:
     """Every result that can be read, by the name of its folder."""
-    found = {}
+    by_name = {}
     for file in folder.glob("*/result.json"):
-        found[file.parent.name] = json.loads(file.read_text())
-    return found
+        by_name[file.parent.name] = json.loads(file.read_text())
+    return by_name
 
 
 def decided(result: dict) -> dict:
@@ -52,9 +52,9 @@ def undisturbed(tiny_llama, tmp_path_factory):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "12 of 12 runs are done" in output
-    found = results(folder)
-    assert len(found) == 12
-    return found
+    by_name = results(folder)
+    assert len(by_name) == 12
+    return by_name
 
 
 @pytest.mark.thorough
@@ -72,19 +72,19 @@ def test_killed_and_started_again_and_again(tiny_llama, tmp_path, undisturbed):
     process = start(tmp_path, tiny_llama)
     output, _ = process.communicate()
     assert process.returncode == 0 and "12 of 12 runs are done" in output, output
-    found = results(tmp_path)
-    assert done.items() <= {name: r["run"]["started"] for name, r in found.items()}.items()
-    assert {name: decided(r) for name, r in found.items()} == {name: decided(r) for name, r in undisturbed.items()}
+    by_name = results(tmp_path)
+    assert done.items() <= {name: r["run"]["started"] for name, r in by_name.items()}.items()
+    assert {name: decided(r) for name, r in by_name.items()} == {name: decided(r) for name, r in undisturbed.items()}
 
 
 @pytest.mark.thorough
 def test_what_the_runs_share_is_measured_once(undisturbed):
     made = [r["run"]["baseline"] for r in undisturbed.values()]
     assert len({b["id"] for b in made}) == 1 and sum(not b["reused"] for b in made) == 1
-    one, *others = (r["metrics"] for r in undisturbed.values())
+    first, *others = (r["metrics"] for r in undisturbed.values())
     for other in others:
         for key in ("quality", "throughput"):
-            assert other[key]["baseline"] == one[key]["baseline"]
+            assert other[key]["baseline"] == first[key]["baseline"]
 
 
 @pytest.mark.thorough
@@ -109,9 +109,9 @@ def test_a_run_that_is_killed_is_a_row(tiny_llama, tmp_path):
                 if time.time() - child.create_time() > 1:
                     child.kill()
     output, _ = process.communicate()
-    found = list(results(tmp_path).values())
+    by_name = list(results(tmp_path).values())
     assert process.returncode == 1 and "0 of 2 runs are done" in output
-    assert [(r["status"], r["error"]["type"]) for r in found] == [("oom", "MemoryError")] * 2
+    assert [(r["status"], r["error"]["type"]) for r in by_name] == [("oom", "MemoryError")] * 2
     assert not (tmp_path / "baselines").exists()
 
 
@@ -137,9 +137,9 @@ def test_other_launchers_give_the_same(launcher, tiny_llama, tmp_path, undisturb
     process = start(tmp_path, tiny_llama, f"hydra/launcher={launcher}", sweep=TWO)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    found = results(tmp_path)
-    assert len(found) == 2 and "2 of 2 runs are done" in output
-    assert all(decided(r) == decided(undisturbed[name]) for name, r in found.items())
+    by_name = results(tmp_path)
+    assert len(by_name) == 2 and "2 of 2 runs are done" in output
+    assert all(decided(r) == decided(undisturbed[name]) for name, r in by_name.items())
 
 
 @pytest.fixture
@@ -157,9 +157,9 @@ def sweep(tmp_path, monkeypatch, capfd, tiny_llama):
 
 def test_a_failure_is_a_row_and_the_sweep_goes_on(sweep, tmp_path):
     code, said = sweep("+format=nf4", "block=0,64", "tune.lr=0.001,1e30")
-    found = results(tmp_path / "out")
-    assert code == 1 and len(found) == 4 and "1 of 4 runs are done" in said
-    kinds = sorted((r["status"], (r["error"] or {}).get("type")) for r in found.values() if r["status"] != "done")
+    by_name = results(tmp_path / "out")
+    assert code == 1 and len(by_name) == 4 and "1 of 4 runs are done" in said
+    kinds = sorted((r["status"], (r["error"] or {}).get("type")) for r in by_name.values() if r["status"] != "done")
     assert kinds == [("failed", "FloatingPointError"), ("failed", "InputError"), ("failed", "InputError")]
     assert "block: 0 is not accepted" in said and "no finite likelihood" in said
 
