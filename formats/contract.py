@@ -93,8 +93,8 @@ def round_trip(fmt: Format, w: Tensor) -> None:
     """What is decoded has the shape and the dtype of what was quantized, or the dtype asked for, and is finite."""
     q = fmt.quantize(w)
     expect(isinstance(q, QuantizedTensor), f"quantize gives a {type(q).__name__}", "a QuantizedTensor")
-    expected = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
-    for part, value in zip(PLAIN, expected, strict=True):
+    attributes = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
+    for part, value in zip(PLAIN, attributes, strict=True):
         expect(getattr(q, part) == value, f"{part} of the quantized tensor is {getattr(q, part)!r}", repr(value))
     for dtype in (None, torch.float32, torch.bfloat16):
         back, expected = q.dequantize(dtype), f"{_word(dtype or w.dtype)} {list(w.shape)}"
