@@ -56,7 +56,8 @@ def open_inputs(context: RunContext) -> Inputs:
         covered = count_coverage(source.model)
         seq = data.pick_seq(settings.data.seq, source.model)
         held_out = data.held_out(text, tokenizer, vocabulary, seq, settings.eval.tokens)
-        training, without_adapter = None, {}
+        training: list[Tensor] | Tensor | None = None
+        without_adapter: dict[str, str] = {}
         if tune := settings.tune:
             without_adapter = adapters.check(source.model, tune, seq)
             count = tune.steps * tune.batch
