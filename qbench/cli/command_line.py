@@ -184,7 +184,7 @@ def _is_of_format(override: Override) -> bool:
 
 def explain_keys(command: Command) -> dict[str, tuple[str, str]]:
     """Default and meaning of every key, from the comments in conf/."""
-    meanings = {}
+    meanings: dict[str, tuple[str, str]] = {}
     for file in command.files:
         meanings |= read_keys(file)
     for group, file in command.groups.items():

@@ -82,11 +82,11 @@ def draw_learning_rates(setting: Setting) -> Chart | None:
 
 def _draw_rates(axes: Axes, series: Sequence[Series], palette: Palette) -> None:
     for s in series:
-        heights = [c.mean(*TUNED) for c in s.configurations]
+        heights = np.array([c.mean(*TUNED) for c in s.configurations], float)  # None becomes NaN, a gap
         errors = [c.half_interval(*TUNED) or 0 for c in s.configurations]
         line = palette.line(s.name)
         axes.errorbar(s.rates, heights, yerr=errors, elinewidth=0.8, **line)
-        axes.plot(s.rate, s.best.mean(*TUNED), marker="o", ms=11, mfc="none", mec=line["color"])
+        axes.plot([s.rate], np.array([s.best.mean(*TUNED)], float), marker="o", ms=11, mfc="none", mec=line["color"])
 
 
 def _method_order(name: str) -> tuple[int, str]:

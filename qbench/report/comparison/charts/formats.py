@@ -135,10 +135,11 @@ def _draw_tradeoff(axes: Axes, setting: Setting, quality: _Quality, size: _Size,
         axes.plot(*np.array(points).reshape(-1, 2).T, **palette.point(members[0]), rasterized=many)
     if quality.frontier:
         best = frontier(formats, quality.stage, size.keys)
-        heights = [c.mean(*quality.keys) for c in best]
+        heights = np.array([c.mean(*quality.keys) for c in best], float)  # None becomes NaN, a gap
         axes.plot([size.value(c) for c in best], heights, color=GREY, lw=0.9, zorder=0)
-        if base := setting.best_16_bit(quality.stage):
-            axes.axhline(base.mean(*quality.keys), **SIXTEEN)
+        base = setting.best_16_bit(quality.stage)
+        if base and (height := base.mean(*quality.keys)) is not None:
+            axes.axhline(height, **SIXTEEN)
 
 
 def _group_by_look(formats: Sequence[Configuration]) -> list[list[Configuration]]:
@@ -236,7 +237,7 @@ def draw_pairs(setting: Setting) -> Chart | None:
 def draw_throughput(setting: Setting) -> Chart | None:
     """Tokens per second over the number of tokens read at once, a line for each format."""
     palette = Palette.of_formats(setting)
-    measured = [(c, rates) for c in _one_per_format(setting) if (rates := _rates_by_rows(c))]
+    measured = [(c, by_rows) for c in _one_per_format(setting) if (by_rows := _rates_by_rows(c))]
     if not measured:
         return None
     figure, axes = plt.subplots(figsize=(7.6, 3.4))
