@@ -3,7 +3,7 @@
     python experiments/architectures.py [TYPE …]
 
 A type is what config.json calls `model_type`; where some are named, the others keep the rows that they have. Of each, a
-run with its fine-tune, `qbench.quantize`, and `save_pretrained` of the packed model are tried, in a process of its own.
+run with its fine-tune, `qbench quantize`, and `save_pretrained` of the packed model are tried, in a process of its own.
 Writes architectures.md and architectures.json: what worked without a word, what worked with something told, what was
 refused in a line, and what ended in a traceback, which nothing should.
 """

@@ -14,10 +14,10 @@ for checkpointing in false true; do
   $python -m qbench plan model=smollm-135m +format=nf4 dq=true tune.checkpointing=$checkpointing check=true \
     "json=$out/plan-$checkpointing.json" 2>&1 | tee "$out/plan-$checkpointing.txt"
 done
-$python -m qbench.bench products --models 7B --rows 1 16 128 1024 --formats nf4 --out "$out/untuned"
-$python -m qbench.bench tune --out "$out/choices.json"
+$python -m qbench bench products --models 7B --rows 1 16 128 1024 --formats nf4 --out "$out/untuned"
+$python -m qbench bench tune --out "$out/choices.json"
 export QBENCH_TUNED=$out/choices.json
-$python -m qbench.bench products --out "$out"
-$python -m qbench.bench step --out "$out"
+$python -m qbench bench products --out "$out"
+$python -m qbench bench step --out "$out"
 $python -m qbench +experiments=quick "hydra.sweep.dir=$out/quick"
-$python -m qbench.report "$out/quick"
+$python -m qbench report "$out/quick"

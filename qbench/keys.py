@@ -163,7 +163,7 @@ RUN: dict[str, Accepted] = {
     "tune.adapter_block": BLOCK,
 }
 
-#: python -m qbench.quantize
+#: python -m qbench quantize
 QUANTIZE: Mapping[str, Accepted] = {
     "block": BLOCK,
     "dq": FLAG,

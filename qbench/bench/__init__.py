@@ -1,4 +1,4 @@
-"""Benchmarks of the kernels and of a training step; the commands are `python -m qbench.bench` (cli/bench.py).
+"""Benchmarks of the kernels and of a training step; the commands are `python -m qbench bench` (cli/bench.py).
 
 In go formats, layer shapes and numbers of rows; out come timings as a dict, a page and a figure. Read products.py first.
 

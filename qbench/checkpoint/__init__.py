@@ -14,7 +14,7 @@ first.
     auto_classes          transformers' Auto classes, without code from checkpoints
     transformers_plugin   lets `from_pretrained` and `save_pretrained` handle packed models
     layouts/              reads bitsandbytes and GGUF, writes bitsandbytes
-    streaming/            packs a checkpoint without loading the model: `python -m qbench.quantize`
+    streaming/            packs a checkpoint without loading the model: `python -m qbench quantize`
 """
 
 from typing import TYPE_CHECKING, Any

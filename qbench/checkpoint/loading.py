@@ -103,7 +103,7 @@ def load(
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
-    path: as for `open`, or a packed checkpoint, such as a folder that `qbench.quantize` wrote or a GGUF file. Weights are
+    path: as for `open`, or a packed checkpoint, such as a folder that `qbench quantize` wrote or a GGUF file. Weights are
     read from safetensors, or from PyTorch's files with `torch.load(weights_only=True)`. trust: run the code that comes
     with a 16-bit checkpoint. Raises InputError if the model cannot be loaded or is incomplete.
     """

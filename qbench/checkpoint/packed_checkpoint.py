@@ -79,13 +79,13 @@ def find(path: Path) -> PackedCheckpoint | None:
 def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path | None = None) -> LoadedModel:
     """Load a packed checkpoint and its tokenizer; tensors that are not packed are cast to `dtype`.
 
-    path: a folder that `qbench.quantize`, `save` or `save_pretrained` wrote, also by transformers with bitsandbytes in 4
+    path: a folder that `qbench quantize`, `save` or `save_pretrained` wrote, also by transformers with bitsandbytes in 4
     bits; or a GGUF file. tokenizer: the folder of one, for a checkpoint without. Raises InputError, naming file and
     tensor, for a checkpoint that does not match its config.
     """
     checkpoint = find(path)
     if checkpoint is None:
-        raise InputError(f"{path} is not packed; accepted: what qbench.quantize or bitsandbytes wrote, a GGUF file")
+        raise InputError(f"{path} is not packed; accepted: what qbench quantize or bitsandbytes wrote, a GGUF file")
     transformers_logging.disable_progress_bar()
     with reading_model(path):
         tokens = auto_classes.load_tokenizer(tokenizer) if tokenizer else checkpoint.tokenizer()

@@ -152,7 +152,7 @@ class QBenchQuantizer(HfQuantizer):
             if layer.codes.is_meta and on_disk and not self.pre_quantized:
                 raise InputError(
                     f"{name} would be offloaded to disk, where only its 16-bit weight is; accepted: a device_map without "
-                    "disk, or a packed checkpoint, which `python -m qbench.quantize` writes"
+                    "disk, or a packed checkpoint, which `python -m qbench quantize` writes"
                 )
             if layer.codes.is_meta and on_disk:
                 empty_model.check_offloaded(model, name, layer)

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         from . import help_page
 
-        command = self.prog.partition(" ")[0].replace(".", " ")
+        command = " ".join(self.prog.split()[:2])
         lines = [f"{self.prog}: {self.purpose}.", "", *(f"    python -m {command}{e}" for e in self.examples)]
         help_page.show("\n".join(lines), "argument=default", self.rows, self.footer)
 
@@ -83,7 +83,7 @@ def name_type(names: Iterable[str]) -> Callable[[str], str]:
 
 def report_parser() -> Parser:
     parser = Parser(
-        "qbench.report",
+        "qbench report",
         "compare finished runs: a page, its Markdown twin, and tables",
         " sweeps",
         " runs sweeps/quick-1a2b3c4d --out comparison",
@@ -98,7 +98,7 @@ def report_parser() -> Parser:
 
 def runs_parser() -> Parser:
     parser = Parser(
-        "qbench.runs",
+        "qbench runs",
         "list what runs have left, and remove what holds no finished result",
         "",
         " sweeps --clean",
@@ -112,10 +112,10 @@ def runs_parser() -> Parser:
 
 
 def bench_parser(benchmark: str | None = None) -> Parser:
-    """The parser of one benchmark, or without one of `qbench.bench` itself."""
+    """The parser of `qbench bench BENCHMARK`, or of `qbench bench` itself."""
     if benchmark is None:
         parser = Parser(
-            "qbench.bench",
+            "qbench bench",
             "how fast the kernels and a training step are, beside their peers in the same run",
             " products --formats nf4 --rows 1 16",
             " step --help",
@@ -125,7 +125,7 @@ def bench_parser(benchmark: str | None = None) -> Parser:
             (name, meaning, f"python -m qbench bench {name} --help") for name, meaning in BENCHMARKS.items()
         ]
         return parser
-    parser = Parser(f"qbench.bench {benchmark}", BENCHMARKS[benchmark], f" {benchmark}")
+    parser = Parser(f"qbench bench {benchmark}", BENCHMARKS[benchmark], f" {benchmark}")
     models, names = ", ".join(MODELS), [name for name in format_names() if name != "none"]
     if benchmark == "products":
         parser.accept(

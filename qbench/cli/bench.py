@@ -1,4 +1,4 @@
-"""python -m qbench.bench COMMAND: benchmarks of the kernels and of a training step, with peers in the same run."""
+"""python -m qbench bench COMMAND: benchmarks of the kernels and of a training step, with peers in the same run."""
 
 import sys
 from argparse import Namespace

@@ -1,6 +1,6 @@
 """A command line is checked here before Hydra runs it, so a mistake is one line, before PyTorch is imported.
 
-`python -m qbench`, `qbench.quantize` and `qbench.plan` call `start`. It checks keys and values (`overrides`), composes the
+`python -m qbench`, `qbench quantize` and `qbench plan` call `start`. It checks keys and values (`overrides`), composes the
 configuration (`compose`), and hands over to Hydra, which runs one job or a sweep and answers its own flags.
 """
 
@@ -108,7 +108,7 @@ def read(command: Command, arguments: Sequence[str]) -> Line | None:
     Returns None if it asked for the help or the version, which is printed. Raises InputError and Hydra's exceptions.
     """
     if "--version" in arguments:
-        print(f"{command.module} {__version__}")
+        print(f"{command.name} {__version__}")
         return None
     asked = _parse_flags(list(arguments))
     if asked.help:

@@ -23,7 +23,7 @@ Check = Callable[[dict], object]  #: of a resolved config; raises InputError
 class Command:
     """A command with a Hydra configuration.
 
-    module: its name after `python -m`.
+    name: what a user types, such as `qbench plan`.
     folder, config: the folder and the name of its main configuration file.
     keys: what each key accepts.
     groups: the config groups, each with the file that documents its keys.
@@ -35,7 +35,7 @@ class Command:
     hidden: keys that --help does not list.
     """
 
-    module: str
+    name: str
     folder: Path
     config: str
     keys: Mapping[str, keys.Accepted]
@@ -105,7 +105,7 @@ GROUPS = {
 }
 RUN = Command("qbench", CONF, "config", keys.RUN, GROUPS, (GROUP, "experiments"), check=_check_run)
 QUANTIZE = Command(
-    "qbench.quantize",
+    "qbench quantize",
     CONF,
     "quantize",
     keys.QUANTIZE,
@@ -113,7 +113,7 @@ QUANTIZE = Command(
     check=_check_values(keys.QUANTIZE),
 )
 PLAN = Command(
-    "qbench.plan",
+    "qbench plan",
     CONF,
     "config",
     keys.PLAN,

@@ -31,7 +31,7 @@ def compose_config(command: Command, flags: Namespace, overrides: Iterable[Overr
     """The configuration, including Hydra's own part. Raises Hydra's exceptions."""
     folders = [os.path.abspath(flags.config_dir)] if flags.config_dir else []
     main_folder = os.path.abspath(flags.config_path) if flags.config_path else str(command.folder)
-    with initialize_config_dir(main_folder, version_base="1.3", job_name=command.module):
+    with initialize_config_dir(main_folder, version_base="1.3", job_name=command.name):
         lines = [*command.search_path(*folders), *command.first_overrides]
         lines += [str(override.input_line) for override in overrides]
         return compose(flags.config_name or command.config, lines, return_hydra_config=True)

@@ -1,6 +1,5 @@
 """The page that `--help` shows, the same for every command: examples, then a table of all it accepts."""
 
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +31,7 @@ def show(header: str, head: str, rows: Iterable[tuple[str, str, str]], footer: s
 
 
 def as_typed(text: str) -> str:
-    """The text with the commands as the user typed them: `qbench plan` if that is how qbench was started."""
+    """Returns `text` with `qbench plan` for `python -m qbench plan` if the user started the console script `qbench`."""
     if Path(sys.argv[0]).name not in ("qbench", "qbench.exe"):
         return text
-    return re.sub(r"python -m qbench(\.(\w+))?", lambda m: f"qbench {m[2]}" if m[1] else "qbench", text)
+    return text.replace("python -m qbench", "qbench")

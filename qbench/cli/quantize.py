@@ -1,4 +1,4 @@
-"""python -m qbench.quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: where Hydra ends, and a person looks on."""
+"""python -m qbench quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: where Hydra ends, and a person looks on."""
 
 import sys
 from pathlib import Path

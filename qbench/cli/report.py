@@ -1,4 +1,4 @@
-"""python -m qbench.report PATH…: compare finished runs, on a page with tables and figures.
+"""python -m qbench report PATH…: compare finished runs, on a page with tables and figures.
 
 The paths are result.json files, or folders that contain them, of any mix of runs and sweeps. Runs on the same model, text
 and windows are compared with the 16-bit runs among them, before and after the fine-tune. The differences are paired over

@@ -107,5 +107,5 @@ def summary(folder: Path, outcomes: list["Outcome"]) -> int:
     for outcome in missing:
         stderr.print(f"  {os.path.relpath(outcome.folder)}: {outcome.why}")
     if len(missing) < len(asked):
-        stderr.print(f"python -m qbench.report {folder} sets them side by side")
+        stderr.print(f"python -m qbench report {folder} sets them side by side")
     return 1 if missing else 0

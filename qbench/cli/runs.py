@@ -1,4 +1,4 @@
-"""python -m qbench.runs [PATH…]: list what runs have left; --clean removes what holds no finished result.
+"""python -m qbench runs [PATH…]: list what runs have left; --clean removes what holds no finished result.
 
 The paths are folders of runs or sweeps, by default runs/. A line a run: its folder, when it began, what it was of, what
 came of it, its last perplexity, its size. --clean names the folders that would go, and asks; --yes does not ask. A folder

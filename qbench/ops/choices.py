@@ -8,7 +8,7 @@ The paths:
                   split until there are `fill` programs for each multiprocessor
     decode        decodes the whole weight to the dtype of x, then calls cuBLAS; {}
 
-`python -m qbench.bench tune` measures the best choices on a device and writes them to a file in `tuned/`. The environment
+`python -m qbench bench tune` measures the best choices on a device and writes them to a file in `tuned/`. The environment
 variable QBENCH_TUNED names another file. A device without a file uses `default`.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 TUNED = Path(__file__).parent / "tuned"
 
 # Why these defaults: arithmetic for 4 bits on an H100 (3 TB/s, 132 multiprocessors that start 128 operations a cycle),
-# and the instructions a weight that `python -m qbench.bench compile` counts. They are not measured yet.
+# and the instructions a weight that `python -m qbench bench compile` counts. They are not measured yet.
 #   M = 1     half a byte arrives in the time of 6 instructions. `multiply_row` has 5.0 a weight; `matmul` has 5.7, and
 #             moves x, padded to 16 rows, through shared memory.
 #   M ≤ 128   each weight is decoded once, in 6 to 8 instructions. Decoding to memory first would write 2 bytes and read
@@ -65,7 +65,7 @@ def choices(device_name: str, capability: int) -> dict:
     try:
         return default(capability) | json.loads(file.read_text("utf-8"))["choices"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"{file}: {error}; accepted is a file that `python -m qbench.bench tune` wrote") from error
+        raise RuntimeError(f"{file}: {error}; accepted is a file that `python -m qbench bench tune` wrote") from error
 
 
 def choose(rules: list[dict], m: int, usable: set[str]) -> dict:

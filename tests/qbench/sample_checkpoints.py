@@ -34,7 +34,7 @@ def make_sharded(config: transformers.PreTrainedConfig, folder: Path, part: str 
 
 
 def quantize(folder: Path, out: Path, arguments: dict = NF4, **options) -> Contents:
-    """Pack a checkpoint with `qbench.quantize`."""
+    """Pack a checkpoint with `qbench quantize`."""
     checkpoint = source.read_source(str(folder))
     return stream.quantize_checkpoint(checkpoint, Recipe.of(arguments, checkpoint.dtypes), out, **options)
 

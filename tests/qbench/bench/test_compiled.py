@@ -1,6 +1,6 @@
 """Every kernel configuration compiles without a GPU: no spills, enough shared memory, no more instructions than recorded.
 
-`python -m qbench.bench compile --out tests/qbench/bench/compiled-X.Y.json` makes a new record for a release of Triton.
+`python -m qbench bench compile --out tests/qbench/bench/compiled-X.Y.json` makes a new record for a release of Triton.
 There are records for the release of requirements.lock and for the newest.
 """
 

@@ -1,4 +1,4 @@
-"""After any interruption of qbench.quantize, the same command resumes and writes the same bytes."""
+"""After any interruption of `qbench quantize`, the same command resumes and writes the same bytes."""
 
 import errno
 import os

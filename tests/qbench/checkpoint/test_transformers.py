@@ -75,7 +75,7 @@ def biased(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", formats.names())
 @pytest.mark.parametrize("dq", [False, True])
 def test_every_format_there_and_back(biased, tmp_path, name, dq):
-    """A model quantized while it loads, saved and loaded equals the harness's, and what `qbench.quantize` writes."""
+    """A model quantized while it loads, saved and loaded equals the harness's, and what `qbench quantize` writes."""
     arguments = {"name": name, "block": 32, "dq": dq}
     expected, model = in_memory(biased, arguments), load(biased, arguments)
     assert_same(model, expected)
@@ -133,7 +133,7 @@ def test_any_device_map(sharded_llama, packed_nf4, tmp_path, device_map):
     for folder, arguments in ((sharded_llama, NF4), (packed_nf4, None)):
         if arguments and device_map is PARTLY_ON_DISK:
             with pytest.raises(
-                InputError, match=r"1.self_attn.q_proj would be offloaded to.* accepted: .*qbench.quantize"
+                InputError, match=r"1.self_attn.q_proj would be offloaded to.* accepted: .*qbench quantize"
             ):
                 load(folder, arguments, device_map=device_map, offload_folder=tmp_path)
             continue

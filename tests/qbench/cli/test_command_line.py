@@ -24,12 +24,12 @@ from qbench.settings import TuneSettings
 from qbench.training import lora_init, optim
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = {"qbench": RUN, "qbench.quantize": QUANTIZE, "qbench.plan": PLAN}
-MAINS = {"qbench": run_main, "qbench.quantize": quantize_main, "qbench.plan": plan_main}
+COMMANDS = {"qbench": RUN, "qbench quantize": QUANTIZE, "qbench plan": PLAN}
+MAINS = {"qbench": run_main, "qbench quantize": quantize_main, "qbench plan": plan_main}
 VALID = {
     "qbench": ["+format=nf4", "tune.steps=3"],
-    "qbench.quantize": ["+format=nf4", "out=o"],
-    "qbench.plan": ["+format=nf4", "model=bundled"],
+    "qbench quantize": ["+format=nf4", "out=o"],
+    "qbench plan": ["+format=nf4", "model=bundled"],
 }
 
 
@@ -197,10 +197,10 @@ MISTAKES = [
     ["qbench", "-m", "+format=nf4", "tune=lora,dorra"],
     ["qbench", "--version"],
     ["qbench", "--help"],
-    ["qbench.quantize", "+format=nf4", "blok=3"],
-    ["qbench.quantize", "out=x"],
-    ["qbench.plan", "model=bundled", "+format=nf4", "tune.batch=-1"],
-    ["qbench.plan", "model=bundled"],
+    ["qbench quantize", "+format=nf4", "blok=3"],
+    ["qbench quantize", "out=x"],
+    ["qbench plan", "model=bundled", "+format=nf4", "tune.batch=-1"],
+    ["qbench plan", "model=bundled"],
 ]
 
 
@@ -210,7 +210,7 @@ def test_nothing_heavy_is_imported_before_arguments_are_checked(tmp_path):
 import importlib, sys
 for module, *line in {MISTAKES}:
     sys.argv = [module, *line]
-    command = module.partition(".")[2] or "run"
+    command = module.partition(" ")[2] or "run"
     print(importlib.import_module("qbench.cli." + command).main(), {heavy} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ def test_help_is_the_same_however_a_command_is_typed(name):
     first, second = typed("-m", "qbench", name, "--help"), typed("-m", f"qbench.{name}", "--help")
     assert first == second and first[0] == 0 and not first[2]
     page = first[1]
-    assert page.startswith(f"qbench.{name}: ") and f"    python -m qbench {name}" in page and "what it accepts" in page
+    assert page.startswith(f"qbench {name}: ") and f"    python -m qbench {name}" in page and "what it accepts" in page
     console = typed("-c", CONSOLE, name, "--help")[1]
     assert f"    qbench {name}" in console and "python -m" not in console
 
@@ -45,7 +45,7 @@ def test_the_first_page_lists_the_commands_and_completion():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_versions_are_printed(name):
-    assert typed("-m", "qbench", name, "--version") == (0, f"qbench.{name} {qbench.__version__}\n", "")
+    assert typed("-m", "qbench", name, "--version") == (0, f"qbench {name} {qbench.__version__}\n", "")
 
 
 WRONG = {

@@ -57,7 +57,7 @@ def test_libraries_do_not_interrupt_a_run(methods, tmp_path, tiny_llama):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if not PHASE.fullmatch(line)]
     count = len(methods.split(","))
-    ours = f"{count} of {count} runs", "python -m qbench.report"
+    ours = f"{count} of {count} runs", "python -m qbench report"
     assert [line for line in lines if line and not line.startswith(ours)] == []
     assert "noise" not in done.stdout
     logs = list((tmp_path / "sweep").glob("*/warnings.log"))
