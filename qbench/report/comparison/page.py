@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 HTML, MARKDOWN = "report.html", "report.md"
 MOST_ROWS = 400  #: rows of a table on the page; results.csv has all
+#: figures that answer a question on their own; the others are in the HTML page alone
+IN_MARKDOWN = {"pareto", "slopes", "blocks", "ranks", "learning_rates", "methods", "initialisation"}
 _LISTS = (list, tuple, np.ndarray)
 
 
@@ -139,14 +141,16 @@ def _table_content(table: Table, folder: Path) -> dict:
 
 
 def _save_picture(chart: charts.Chart, index: int, folder: Path) -> dict:
-    """Save a figure as an SVG file, which the Markdown shows; the HTML page embeds it. index: of the setting."""
+    """Embed a figure for the HTML page, and save those of IN_MARKDOWN as SVG files. index: of the setting."""
     buffer = io.BytesIO()
     chart.figure.savefig(buffer, format="svg", metadata={"Date": None})
     file = Path("figures") / f"{chart.name}{f'-{index + 1}' if index else ''}.svg"
-    (folder / file.parent).mkdir(exist_ok=True)
-    (folder / file).write_bytes(buffer.getvalue())
+    saved = chart.name in IN_MARKDOWN
+    if saved:
+        (folder / file.parent).mkdir(exist_ok=True)
+        (folder / file).write_bytes(buffer.getvalue())
     data = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"caption": chart.caption, "file": file.as_posix(), "data": data}
+    return {"caption": chart.caption, "file": file.as_posix() if saved else None, "data": data}
 
 
 def _failure_content(file: Path, result: dict, folder: Path) -> dict:
