@@ -1,4 +1,4 @@
-"""qbench in a notebook: the command `python -m qbench` as a function."""
+"""`qbench.run`: one experiment from Python, as `python -m qbench` runs it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +24,10 @@ Keys = Mapping[str, Any]
 
 
 class Result(dict[str, Any]):
-    """What a run found: the content of its result.json, every key of which docs/result.md explains.
+    """The result of a run: the content of its result.json, whose keys docs/result.md explains.
 
-    folder: where it lies, with report.md, its figures, and the adapters. In a notebook it shows itself, the answer in
-    words before the table.
+    folder: the folder of the run, with result.json, report.md, its figures, and the adapters. A notebook shows a result as
+    its findings in words and a table of scores.
     """
 
     def __init__(self, content: Keys, folder: Path):
@@ -41,7 +41,7 @@ class Result(dict[str, Any]):
 
     @property
     def answer(self) -> list[str]:
-        """The findings, a sentence each."""
+        """The findings, one sentence each."""
         return answer.describe_run(self)
 
     def __repr__(self) -> str:
@@ -68,17 +68,17 @@ def run(
     track: str | Sequence[str] = (),
     out: str | Path | None = None,
 ) -> Result:
-    """One experiment, in this process: what `python -m qbench +format=… block=…` does, with the same keys and defaults.
+    """Run one experiment in this process, with the keys and defaults of `python -m qbench +format=… block=…`.
 
-    format: a name, or a `Format` itself, whose own block and dq then hold. model: a folder or a hub id, None for the
-    bundled model; or `model.*` keys. data: a text file or the name of a bundled text; or `data.*` keys. tune: one of
-    conf/tune, None for no fine-tune; or `tune.*` keys, over those of the `method` among them. eval: `eval.*` keys.
-    track: of `qbench.runs.trackers.NAMES`.
+    format: a name, or a `Format`, whose own block and dq are then used. model: a folder or a hub id, None for the bundled
+    model; or `model.*` keys. data: a text file or the name of a bundled text; or `data.*` keys. tune: a name in conf/tune,
+    None for no fine-tune; or `tune.*` keys, which change the defaults of their `method`. eval: `eval.*` keys.
+    track: names in `qbench.runs.trackers.NAMES`.
     out: the folder to write into; by default the one under runs/ that the command line uses for the same run. If it
     holds the finished result of this run, that is returned.
 
-    Returns the result. Raises InputError, in one line, for bad input, and leaves no folder. Later errors are raised as
-    they are, and recorded in result.json.
+    Returns the result. Bad input raises InputError with a message of one line, and leaves no folder. Other errors are
+    recorded in result.json and raised again.
 
         result = qbench.run(format="nf4", block=64, dq=True, tune={"steps": 100, "lr": 3e-4})
         result.metrics["quality"]["tuned"]["perplexity"]
@@ -101,14 +101,14 @@ def run(
 
 
 def _keys(given: str | Path | Keys | None) -> dict[str, Any]:
-    """Of `model` and `data`, whose first key is a path."""
+    """The keys of `model` or `data`. A text or a path is the value of `path`."""
     if isinstance(given, Mapping):
         return dict(given)
     return {} if given is None else {"path": str(given)}
 
 
 def _composed(format: str, tune: str, given: Keys) -> dict[str, Any]:
-    """The configuration of a command line that says as much. Raises InputError."""
+    """The configuration that a command line with these values gives. Raises InputError."""
     for key in keys.leaves(given):
         if key not in keys.RUN:
             raise InputError(keys.unknown(key, keys.RUN))

@@ -1,6 +1,7 @@
-"""The arguments of `report`, `bench` and `runs`, without what takes time to import.
+"""The arguments of `report`, `bench` and `runs`. Nothing slow is imported.
 
-The other commands take `key=value` (`command_line`). Both show the same page for --help, and refuse a mistake in one line.
+The other commands take `key=value` (`command_line`). All commands have the same --help page, and refuse a mistake in one
+line.
 """
 
 import argparse
@@ -16,13 +17,13 @@ from qbench.errors import InputError
 
 from .format_names import format_names
 
-MODELS = ("7B", "70B", "tiny")  #: whose layers `bench` multiplies with, `products.SHAPES`
-CAPABILITIES = ("80", "90", "100")  #: of the GPUs that `bench compile` compiles for, `compiled.DEVICES`
+MODELS = ("7B", "70B", "tiny")  #: models whose layer shapes `bench` uses; see `products.SHAPES`
+CAPABILITIES = ("80", "90", "100")  #: of the GPUs that `bench compile` compiles for; see `compiled.DEVICES`
 BENCHMARKS = {
     "products": "the product with a packed weight, forward and backward: formats × rows × the layers of Llama",
-    "step": "a QLoRA training step, beside PEFT with bitsandbytes",
-    "tune": "measure the best path and tiles for this GPU, and keep them for every later run",
-    "compile": "registers, spills, shared memory and instructions a weight of every kernel; needs no GPU",
+    "step": "a QLoRA training step, here and in PEFT with bitsandbytes",
+    "tune": "measure the best path and tiles for this GPU, and save them for later runs",
+    "compile": "registers, spills, shared memory and instructions per weight of every kernel; needs no GPU",
 }
 
 
@@ -69,7 +70,7 @@ def integer(text: str) -> int:
 
 
 def name_type(names: Iterable[str]) -> Callable[[str], str]:
-    """The type of an argument that is one of some names."""
+    """An argument type that accepts only `names`."""
     known = list(names)
 
     def check(text: str) -> str:
@@ -99,13 +100,13 @@ def report_parser() -> Parser:
 def runs_parser() -> Parser:
     parser = Parser(
         "qbench runs",
-        "list what runs have left, and remove what holds no finished result",
+        "list the folders of runs, and remove those without a finished result",
         "",
         " sweeps --clean",
-        footer="A folder stays if a run is in progress there, or if it holds a file that no run leaves.",
+        footer="A folder stays if a run is in progress there, or if it holds a file that no run writes.",
     )
     parser.accept("paths", "where to look", "folders of runs or sweeps", "runs", nargs="*", type=Path, metavar="PATH")
-    parser.accept("--clean", "remove folders that hold no finished result, after a question", "", action="store_true")
+    parser.accept("--clean", "remove folders without a finished result, after asking", "", action="store_true")
     parser.accept("--archive", "copy all results below each path into PATH/results.jsonl.xz", "", action="store_true")
     parser.accept("--yes", "do not ask", "with --clean", action="store_true")
     return parser
@@ -116,7 +117,7 @@ def bench_parser(benchmark: str | None = None) -> Parser:
     if benchmark is None:
         parser = Parser(
             "qbench bench",
-            "how fast the kernels and a training step are, beside their peers in the same run",
+            "time the kernels and a training step, and the same work in other libraries",
             " products --formats nf4 --rows 1 16",
             " step --help",
         )
@@ -131,21 +132,30 @@ def bench_parser(benchmark: str | None = None) -> Parser:
         parser.accept(
             "--formats", "formats to time", ", ".join(names), "all; on a CPU nf4", nargs="+", type=name_type(names)
         )
-        parser.accept("--models", "whose layers", models, "7B 70B; on a CPU 7B", nargs="+", type=name_type(MODELS))
+        parser.accept(
+            "--models",
+            "models whose layers are timed",
+            models,
+            "7B 70B; on a CPU 7B",
+            nargs="+",
+            type=name_type(MODELS),
+        )
         parser.accept("--rows", "numbers of rows of x", "integers", "1 to 4096", nargs="+", type=integer)
-        parser.accept("--block", "weights under one scale", "an integer", "64", type=integer, default=64)
-        parser.accept("--repeats", "samples of each time", "an integer", "10", type=integer, default=10)
+        parser.accept("--block", "weights that share one scale", "an integer", "64", type=integer, default=64)
+        parser.accept("--repeats", "measurements of each time", "an integer", "10", type=integer, default=10)
     if benchmark == "step":
         parser.accept("--steps", "steps to time", "an integer", "5", type=integer, default=5)
     if benchmark in ("products", "step"):
         parser.accept("--device", "where to run", "auto, cpu, cuda", "auto", default="auto")
         parser.accept("--out", "where to write", "a folder", "runs/bench", type=Path, default=Path("runs/bench"))
     if benchmark == "tune":
-        parser.accept("--models", "whose layers", models, "7B 70B", nargs="+", type=name_type(MODELS))
+        parser.accept("--models", "models whose layers are timed", models, "7B 70B", nargs="+", type=name_type(MODELS))
         parser.accept("--out", "where to write the choices", "a file", "in the package", type=Path)
     if benchmark == "compile":
         kinds = ", ".join(CAPABILITIES)
-        parser.accept("--capability", "which GPUs", kinds, "all", nargs="+", type=name_type(CAPABILITIES))
+        parser.accept(
+            "--capability", "compute capabilities of the GPUs", kinds, "all", nargs="+", type=name_type(CAPABILITIES)
+        )
         parser.accept("--out", "where to write the figures as JSON", "a file", "nowhere", type=Path)
     return parser
 

@@ -1,4 +1,4 @@
-"""python -m qbench bench COMMAND: benchmarks of the kernels and of a training step, with peers in the same run."""
+"""python -m qbench bench BENCHMARK: time the kernels and a training step, and the same work in other libraries."""
 
 import sys
 from argparse import Namespace
@@ -78,7 +78,7 @@ def run_tune(arguments: Namespace) -> None:
 
 
 def run_compile(arguments: Namespace) -> None:
-    """count registers, spills, shared memory and instructions a weight of every kernel; needs no GPU"""
+    """count registers, spills, shared memory and instructions per weight of every kernel; needs no GPU"""
     _require("triton", "pip install triton")
     capabilities = list(map(int, arguments.capability or compiled.DEVICES))
     with _progress(sum(len(compiled.configurations(capability)) for capability in capabilities)) as advance:
@@ -86,7 +86,7 @@ def run_compile(arguments: Namespace) -> None:
     if arguments.out:
         write_json(arguments.out, [asdict(kernel) for kernel in results])
     table = Table(
-        Column("kernel", no_wrap=True), "sm", "registers", "spills", "KiB shared", "instr. a weight", box=None
+        Column("kernel", no_wrap=True), "sm", "registers", "spills", "KiB shared", "instr. per weight", box=None
     )
     for kernel in results:
         cells = kernel.registers, kernel.spills, f"{kernel.shared / 1024:.1f}", f"{kernel.instructions:.2f}"
@@ -124,7 +124,7 @@ BENCHMARKS = {"products": run_products, "step": run_step, "tune": run_tune, "com
 
 
 def main() -> int:
-    """Run the benchmark that the command line names. 0: done; 2: bad input; 130: interrupted."""
+    """Run the benchmark that the command line names. Returns 0 if done, 2 for bad input, 130 if interrupted."""
     messages.replace_unencodable()
     try:
         arguments = parse("qbench.cli.bench", sys.argv[1:])

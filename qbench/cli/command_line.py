@@ -36,9 +36,10 @@ from .overrides import check_no_tune, check_override, check_single, count_jobs, 
 class Line:
     """A command line that has passed the checks.
 
-    asked: Hydra's flags, parsed. flags: the same as typed.
-    overrides: as Hydra needs them. params: those of a named sweep, which Hydra finds itself.
-    sweeps: whether it asks for a sweep.
+    asked: Hydra's flags, parsed. flags: the same flags as typed.
+    overrides: the arguments key=value, spelled as Hydra needs them.
+    params: the overrides of a named sweep. Hydra reads them from its file itself.
+    sweeps: whether the line asks for a sweep.
     """
 
     asked: Namespace
@@ -49,14 +50,14 @@ class Line:
 
     @property
     def jobs(self) -> int | None:
-        """The number of runs; None if another sweeper than Hydra's own chooses them."""
+        """The number of runs. None if a sweeper other than Hydra's default picks them."""
         if any(override.key_or_group == "hydra/sweeper" for override in self.overrides):
             return None
         return count_jobs([*self.params, *self.overrides])
 
     @property
     def runs(self) -> bool:
-        """Whether it runs a job. Some flags only print something."""
+        """Whether the line runs a job. Some flags only print something."""
         return not (self.asked.cfg or self.asked.info or self.asked.hydra_help or self.asked.shell_completion)
 
 
@@ -68,11 +69,11 @@ def start(
 ) -> int:
     """Let Hydra run the command line in sys.argv.
 
-    load: imports what takes time; returns the job and a check of the resolved config.
+    load: does the slow imports; returns the job and a check of the resolved config.
     settings: overrides that come before those of the command line.
-    announce: receives the number of runs before the first begins.
+    announce: called with the number of runs before the first begins.
 
-    Returns 0 when Hydra is done, whatever its jobs did; 1 if a folder cannot be written; 2 for bad input. Raises
+    Returns 0 when Hydra is done, even if jobs failed; 1 if a folder cannot be written; 2 for bad input. Raises
     KeyboardInterrupt.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines of its own
@@ -96,7 +97,7 @@ def start(
     except (HydraException, OmegaConfBaseException) as error:
         stderr.print(f"qbench: {describe_error(error)}")
         return 2
-    except OSError as error:  # of the folder that Hydra makes for a run
+    except OSError as error:  # Hydra could not create the folder of a run
         stderr.print(f"qbench: {error.filename}: {error.strerror}" if error.filename else f"qbench: {error}")
         return 1
     return 0
@@ -105,7 +106,7 @@ def start(
 def read(command: Command, arguments: Sequence[str]) -> Line | None:
     """Check a command line as far as that is possible without PyTorch.
 
-    Returns None if it asked for the help or the version, which is printed. Raises InputError and Hydra's exceptions.
+    Prints the help or the version and returns None if the line asks for it. Raises InputError and Hydra's exceptions.
     """
     if "--version" in arguments:
         print(f"{command.name} {__version__}")
@@ -115,7 +116,7 @@ def read(command: Command, arguments: Sequence[str]) -> Line | None:
         show_help(command)
         return None
     if asked.experimental_rerun is not None:
-        raise InputError("--experimental-rerun is not accepted; the same command line again is")
+        raise InputError("--experimental-rerun is not accepted; accepted: the same command line again")
     flags = list(arguments)
     for argument in asked.overrides:
         flags.remove(argument)
@@ -143,14 +144,14 @@ def read(command: Command, arguments: Sequence[str]) -> Line | None:
         for override in overrides:
             check_single(command, override)
     if line.runs and not any(o.key_or_group == GROUP for o in [*overrides, *params]) and GROUP not in resolved:
-        _check_format_is_needed(resolved)
+        _check_format_is_chosen(resolved)
     if not sweeps:
         command.check(resolved)
     return line
 
 
-def _check_format_is_needed(config: dict) -> None:
-    """Raise InputError if no format is chosen, unless it is a plan of all of them."""
+def _check_format_is_chosen(config: dict) -> None:
+    """Raise InputError if no format is chosen. A plan of all formats, or of the paper's table, needs none."""
     if config.get("sweep") is not True and config.get("paper") is not True:
         raise InputError(NO_FORMAT)
 
@@ -171,7 +172,7 @@ def _parse_flags(arguments: list[str]) -> Namespace:
 
 
 def _check_choices(command: Command, line: Line, groups: Iterable[str]) -> None:
-    """Compose each of several choices of a group, so that an unknown one is refused before the first run."""
+    """Compose each choice of a swept group, so that an unknown one is refused before the first run."""
     for override in [*line.overrides, *line.params]:
         if override.is_choice_sweep() and override.key_or_group in groups:
             for choice in separate_choices(override):
@@ -183,7 +184,7 @@ def _is_of_format(override: Override) -> bool:
 
 
 def explain_keys(command: Command) -> dict[str, tuple[str, str]]:
-    """Default and meaning of every key, from the comments in conf/."""
+    """Returns default and meaning of every key, from the comments in conf/."""
     meanings: dict[str, tuple[str, str]] = {}
     for file in command.files:
         meanings |= read_keys(file)

@@ -1,4 +1,4 @@
-"""The commands that Hydra composes a configuration for: where their files are, and which keys they accept."""
+"""The commands with a Hydra configuration: their files, and the keys that they accept."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,11 +27,11 @@ class Command:
     folder, config: the folder and the name of its main configuration file.
     keys: what each key accepts.
     groups: the config groups, each with the file that documents its keys.
-    added: the groups without a default, which are named with a plus.
-    no_sweep: why it takes no -m; None if it does.
+    added: the groups without a default, typed with a plus.
+    no_sweep: the message that refuses -m; None if the command takes it.
     check: checks a resolved config without its format, before PyTorch is imported. Raises InputError.
-    overlay: the subfolder of a second configuration file, which is laid over the main one.
-    translate: respells an argument as the configuration has it. Raises InputError.
+    overlay: the subfolder of a second configuration file, whose values replace those of the main one.
+    translate: rewrites an argument in the spelling of the configuration. Raises InputError.
     hidden: keys that --help does not list.
     """
 
@@ -49,13 +49,13 @@ class Command:
 
     @property
     def files(self) -> list[Path]:
-        """The main configuration file, and the one that is laid over it."""
+        """The main configuration file, and the overlay if there is one."""
         main = self.folder / f"{self.config}.yaml"
         return [main] if self.overlay is None else [main, self.folder / self.overlay / "config.yaml"]
 
     @property
     def first_overrides(self) -> list[str]:
-        """The override that lays the second configuration file over the main one."""
+        """The override that adds the overlay."""
         return [] if self.overlay is None else [f"+{self.overlay}=config"]
 
     def search_path(self, *folders: str) -> list[str]:
@@ -84,9 +84,9 @@ def _check_plan(config: dict) -> None:
 
 
 def _respell_plan(argument: str) -> str:
-    """An argument of a plan as a run spells it: `model=llama-65b` is `model.path=llama-65b`.
+    """Rewrite an argument of a plan in the spelling of a run: `model=llama-65b` becomes `model.path=llama-65b`.
 
-    Raises InputError for the name that a key of the plan had before.
+    Raises InputError for a key's old name.
     """
     key, equals, value = argument.partition("=")
     name = key.lstrip("+~")
@@ -109,7 +109,7 @@ QUANTIZE = Command(
     CONF,
     "quantize",
     keys.QUANTIZE,
-    no_sweep="--multirun is not accepted; one checkpoint at a time is",
+    no_sweep="--multirun is not accepted; accepted: one checkpoint at a time",
     check=_check_values(keys.QUANTIZE),
 )
 PLAN = Command(
@@ -119,7 +119,7 @@ PLAN = Command(
     keys.PLAN,
     GROUPS,
     (GROUP, "experiments"),
-    no_sweep="--multirun: a plan is one at a time; accepted: sweep=true, which compares formats",
+    no_sweep="--multirun: a plan takes no sweep; accepted: sweep=true, which compares formats",
     check=_check_plan,
     overlay="plan",
     translate=_respell_plan,

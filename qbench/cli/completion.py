@@ -1,7 +1,7 @@
 """Tab completion of the console script `qbench`, through argcomplete.
 
-The shell starts `qbench` with the line so far in environment variables, and qbench prints the words that may follow. It
-imports nothing that takes time: names of formats are read from source, and keys from `keys`.
+The shell starts `qbench` with the line so far in environment variables, and qbench prints the words that may follow.
+Nothing slow is imported: the names of formats are read from source, and the keys from `keys`.
 """
 
 import os
@@ -19,16 +19,16 @@ from .config_files import CONF, EXPERIMENTS
 from .format_names import format_names
 from .main import COMMANDS
 
-#: flags of the commands that take key=value; some are Hydra's
+#: flags of every command that takes key=value; some are Hydra's
 FLAGS = ("--help", "--version", "--cfg", "--info", "--config-dir", "--hydra-help")
-SWEEP_FLAGS = ("-m", "--multirun", "--formats")  #: of `run` alone
+SWEEP_FLAGS = ("-m", "--multirun", "--formats")  #: flags of `run` alone
 TABLES = {"run": keys.RUN, "quantize": keys.QUANTIZE, "plan": keys.PLAN}
 
 
 def complete() -> None:
     """Print the completions of the line in the environment, and exit."""
     words = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode(errors="ignore").split(" ")
-    words = [word for word in words[:-1] if word] + words[-1:]  # the last is still typed, and may be empty
+    words = [word for word in words[:-1] if word] + words[-1:]  # the last word is still being typed, and may be empty
     skipped = 0
     name = words[1] if len(words) > 2 and words[1] in COMMANDS else None
     parser: ArgumentParser
@@ -45,12 +45,12 @@ def complete() -> None:
     for action in parser._actions:
         choices = getattr(action.type, "choices", None)
         action.completer = _Names(choices) if choices else getattr(action, "completer", _paths)  # type: ignore[attr-defined]
-    os.environ["_ARGCOMPLETE"] = str(1 + skipped)  # the number of the word that stands before the parser's arguments
+    os.environ["_ARGCOMPLETE"] = str(1 + skipped)  # index of the word before the parser's arguments
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
 class _Names:
-    """Completes one of some names."""
+    """Completes a word to one of `names`."""
 
     def __init__(self, names: Iterable[str]):
         self.names = list(names)
@@ -72,7 +72,7 @@ def _paths(prefix: str, **_: Any) -> list[str]:
 
 
 def _overrides_parser(name: str, commands: bool = False) -> ArgumentParser:
-    """A parser of a command that takes key=value. commands: whether a command may be typed instead."""
+    """The parser of a command that takes key=value. commands: whether the word may also be a command."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in (*FLAGS, *(SWEEP_FLAGS if name == "run" else ())):
         parser.add_argument(flag, action="store_true", dest=flag)
@@ -92,13 +92,13 @@ def _overrides_parser(name: str, commands: bool = False) -> ArgumentParser:
 
 
 def _keys(name: str) -> list[str]:
-    """What may stand before the = in an argument of a command."""
+    """The keys of a command, each with its =."""
     groups = ["+format", "format.target", *{"run": ["+experiments", "tune"], "plan": ["model", "tune"]}.get(name, [])]
     return [f"{key}=" for key in (*groups, *TABLES[name])]
 
 
 def _choices(name: str, key: str) -> Iterable[str] | None:
-    """The values of a key, none if it is a number; None if it is a path or another text."""
+    """Returns the values of a key: an empty list for a number, None for a path or another text."""
     if key == "+format":
         return (*format_names(), "custom")
     if name == "run" and key == "+experiments":

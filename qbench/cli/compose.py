@@ -1,11 +1,11 @@
-"""Composed configurations: what Hydra makes of a command's files and the overrides, as plain data.
+"""Let Hydra compose a command's files and overrides into one configuration, as plain data.
 
 The arguments of a format have one source: the block `format` of a composed config, which is what `formats.get` takes,
 {name, block, dq, options…}. `format.block` and `format.dq` only point at the keys `block` and `dq` that a user types, so
-that the block is complete by itself. The other forms derive from it:
+that the block is complete by itself. Other forms derive from it:
 
     Format.arguments           the same, kept by `formats.get` on the format that it makes
-    Recipe.arguments           the same, as a packed checkpoint has them; its config.json stores the options apart
+    Recipe.arguments           the same, of a packed checkpoint; its config.json stores the options separately
     config of a result.json    format.name and source, and block and dq as the format took them (`Settings.plain`)
 """
 
@@ -23,12 +23,12 @@ from qbench.system.extras import install_command
 
 from .commands import GROUP, Command
 
-#: launchers that Hydra knows once an extra is installed
+#: Hydra's launchers, and the extra that installs each
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 
 
 def compose_config(command: Command, flags: Namespace, overrides: Iterable[Override]) -> DictConfig:
-    """The configuration, including Hydra's own part. Raises Hydra's exceptions."""
+    """Returns the configuration, including Hydra's own part. Raises Hydra's exceptions."""
     folders = [os.path.abspath(flags.config_dir)] if flags.config_dir else []
     main_folder = os.path.abspath(flags.config_path) if flags.config_path else str(command.folder)
     with initialize_config_dir(main_folder, version_base="1.3", job_name=command.name):
@@ -38,16 +38,16 @@ def compose_config(command: Command, flags: Namespace, overrides: Iterable[Overr
 
 
 def resolve(config: DictConfig) -> dict:
-    """The config as plain data, without Hydra's own part; `format` holds the arguments of `formats.get`."""
+    """Returns the config as plain data, without Hydra's own part; `format` holds the arguments of `formats.get`."""
     names = [str(key) for key in config if key != "hydra"]
     resolved: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
     if isinstance(resolved.get(GROUP), dict):
-        resolved[GROUP].pop("target", None)  # of +format=custom, whose name is the target; others ignore it
+        resolved[GROUP].pop("target", None)  # +format=custom has it as its name too; other formats ignore it
     return resolved
 
 
 def describe_error(error: Exception) -> str:
-    """Hydra's message as one line that names the input and what is accepted."""
+    """Returns Hydra's message as one line that names the input and what is accepted."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group == GROUP:

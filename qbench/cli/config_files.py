@@ -1,4 +1,4 @@
-"""The configuration files: their folders, and what their comments say of each key."""
+"""The folders of the configuration files, and the meaning of each key from their comments."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ _NOT_OURS = ("defaults", "hydra")
 
 
 def read_keys(file: Path, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """The default and the meaning of each key of a file in conf/, by dotted name. The comments hold the meaning."""
+    """Returns the default and the meaning of each key of a file in conf/, by dotted name. Its comment is the meaning."""
     explained: dict[str, tuple[str, str]] = {}
     section = ""
     for line in file.read_text("utf-8").splitlines():

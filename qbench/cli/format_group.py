@@ -1,7 +1,7 @@
-"""The config group `format`, made of what is registered: a format brings no file of settings along.
+"""The config group `format`, made from the registered formats: a format needs no configuration file.
 
-`+format=nf4` is name, block, dq and the options of NF4. `+format=custom format.target=my_module.MyFormat` is a class that
-nothing registers.
+`+format=nf4` sets name, block, dq and the options of NF4. `+format=custom format.target=my_module.MyFormat` names a class
+that is not registered.
 """
 
 from hydra.core.config_store import ConfigStore
@@ -16,22 +16,22 @@ from qbench.keys import shown
 from .commands import GROUP, NO_FORMAT
 
 CUSTOM = "custom"
-_PLAIN = bool | int | float | str | None  #: what a config can hold of the defaults of options
+_PLAIN = bool | int | float | str | None  #: the types of option defaults that a config can hold
 
 
 def choices() -> list[str]:
-    """What +format= accepts."""
+    """The names that +format= accepts."""
     return [*formats.names(), CUSTOM]
 
 
 def unknown(name: str) -> str:
-    """What is said of a name that +format= does not accept."""
+    """The message for a name that +format= does not accept."""
     problem = formats.problems().get(name)
     return f"format: {problem}" if problem else f"format: {shown(name)} is unknown; accepted: {', '.join(choices())}"
 
 
 def store() -> None:
-    """Have Hydra find the group. A config of it takes any key, so that a format can say itself what it accepts."""
+    """Register the group with Hydra. Its configs take any key, so that a format itself reports which it accepts."""
     for name in formats.names():
         entry = formats.find(name)
         plain = {key: value for key, value in entry.options.items() if isinstance(value, _PLAIN)}
@@ -45,7 +45,7 @@ def _store(name: str, content: dict) -> None:
 
 
 def format_of(config: dict) -> formats.Format:
-    """The format of a resolved config. Raises InputError."""
+    """Returns the format of a resolved config. Raises InputError."""
     recipe = config.get(GROUP)
     if not isinstance(recipe, dict):
         raise InputError(NO_FORMAT)

@@ -1,4 +1,4 @@
-"""python -m qbench --formats: every format that is there to choose, and where it comes from."""
+"""python -m qbench --formats: a table of the formats, and where each comes from."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -8,17 +8,17 @@ import formats
 from formats import Format
 from formats.contract import first_line
 
-WEIGHTS = 4096 * 4096  #: of the tensor whose bytes are counted: a table of its own weighs little
+WEIGHTS = 4096 * 4096  #: size of the tensor whose bytes are counted; it is so large that a table per tensor adds little
 
 NOTES = (
-    "bits: of a weight in blocks of 64, scales and tables counted; + dq: with double quantization of the scales. levels:"
-    " how many differ, from where to where; own: each tensor has a table; z: each block has a shift.",
-    "One that is not here: +format=custom format.target=module.Class. How to write one: docs/formats.md.",
+    "bits: per weight in blocks of 64, including scales and tables; + dq: with double quantization of the scales. levels:"
+    " how many there are, and their range; own: each tensor has its own table; z: each block has a shift.",
+    "For a format that is not listed: +format=custom format.target=module.Class. How to write one: docs/formats.md.",
 )
 
 
 def show(console: Console | None = None) -> int:
-    """Print them, and what cannot be used, with the reason. Returns the exit code, 0."""
+    """Print the formats, and those that cannot be used, each with the reason. Returns the exit code, 0."""
     console = console or Console(highlight=False, markup=False)
     table = Table(
         Column("format", no_wrap=True, style="bold"),

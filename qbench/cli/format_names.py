@@ -9,7 +9,7 @@ from pathlib import Path
 
 @cache
 def format_names() -> tuple[str, ...]:
-    """Every name that +format= accepts but `custom`, sorted. A package that registers further names is not asked."""
+    """Every name that +format= accepts except `custom`, sorted. Names that a plugin registers on import are missing."""
     spec = find_spec("formats")
     folders = spec.submodule_search_locations or [] if spec else []
     names = {point.name for point in entry_points(group="qbench.formats")}

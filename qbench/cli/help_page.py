@@ -1,4 +1,4 @@
-"""The page that `--help` shows, the same for every command: examples, then a table of all it accepts."""
+"""The page of --help, alike for every command: examples, then a table of the arguments."""
 
 import sys
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 
 def show(header: str, head: str, rows: Iterable[tuple[str, str, str]], footer: str) -> None:
-    """Print the page. head: the head of the first column. rows: name with default, meaning, what it accepts."""
+    """Print the page. head: heading of the first column. rows: name with default, meaning, accepted values."""
     console = Console(highlight=False, markup=False)
     table = Table(
         Column(head, no_wrap=True, style="bold"),
