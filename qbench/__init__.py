@@ -1,23 +1,23 @@
 """qbench: which weight quantization format should go under a LoRA fine-tune?
 
-`import qbench` lets transformers load and save packed models and lets PEFT put adapters on them. It is fast: it imports
-neither library, but waits until you do.
+`import qbench` lets transformers load and save packed models and lets PEFT put adapters on them. It is fast, because it
+imports neither library: its plug-ins are imported when you import the library.
 
-The rooms, from the bottom to the top; each imports only from those before it:
+The parts, from the bottom to the top; each imports only from those above it in this list:
 
-    errors, keys, settings   what a user may ask for, and what is raised when it is not accepted
-    system/      files, locks, messages, imports: what qbench needs from Python and the operating system
-    results/     result.json: its schema, reading and writing it, many of them as one DataFrame
+    errors, keys, settings   the settings that a user can choose, and the error for a bad one
+    system/      helpers for files, locks, messages and imports
+    results/     result.json: its schema, reading and writing it, and loading many into one DataFrame
     ops/         the kernels
     model/       QuantLinear, the layer that holds a packed weight, and which layers it replaces
     checkpoint/  models on disk: 16-bit checkpoints, packed ones, those of bitsandbytes and GGUF
     training/    the fine-tune: text, adapters, losses, optimizers, the loop
     measure/     error, quality, memory, throughput, tasks, and their statistics
-    report/      what a person reads: a run on one page, many runs compared
+    report/      pages for people: one run, and a comparison of many
     runs/        one run, from the model to its report; start with runs/experiment.py
-    testing/     check_format, for whoever writes a format
+    testing/     check_format, for authors of a format
     plan/        the memory that a training step needs, computed before anything is loaded
-    bench/       how fast the kernels and a training step are
+    bench/       measures the speed of the kernels and of a training step
     cli/         the commands, and `qbench.run`, the same in Python
 
     assets/      the bundled model, texts and tasks

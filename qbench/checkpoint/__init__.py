@@ -7,7 +7,7 @@ first.
     loading               loads the model that a run starts from
     location              finds a model: a folder, a GGUF file, or a download from the hub
     sixteen_bit           opens, checks and loads 16-bit checkpoints
-    recipe                what config.json says of a packed checkpoint: format, block, dtypes
+    recipe                how a checkpoint is packed, as in its config.json: format, block, dtypes
     safetensors_io        reads and writes safetensors files one tensor at a time
     tensor_names          matches the names in files with the names in a model
     empty_model           a model without weights, and checks of a checkpoint against it

@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .safetensors_io import SINGLE, TensorSpec
 from .tensor_names import make_renamer
 
-_OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # tensors of older checkpoints, which models compute now
+_OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # tensors of older checkpoints that models now compute
 
 
 def build_empty(
@@ -50,9 +50,9 @@ def check_tensors(
 ) -> set[str]:
     """Compare the tensors of a checkpoint with those of a model: names, shapes, and dtypes of packed ones.
 
-    specs: by the names in the model. names_in_file: other names that the file has, for messages. Returns the names of
-    tensors that are absent because they are tied to a present one. Raises InputError naming the first tensor that is
-    missing, of another shape, or unknown. Tensors that the model is known to ignore are accepted.
+    specs: the tensors, by their names in the model. names_in_file: their names in the file, for messages. Returns the
+    names of tensors that are absent because they are tied to a present one. Raises InputError naming the first tensor
+    that is missing, of another shape, or unknown. Tensors that the model is known to ignore are accepted.
     """
     expected = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
     packed_names, originals = packed_tensor_names(model), names_in_file or {}
@@ -113,13 +113,12 @@ def place_empty_layers(model: PreTrainedModel, layers: dict[str, tuple[Format, t
 def complete_layer(name: str, layer: QuantLinear, fmt: Format) -> None:
     """Complete a layer whose tensors have been read: add the levels of its format, which are not in the checkpoint.
 
-    Raises InputError if the weight decodes to NaN or Inf, which finite scales may still do.
+    Raises InputError if the weight decodes to NaN or Inf, which can happen even with finite scales.
     """
     layer.identified = True
     for part, tensor in layer.named_parameters():
-        if (
-            tensor.shape == torch.Size() and not tensor.is_meta
-        ):  # offloaded tensors come back in the shape of their file
+        # offloaded tensors come back in the shape of their file
+        if tensor.shape == torch.Size() and not tensor.is_meta:
             layer.register_parameter(part, PackedParameter(tensor.detach().reshape(1)))
     if not layer.own_levels and layer.levels is not None:
         levels = fmt.empty(torch.Size([0]), layer.dtype, layer.codes.device).levels
@@ -136,9 +135,9 @@ def check_offloaded(model: PreTrainedModel, name: str, layer: QuantLinear) -> No
 
 
 def _check_names(model: PreTrainedModel, empty: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    """Raises InputError if transformers would save these tensors so that `load` does not find them.
+    """Raises InputError if transformers would save these tensors under names that `load` does not find.
 
-    For some architectures it merges several tensors into one, or changes names, by rules made for 16-bit weights.
+    For some architectures transformers merges several tensors into one, or renames them, by rules for 16-bit weights.
     """
     rename = make_renamer(empty)
     try:
@@ -153,13 +152,13 @@ def _check_names(model: PreTrainedModel, empty: PreTrainedModel, tensors: dict[s
 
 
 def _shared_levels(fmt: Format) -> tuple[float, ...] | None:
-    """The levels of a format that has the same for all tensors; None for other formats."""
+    """The levels of a format, if all tensors share them; otherwise None."""
     levels = None if fmt.own_levels else fmt.empty(torch.Size([0]), torch.float32, "cpu").levels
     return None if levels is None else tuple(levels.tolist())
 
 
 def tensors_to_save(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
-    """The tensors to be saved for a model. Raises InputError if they could not be loaded with this recipe."""
+    """The tensors to be saved for a model. Raises InputError if they could not be loaded again with this recipe."""
     empty, tensors = build_empty(model.config, model.dtype, type(model)), model.state_dict()
     place_empty_layers(empty, recipe.layers(empty))
     modules = dict(model.named_modules())

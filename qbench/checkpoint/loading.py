@@ -50,7 +50,7 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _file_digest(file: Path, size: int, modified: int) -> str:
-    """Name and digest of a file. Cached, as a sweep asks for the same files again; size and time tell if it changed."""
+    """Name and digest of a file. Cached, because a sweep reads the same files again; size and time show a change."""
     with file.open("rb") as stream:
         return file.name + hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -65,9 +65,9 @@ _in_memory: dict[tuple, LoadedModel] = {}
 
 
 def keep_in_memory(path: str | None, dtype: str, revision: str | None, trust_remote_code: bool = False) -> None:
-    """Load a model into host memory, if that leaves as much memory free, in place of the last model kept.
+    """Load a model into host memory, in place of the last one. It is kept only if as much memory stays free.
 
-    `load_opened` then returns it, once in a process. Forked children share this memory, so each run starts faster.
+    `load_opened` then returns it, once in each process. Forked children share this memory, so each run starts faster.
     """
     key = (path, DTYPES[dtype], revision, trust_remote_code, digest(path, revision))
     if key not in _in_memory:

@@ -87,4 +87,4 @@ def _download(path: str, **options: Any) -> Path:
 
 def _describe_failure(path: str, revision: str, error: Exception) -> str:
     why = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"model.path: {path!r} at {revision} cannot be had from the hub or its cache: {why}"
+    return f"model.path: {path!r} at {revision} cannot be loaded from the hub or its cache: {why}"

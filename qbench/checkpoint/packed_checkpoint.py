@@ -46,12 +46,12 @@ from .safetensors_io import Contents
 from .sixteen_bit import GENERATION_CONFIG, reading_model
 from .transformers_plugin import attach_recipe
 
-LAYOUTS = {"qbench": Recipe, "bitsandbytes": bitsandbytes.BitsAndBytesRecipe}  #: those that can be written
+LAYOUTS = {"qbench": Recipe, "bitsandbytes": bitsandbytes.BitsAndBytesRecipe}  #: the layouts that `save` can write
 
 
 @dataclass
 class LoadedModel:
-    """model: in eval mode, frozen, on the device."""
+    """A model and its tokenizer. model: in eval mode, frozen, on the device."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -79,8 +79,8 @@ def find(path: Path) -> PackedCheckpoint | None:
 def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path | None = None) -> LoadedModel:
     """Load a packed checkpoint and its tokenizer; tensors that are not packed are cast to `dtype`.
 
-    path: a folder that `qbench quantize`, `save` or `save_pretrained` wrote, also by transformers with bitsandbytes in 4
-    bits; or a GGUF file. tokenizer: the folder of one, for a checkpoint without. Raises InputError, naming file and
+    path: a folder that `qbench quantize`, `save` or `save_pretrained` wrote (the last also with bitsandbytes in 4 bits); or
+    a GGUF file. tokenizer: a folder with a tokenizer, if the checkpoint has none. Raises InputError, naming file and
     tensor, for a checkpoint that does not match its config.
     """
     checkpoint = find(path)
@@ -92,7 +92,7 @@ def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path |
         if isinstance(checkpoint, ForeignCheckpoint):
             model = _load_foreign(checkpoint, device, dtype)
         else:
-            checkpoint.config()  # raises for a config of which `from_pretrained` would start to build a huge model
+            checkpoint.config()  # refuses a config of a huge model before `from_pretrained` builds it
             model = auto_classes.load_packed_model(path, dtype)
     model.to(device)  # type: ignore[arg-type]  # a wrapper hides its arguments
     return LoadedModel(model.eval().requires_grad_(False), tokens)
@@ -103,7 +103,7 @@ def _load_foreign(checkpoint: ForeignCheckpoint, device: torch.device, dtype: to
     model = empty_model.build_empty(checkpoint.config(), dtype)
     for module in model.modules():
         vars(module)["_is_hf_initialized"] = False
-    model.initialize_weights()  # recomputes the buffers: some are computed in the default dtype, which was `dtype`
+    model.initialize_weights()  # recomputes the buffers: some were computed while the default dtype was `dtype`
     if (checkpoint.path / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     tensors = checkpoint.map_tensors(model)
@@ -124,7 +124,7 @@ def _fill_tensors(model: PreTrainedModel, tensors: ForeignTensors, device: torch
     """Read each tensor of the checkpoint into its place in the model. Raises InputError for NaN and Inf."""
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     packed_names = empty_model.packed_tensor_names(model)
-    # what the model keeps in fp32 whatever its dtype; an attribute in transformers 5.0
+    # tensors that the model keeps in fp32 whatever its dtype; transformers 5.0 has an attribute instead of a method
     plan: Any = getattr(model, "_get_dtype_plan", None)
     for pattern, kept in (plan(dtype) if plan else vars(model)["dtype_plan"]).items():
         dtypes |= {name: kept for name in dtypes.keys() - packed_names if re.search(pattern, name)}
@@ -186,7 +186,7 @@ def _saved_as(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
 
 
 def get_layout(name: str) -> type[Recipe]:
-    """The layout of that name, by its class of recipes. Raises InputError if there is none."""
+    """The class of recipes for a layout. Raises InputError if the layout is unknown."""
     if name not in LAYOUTS:
         raise InputError(f"layout: {name!r} is unknown; accepted: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
@@ -207,7 +207,7 @@ def _make_recipe(
 
 
 def write_config_and_index(folder: Path, config: dict, recipe: Recipe, contents: Contents) -> None:
-    """Write the files that make a folder of tensors a checkpoint. The index comes last: it marks the checkpoint whole."""
+    """Write the files that make a folder of tensors a checkpoint. The index comes last: it shows that all is there."""
     _write_card(folder, recipe)
     for name, content in (
         (CONFIG, config | {KEY: recipe.to_json()}),
@@ -225,8 +225,8 @@ def _write_card(folder: Path, recipe: Recipe) -> None:
 def pack(model: PreTrainedModel, format: str, block: int = 64, dq: bool = False, **options: Any) -> PreTrainedModel:
     """Quantize a model in memory, in place, and return it: every linear layer outside of its head.
 
-    The bits are those that `QBenchConfig` gives for a checkpoint on disk. format, block, dq and options: arguments of
-    `formats.get`.
+    The result has the same bits as a checkpoint that is loaded with `QBenchConfig`. format, block, dq and options:
+    arguments of `formats.get`.
 
     Raises InputError, before anything is changed, if there is no such format or no such layer, or if a weight is tied, NaN
     or Inf. A warning names linear layers that stay in 16 bit because they compute more than a product.

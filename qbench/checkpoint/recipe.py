@@ -38,8 +38,8 @@ library_name: transformers
 tags: [qbench]
 ---
 
-Linear layers of this model are packed: {format}, {source}.{share} What is left, and why, is in config.json, under
-quantization_config. Its licence is that of the model from which it was made.
+Linear layers of this model are packed: {format}, {source}.{share} config.json lists, under quantization_config,
+which layers stay in 16 bit and why. The licence is that of the original model.
 
 ```python
 {imports}from transformers import AutoModelForCausalLM
@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is packed, in this project's layout; a subclass is another layout.
+    """How a model is packed, in this project's layout; subclasses describe other layouts.
 
     arguments: those of `formats.get`: name, block, dq, and options of the format. dtype: of the weights before packing;
     None until the weights are read. other_dtypes: layers with a different dtype. coverage: the `Coverage`, as JSON, for
@@ -114,7 +114,7 @@ class Recipe:
         return layer.stored_tensors(f"{name}.")
 
     def to_json(self) -> dict:
-        """The recipe as config.json has it."""
+        """The recipe in the form of config.json."""
         options = {key: value for key, value in self.arguments.items() if key not in ("name", "block", "dq")}
         return {
             "quant_method": METHOD,
@@ -155,7 +155,7 @@ class Recipe:
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a folder, or of its path. Raises InputError if there is none."""
+    """The content of a config.json. folder: the folder or the file. Raises InputError if there is none."""
     file = folder if folder.is_file() else folder / CONFIG
     try:
         if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:

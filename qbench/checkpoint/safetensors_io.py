@@ -29,7 +29,7 @@ from qbench.system import files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"  #: the same in PyTorch's own files
+PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"  #: the same for PyTorch's own files
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -178,14 +178,15 @@ def _read_pickle(file: Path, device: str) -> dict[str, Tensor]:
 
 def read(file: Path, tensor: str) -> Tensor:
     """A tensor, memory-mapped from a file: it takes memory only as it is used, and none once it is deleted."""
-    with safe_open(file, framework="pt") as opened:  # for each tensor: pages stay mapped while the file is open
+    with safe_open(file, framework="pt") as opened:  # once a tensor, because pages stay mapped while the file is open
         return opened.get_tensor(tensor)
 
 
 def write(file: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a file with the tensors of `specs`, which `tensors` yields in any order. The file is whole or not there.
+    """Write a file with the tensors of `specs`, which `tensors` yields in any order.
 
-    Raises ValueError if the tensors do not match the specs, OSError naming the file.
+    The file appears only once it is complete. Raises ValueError if the tensors do not match the specs, OSError naming
+    the file.
     """
     offsets: dict[str, int] = {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

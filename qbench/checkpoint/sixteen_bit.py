@@ -1,7 +1,7 @@
 """16-bit checkpoints: opened, checked without reading the weights, and loaded as a model.
 
 `from_pretrained` fills in random numbers for tensors that a checkpoint lacks. So `open` first loads a checkpoint without
-its weights: transformers does everything else, with tensors on the meta device of the shapes in the headers. It reports
+its weights: transformers does everything else, with tensors on the meta device in the shapes from the headers. It reports
 tensors that are missing, left over, or of another shape, and these are errors.
 """
 
@@ -28,7 +28,7 @@ from .recipe import KEY, read_config
 from .safetensors_io import Contents, TensorSpec
 
 GENERATION_CONFIG = "generation_config.json"
-#: patterns that wrappers add to the names of tensors, and the wrapper
+#: patterns of the prefixes that wrappers add to tensor names, and the wrapper of each
 WRAPPERS = {
     r"_orig_mod\.": "torch.compile",
     r"_fsdp_wrapped_module\.": "FullyShardedDataParallel",
@@ -36,7 +36,7 @@ WRAPPERS = {
     r"^base_model\.model\.": "PEFT",
     r"base_layer\.": "PEFT",
 }
-_SPARE_BYTES = 2**30  # of buffers that a model may compute, beside twice its checkpoint
+_SPARE_BYTES = 2**30  # for the buffers of a model, in addition to twice the size of its checkpoint
 
 
 @contextmanager
@@ -77,12 +77,12 @@ class SixteenBitCheckpoint:
 
     @property
     def wrappers(self) -> list[str]:
-        """The wrappers that added to the names of the tensors."""
+        """The wrappers whose prefixes are in the names of the tensors."""
         return sorted({WRAPPERS[pattern] for pattern in self.key_mapping})
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises InputError."""
+        """The tokenizer of the checkpoint. Raises InputError."""
         with reading_model(f"model.path: the tokenizer of {self.path!r}"):
             return auto_classes.load_tokenizer(self.folder, self.trust)
 
@@ -122,7 +122,7 @@ def open(path: str | None, revision: str | None = None, trust: bool = False) -> 
         empty = empty_model.build_empty(config, torch.bfloat16, buffers=False, trust=trust)
         key_mapping = _find_wrappers(specs, empty)
         for _ in tensor_names.iterate_names(empty, contents, key_mapping):
-            pass  # raises for a tensor that is there twice
+            pass  # raises if two tensors have the same name in the model
         _check_buffers(empty, specs, subject)
         tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         meta = {"dtype": torch.bfloat16, "device_map": {"": "meta"}}
@@ -133,13 +133,13 @@ def open(path: str | None, revision: str | None = None, trust: bool = False) -> 
     )
     if key_mapping:
         wrappers = " and ".join(checkpoint.wrappers)
-        message = f"the names of its tensors carry what {wrappers} put there, which is taken off"
+        message = f"the names of its tensors have prefixes of {wrappers}, which are removed"
         warnings.warn(f"{OURS}{subject}: {message}", UserWarning, stacklevel=2)
     return checkpoint
 
 
 def _find_wrappers(specs: dict[str, TensorSpec], model: PreTrainedModel) -> dict[str, str]:
-    """The patterns of WRAPPERS in the names of tensors that no name of the model itself has, each mapped to ""."""
+    """The patterns of WRAPPERS that match names of tensors but no name in the model, each mapped to ""."""
     own = list(model.state_dict())
 
     def matches(pattern: str, names: list[str]) -> bool:
@@ -149,7 +149,7 @@ def _find_wrappers(specs: dict[str, TensorSpec], model: PreTrainedModel) -> dict
 
 
 def _check_buffers(model: PreTrainedModel, specs: dict[str, TensorSpec], subject: str) -> None:
-    """Raises InputError if a config makes a model compute tables that are much larger than its weights."""
+    """Raises InputError if a config makes a model compute buffers that are much larger than its weights."""
     most = 2 * sum(spec.nbytes for spec in specs.values()) + _SPARE_BYTES
     if (needed := sum(buffer.nbytes for buffer in model.buffers())) > most:
         raise InputError(f"{subject}: its config asks for tables of {needed} bytes; accepted: up to {most}")
@@ -163,12 +163,12 @@ def _load_tensors(
     subject: str,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model of exactly these tensors. Raises InputError if some are missing, left over, or of another shape."""
+    """A model with exactly these tensors. Raises InputError if some are missing, left over, or of another shape."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would report is raised here
+    transformers_logging.set_verbosity_error()  # what it would log is raised below
     transformers_logging.disable_progress_bar()
     try:
-        answer: Any = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -179,7 +179,7 @@ def _load_tensors(
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    model, info = answer
+    model, info = loaded
     shapes = [f"{name} is {list(given)}, not {list(due)}" for name, given, due in sorted(info["mismatched_keys"])]
     problems = [
         _summarize("missing", sorted(info["missing_keys"])),

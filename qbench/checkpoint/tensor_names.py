@@ -1,4 +1,4 @@
-"""Which name of a model belongs to each tensor of a checkpoint, by transformers' own rules."""
+"""Matches the tensors of a checkpoint with the names in a model, by transformers' own rules."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from .safetensors_io import Contents, TensorSpec
 def match_names(
     model: PreTrainedModel, contents: Contents, key_mapping: dict[str, str] | None = None
 ) -> tuple[dict[str, str], dict[str, TensorSpec]]:
-    """Returns the name in the model by the name in the file, and the spec of each tensor by the name in the model.
+    """Returns the name in the model by the name in the file, and the spec by the name in the model.
 
     Some tensors are merged into one as the model loads, such as the experts of a layer. They keep the names that they have
     in the file; the spec is then that of the merged tensor.
@@ -40,7 +40,7 @@ def match_names(
     for name, weights in merged.items():
         if name in specs or weights != expected[name].numel():
             where = next(iter(contents)).parent
-            raise InputError(f"{where}: what makes {name} holds {weights} weights; accepted: {expected[name].numel()}")
+            raise InputError(f"{where}: the parts of {name} hold {weights} weights; accepted: {expected[name].numel()}")
         specs[name] = TensorSpec.of(expected[name])
     return names, specs
 
@@ -110,6 +110,6 @@ def _check_part(model: PreTrainedModel, name: str, expected: dict, tensor: str) 
 
 def _refuse(model: PreTrainedModel, name: str, tensor: str) -> None:
     raise InputError(
-        f"{tensor} is no tensor of the {type(model).__name__}, which makes {name} of such; accepted: checkpoints whose "
-        "tensors are the model's, one by one"
+        f"{tensor} is no tensor of the {type(model).__name__}, which builds {name} from it; accepted: checkpoints with "
+        "exactly the tensors of the model"
     )

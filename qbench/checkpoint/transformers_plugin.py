@@ -2,9 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained(path, quantization_config=QBenchConfig("nf4", block=64, dq=True))
 
-quantizes a 16-bit checkpoint, each weight as it is read. As in a run, these are all linear layers but those of the head.
-`save_pretrained` then writes a packed checkpoint. `from_pretrained` loads the packed weights of one straight into their
-layers, so that none of them is ever in 16 bit.
+quantizes a 16-bit checkpoint, each weight as it is read. As in a run, these are the weights of all linear layers outside
+of the head. `save_pretrained` then writes a packed checkpoint. `from_pretrained` loads it: packed weights go straight into
+their layers and are never in 16 bit.
 
 transformers is half imported when this module is imported. So functions here import models where they need them.
 """

@@ -11,5 +11,5 @@ A 16-bit model comes in; the same model with its linear layers packed goes out. 
     parameter_count    makes `model.num_parameters()` count packed weights
     fsdp               keeps FSDP's mixed precision from casting packed weights
 
-Importing transformers or FSDP imports the last two (`qbench.system.import_hooks`).
+The last two are imported together with transformers and FSDP (`qbench.system.import_hooks`).
 """

@@ -36,7 +36,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as configs and results have it: `bfloat16`."""
+    """The name of a dtype in configs and results, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 _init_dtype_attrs = FSDPParam.init_dtype_attrs
 
 
-def _init_dtypes_but_packed(parameter: FSDPParam, policy: Any) -> None:
+def _init_dtypes_except_packed(parameter: FSDPParam, policy: Any) -> None:
     """FSDP's `init_dtype_attrs`, with no `param_dtype` for a tensor of a packed weight."""
     from .quant_linear import QuantLinear  # PyTorch is half imported at the top of this module
 
@@ -22,4 +22,4 @@ def _init_dtypes_but_packed(parameter: FSDPParam, policy: Any) -> None:
         parameter.param_dtype = None
 
 
-FSDPParam.init_dtype_attrs = _init_dtypes_but_packed  # type: ignore[method-assign, assignment]
+FSDPParam.init_dtype_attrs = _init_dtypes_except_packed  # type: ignore[method-assign, assignment]

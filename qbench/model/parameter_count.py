@@ -1,6 +1,6 @@
 """Makes transformers' `num_parameters` count the weights of packed layers.
 
-A packed layer holds fewer numbers than weights: a byte of codes holds two 4-bit weights.
+The parameters of a packed layer have fewer elements than it has weights: a byte of codes holds two 4-bit weights.
 """
 
 from torch import nn
@@ -8,7 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 
 def count_hidden_weights(model: nn.Module) -> int:
-    """The weights of the packed layers of a model, less the elements of their parameters, which are counted already."""
+    """How many weights of packed layers are missing if the elements of their parameters are counted."""
     from .selection import packed_layers  # transformers is half imported at the top of this module
 
     layers = packed_layers(model).values()

@@ -1,6 +1,6 @@
 """QuantLinear, the layer that holds a packed weight, and the guards against accidental writes to that weight.
 
-PackedParameter guards the packed tensors, Dequantized the 16-bit weight that is computed from them.
+PackedParameter guards the packed tensors. Dequantized guards the 16-bit weight that is computed from them.
 """
 
 import json
@@ -18,7 +18,7 @@ from qbench import ops  # noqa: F401  registers qbench::linear
 
 from .devices import dtype_name
 
-#: named like a write in place, but they do not change values
+#: methods whose names end in `_`, but which do not change values
 _HARMLESS = {"requires_grad_", "share_memory_", "retain_grad_"}
 
 
@@ -134,7 +134,7 @@ class QuantLinear(nn.Linear):
         self.identified = True  #: whether its state dict names its format
         self._scale, self._shift = _names_of_scales("scale", weight.scale), _names_of_scales("shift", weight.shift)
         self._packed = ["codes", *self._scale, *self._shift, *(["levels"] if weight.own_levels else [])]
-        self.table = aside(_shared_levels, weight)  #: levels of a format that has the same for all tensors
+        self.table = aside(_shared_levels, weight)  #: the levels, if all tensors of the format share them
         self.codes = PackedParameter(weight.codes)
         for name, tensor in zip(self._scale + self._shift, weight.scale + weight.shift, strict=True):
             self.register_parameter(name, PackedParameter(tensor.reshape(tensor.shape or 1)))  # FSDP shards no scalar
@@ -144,7 +144,7 @@ class QuantLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Freezes a packed tensor, whoever assigns it, such as `from_pretrained`."""
+        """Register a parameter. A packed tensor is frozen, also if other code such as `from_pretrained` assigns it."""
         if name == "weight":
             _refuse_write()
         if name in self._packed and type(param) is nn.Parameter and type(param.data) is Tensor:
@@ -167,7 +167,7 @@ class QuantLinear(nn.Linear):
         return self
 
     def _move_levels(self, device: torch.device) -> None:
-        """Move the levels of the format to a device; from the meta device they are made anew, of `table`."""
+        """Move the levels of the format to a device. Levels on the meta device are built again, from `table`."""
         assert self.levels is not None
         if self.levels.is_meta and device.type != "meta":
             if self.table is None:
@@ -196,7 +196,7 @@ class QuantLinear(nn.Linear):
         return {prefix + name: _to_stored_shape(name, self.get_parameter(name).detach()) for name in names}
 
     def get_extra_state(self) -> Tensor:
-        """The format of the state and its levels as JSON, in a uint8 tensor: any file of tensors can hold it."""
+        """The format and its levels as JSON in a uint8 tensor, which any file of tensors can hold."""
         text = json.dumps(self._identity() | {"levels": self.table})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
 
@@ -206,7 +206,7 @@ class QuantLinear(nn.Linear):
             raise ValueError(why)
 
     def _identity(self) -> dict[str, Any]:
-        """What a state has to agree on with the layer to be loaded into it."""
+        """What a state and the layer that loads it must have in common."""
         return {
             "format": self.format,
             "bits": self.bits,
@@ -291,7 +291,7 @@ class QuantLinear(nn.Linear):
 
     @property
     def packed(self) -> QuantizedTensor:
-        """The weight as the format has it; the tensors are shared with this layer."""
+        """The weight as a QuantizedTensor. It shares its tensors with this layer."""
         return QuantizedTensor(
             format=self.format,
             bits=self.bits,
@@ -306,7 +306,7 @@ class QuantLinear(nn.Linear):
         )
 
     def _levels(self) -> Tensor:
-        """The levels, on the device of the codes: hooks of other libraries move parameters alone."""
+        """The levels, on the device of the codes: hooks of other libraries move only parameters."""
         assert self.levels is not None
         if not self.own_levels and self.levels.device != self.codes.device:
             self._move_levels(self.codes.device)
@@ -334,7 +334,7 @@ class QuantLinear(nn.Linear):
 
 
 def _to_stored_shape(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a packed weight in the shape in which files and formats have it: the offset of scales is a scalar."""
+    """A tensor of a packed weight in the shape that files and formats use: the offset of scales is a scalar."""
     return tensor.reshape(()) if name.endswith("_offset") else tensor
 
 
@@ -343,9 +343,9 @@ def _names_of_scales(name: str, stored: tuple[Tensor, ...]) -> list[str]:
 
 
 def _shared_levels(weight: QuantizedTensor) -> tuple[float, ...] | None:
-    """The levels of a format that has the same for all tensors, as numbers; None if there are none.
+    """The levels as numbers, if all tensors of the format share them; otherwise None.
 
-    Levels on the meta device have no values, so these are taken from the format of that name.
+    Levels on the meta device have no values, so they are taken from `formats.get`.
     """
     levels = weight.levels
     if weight.own_levels or levels is None:

@@ -1,4 +1,4 @@
-"""Quantizing the weights of layers, and the bytes that a model holds."""
+"""Quantizes the weights of layers, and counts the bytes of a model."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,7 +13,7 @@ from .selection import weight_of
 def quantize(
     layers: Mapping[str, nn.Module], fmt: Format, advance: Callable[[int], None] = lambda n: None
 ) -> dict[str, QuantizedTensor]:
-    """Quantize the weight of each layer; returns them by the names of the layers.
+    """Quantize the weight of each layer. Returns the quantized weights by layer name.
 
     advance: called with the number of weights after each layer, for a progress bar. Raises InputError naming the weight
     that the format refuses, such as one with NaN or Inf.

@@ -38,7 +38,7 @@ def disable_weight_edits(model: nn.Module) -> None:
         module.train(training)
     gemma3n: list[Any] = [module for module in model.modules() if hasattr(module, "prediction_coefs")]
     for module in gemma3n:
-        module.config = copy.copy(module.config)  # the model's own is saved, and must not hold None
+        module.config = copy.copy(module.config)  # the model's own config is saved, and must not hold None
         vars(module.config)["altup_coef_clip"] = None
 
 

@@ -62,7 +62,7 @@ class Coverage:
     """Which weights of a model are quantized.
 
     eligible: the number of weights in matrices, outside of embeddings and head. quantized: how many of them are quantized,
-    or would be. left: the other matrices, largest first, by the name of layer or parameter, and why each is left.
+    or would be. left: why each other matrix stays in 16 bit, by name of the layer or parameter, largest first.
     """
 
     quantized: int
@@ -115,7 +115,7 @@ def find_heads(model: PreTrainedModel) -> set[nn.Module | None]:
     """The modules that turn the output of the base model into an answer: `lm_head`, `score`, `classifier` and the like.
 
     If the base model is no separate module, they are the output embeddings or, without these, the module with the last
-    parameter. transformers' own quantizers have the same rule.
+    parameter. transformers' own quantizers use the same rule.
     """
     output, base = model.get_output_embeddings(), model.base_model
     if base is not model:
@@ -125,7 +125,7 @@ def find_heads(model: PreTrainedModel) -> set[nn.Module | None]:
 
 
 def warn_of_layers_left(model: PreTrainedModel) -> None:
-    """Warn the caller's caller of the layers that stay in 16 bit, if there are any."""
+    """Warn of the layers that stay in 16 bit, if any. The warning points at the caller's caller."""
     if sentence := count_coverage(model).describe():
         warnings.warn(f"{OURS}{sentence}", UserWarning, stacklevel=3)
 
@@ -133,7 +133,7 @@ def warn_of_layers_left(model: PreTrainedModel) -> None:
 def weight_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     """W [out_features, in_features] of a replaceable layer; transformers' `Conv1D` stores the transpose.
 
-    weight: another weight, stored as the layer stores its own; it is returned instead of the layer's.
+    weight: used instead of the layer's own, and stored in the same layout.
     """
     weight = layer.get_parameter("weight") if weight is None else weight
     return weight.t() if isinstance(layer, Conv1D) else weight

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-MOST = 0.9  #: share of the weights below which the sentence starts with "Only"
+MOST = 0.9  #: below this share of quantized weights the sentence starts with "Only"
 
 
 def describe_unquantized(reasons: Mapping[str, str], share: float = 1.0) -> str:
     """Returns a sentence on the weights that stay in 16 bit; empty if there are none.
 
-    reasons: why each stays so, by name. share: the part of the weights that is quantized, 0 to 1.
+    reasons: why each stays, by name of the layer or parameter. share: fraction of the weights that is quantized.
     """
     if not reasons:
         return ""

@@ -1,6 +1,6 @@
-"""What every packed checkpoint gives to its reader: a config and a tokenizer.
+"""The interface of a packed checkpoint: a config and a tokenizer.
 
-One in the layout of another library also gives its tensors under the names that the model has for them.
+A checkpoint in the layout of another library also gives its tensors under their names in the model.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +21,11 @@ from qbench.checkpoint.safetensors_io import Contents
 
 @dataclass(frozen=True)
 class ForeignTensors:
-    """The tensors of a checkpoint in the layout of another library, as a model with QuantLinears has them.
+    """The tensors of a checkpoint in the layout of another library, as those of a model with QuantLinears.
 
     layers: the format of each packed layer, by name, and the dtype that its weight had. contents: the tensors of each
-    file, under their names in the model. read: reads one, by file and name. names_in_file: names that the file has for
-    them, where these differ.
+    file, under their names in the model. read: reads one, by file and name. names_in_file: their names in
+    the file, where these differ.
     """
 
     layers: dict[str, tuple[Format, torch.dtype]]
@@ -36,7 +36,7 @@ class ForeignTensors:
 
 @dataclass(frozen=True)
 class PackedCheckpoint(ABC):
-    """path: its folder or file."""
+    """A packed checkpoint. path: its folder or file."""
 
     path: Path
 
@@ -50,7 +50,7 @@ class PackedCheckpoint(ABC):
     def config(self) -> PreTrainedConfig:
         """The config of the model. Raises InputError if it asks for a model that is much larger than the checkpoint."""
         specs = safetensors_io.merge_specs(safetensors_io.read_contents(self.path))
-        most_weights = 8 * sum(spec.nbytes for spec in specs.values())  # of one bit each
+        most_weights = 8 * sum(spec.nbytes for spec in specs.values())  # at one bit each
         return auto_classes.load_config(self.path, len(specs), most_weights)
 
 

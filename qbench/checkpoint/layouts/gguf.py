@@ -110,7 +110,7 @@ class GGUFTensor:
 
 
 def tensors(path: Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
-    """Yields the tensors of a file with their names in it, in order; rows are not put back. dtype: of original weights.
+    """Yields names and tensors in the order of the file; rows stay interleaved. dtype: of the original weights.
 
     Raises InputError if the file is incomplete or a tensor is of another type than PACKED or PLAIN.
     """
@@ -153,7 +153,7 @@ class GGUFFile(ForeignCheckpoint):
         return name
 
     def config(self) -> PreTrainedConfig:
-        """The config that transformers reads, with what it does not read: the size of a head, the factors of positions."""
+        """The config that transformers reads, completed with the head size and the factors of rotary positions."""
         for key in (f"{self.architecture}.rope.scaling.type", "split.count"):
             if (value := self.metadata(key)) not in (None, "none", 0, 1):
                 raise InputError(f"{self.path}: {key}: {value!r} is not supported; accepted: none")

@@ -14,9 +14,10 @@ from qbench.model.selection import Coverage, count_coverage
 
 @dataclass(frozen=True)
 class Source:
-    """folder, config, contents: the checkpoint, its config.json and its files. names: the names in the model, by those in
-    the files. layers: those to quantize, without their weights, by the name of the weight in the files. coverage: which
-    weights are quantized.
+    """A checkpoint to be packed.
+
+    config: its config.json. contents: its files. names: names in the model, by those in the files. layers: the layers to
+    quantize, without their weights, by the name of the weight in the files. coverage: which weights are quantized.
 
     In the model, the weight of layer L is named L.weight.
     """

@@ -1,7 +1,7 @@
 """Writes a packed checkpoint one file and one tensor at a time, and resumes after an interruption.
 
 After each file, quantize.json records what the file was made of (its origin) and the digest of the result. A later call
-keeps a file if both still hold. It makes any other file again, with the same bytes.
+keeps a file if both still match. It writes any other file again, with the same bytes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from qbench.system import files
 from .source import Source
 
 PROGRESS = "quantize.json"
-#: endings of the files of tokenizers and of generation
+#: suffixes of the files of tokenizers and of generation
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
@@ -77,7 +77,7 @@ def quantize_checkpoint(
 
 
 def _describe_job(source: Source, recipe: Recipe) -> dict:
-    """What a folder is written for. Two calls with the same job may share a folder."""
+    """The job that a folder is written for. A later call resumes it only if it has the same job."""
     return {
         "model": hashlib.sha256(json.dumps(source.config).encode()).hexdigest(),
         "format": recipe.arguments,
@@ -99,14 +99,14 @@ def _check_folders(out: Path, folder: Path) -> None:
 
 
 def _claim_folder(out: Path, job: dict, origins: dict[str, dict]) -> dict[str, dict]:
-    """Mark the folder as this job's. Returns the entries of quantize.json, by file, whose origins still hold.
+    """Mark the folder as this job's. Returns the entries of quantize.json, by file, whose origins still match.
 
     Raises InputError if the folder is another job's, or if it is finished and its origins have changed: a finished
     checkpoint is never replaced.
     """
     progress = json_files.read_json(out / PROGRESS) if (out / PROGRESS).is_file() else {"job": job, "done": {}}
     if not isinstance(progress, dict) or progress.keys() != {"job", "done"}:
-        raise InputError(f"out: the {PROGRESS} of {out} is of something else; accepted: a new or empty folder")
+        raise InputError(f"out: the {PROGRESS} of {out} belongs to something else; accepted: a new or empty folder")
     if differing := [key for key in job if progress["job"].get(key) != job[key]]:
         raise InputError(f"out: {out} was begun with another {differing[0]}; accepted: a new or empty folder")
     files.remove_partial(out)
@@ -115,7 +115,7 @@ def _claim_folder(out: Path, job: dict, origins: dict[str, dict]) -> dict[str, d
     if (out / safetensors_io.INDEX).is_file() and len(valid) < len(origins):
         other = next(name for name in origins if name not in valid)
         raise InputError(
-            f"out: {out} is finished, and {other} is of other weights or by other code; accepted: a new or empty folder"
+            f"out: {out} is finished, and {other} was made from other weights or code; accepted: a new or empty folder"
         )
     return valid
 
@@ -131,7 +131,7 @@ def _describe_origin(file: Path, recipe: Recipe) -> dict:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file; that of no bytes if the file is missing."""
+    """SHA-256 of a file. A missing file counts as an empty one."""
     if not file.is_file():
         return hashlib.sha256().hexdigest()
     with file.open("rb") as stream:
@@ -139,7 +139,7 @@ def _digest(file: Path) -> str:
 
 
 def _plan_tensors(source: Source, recipe: Recipe, file: Path) -> dict[str, dict[str, TensorSpec]]:
-    """The specs of the tensors that each tensor of a file becomes, by their names in the new file."""
+    """For each tensor of a file: the specs of the tensors that replace it, by their names in the new file."""
     plan = {}
     for tensor, spec in source.contents[file].items():
         if tensor in source.layers:

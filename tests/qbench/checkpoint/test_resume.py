@@ -121,7 +121,7 @@ def test_what_became_of_other_weights_or_code_is_made_again(copied, tmp_path, mo
     assert read_files(out) == read_files(tmp_path / "again")
     os.utime(first, (1, 1))
     with pytest.raises(
-        InputError, match=r"is finished, and model-00001-of-00005.safetensors is of other weights or by other code"
+        InputError, match=r"is finished, and model-00001-of-00005.safetensors was made from other weights or code"
     ):
         quantize(copied, out)
     monkeypatch.setattr("qbench.results.provenance.code_digest", lambda: "other")

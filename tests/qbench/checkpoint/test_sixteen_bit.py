@@ -116,14 +116,14 @@ def test_the_prefixes_of_wrappers_are_removed_with_a_warning(wrapper, folder, ti
         state = loading.load(str(folder), torch.bfloat16, CPU).model.state_dict()
     expected = loading.load(str(tiny_llama), torch.bfloat16, CPU).model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    with pytest.warns(UserWarning, match="taken off"):
+    with pytest.warns(UserWarning, match="are removed"):
         assert source.read_source(str(folder)).dtypes == source.read_source(str(tiny_llama)).dtypes
 
 
 def test_what_was_taken_off_is_in_the_result(folder, capsys):
     rewrite(folder, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
     result = qbench.run("nf4", model=folder, tune=None, eval={"tokens": 256}, out=folder / "run")
-    assert "torch.compile put there, which is taken off" in capsys.readouterr().err
+    assert "prefixes of torch.compile, which are removed" in capsys.readouterr().err
     assert result["run"]["model"] == {"commit": None, "wrappers": ["torch.compile"]}
 
 
@@ -319,7 +319,7 @@ def test_a_run_of_a_hub_id_tells_its_commit(hub, tmp_path):
 
 @pytest.mark.parametrize("hub_id, revision", [("someone/other", None), ("someone/tiny", "no-such-tag")])
 def test_what_the_cache_lacks_is_one_line(hub, hub_id, revision):
-    with pytest.raises(InputError, match=rf"model.path: '{hub_id}' at {revision or 'main'} cannot be had") as raised:
+    with pytest.raises(InputError, match=rf"model.path: '{hub_id}' at {revision or 'main'} cannot be loaded") as raised:
         loading.load(hub_id, torch.float32, CPU, revision)
     assert "\n" not in str(raised.value)
 
