@@ -1,10 +1,10 @@
-"""Weight quantization formats: a page each, one equation, one contract.
+"""Weight quantization formats: one file each, one equation, one contract.
 
     f = formats.get("nf4", block=64, dq=True)
     q = f.quantize(w)
     q.dequantize(torch.bfloat16), q.nbytes, q.bits_per_parameter
 
-A format of another package is found by an entry point of the group "qbench.formats", one of none as `module.Class`.
+A format of an installed package is found by an entry point of the group "qbench.formats". Any other is `module.Class`.
 """
 
 from .contract import BrokenContract

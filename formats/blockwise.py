@@ -2,9 +2,9 @@
 
     w[i] = s[i // block] · L[c[i]] (+ z[i // block])
 
-The plain PyTorch here is the definition: it runs on every device and is what faster kernels are tested against. Kernels
-for a device are registered on the same ops by whoever has them; `load_kernels` finds them by the entry-point group
-"formats.kernels", so that this package needs to know nobody.
+The plain PyTorch here is the definition. It runs on every device, and faster kernels are tested against it. Other
+packages register kernels for a device on the same ops. `load_kernels` finds them by the entry-point group
+"formats.kernels", so this package imports none of them by name.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from torch import Tensor
 from .packing import pack, packed_bytes, unpack
 from .scales import decode_scales
 
-SMALLEST = 1e-38  # least magnitude of a divisor, and that of a block of zeros; bitsandbytes' value: its codes are ours
+SMALLEST = 1e-38  # a scale below it is replaced by it before the division; bitsandbytes' value, so that codes match
 
 library = torch.library.Library("qbench", "DEF")
 library.define(
@@ -37,7 +37,7 @@ def block_count(n: int, block: int) -> int:
 
 
 def reduce_blocks(w: Tensor, block: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """`reduce` ([m, b] -> [m]) over the blocks of flat `w` [n], the tail as a block of its own: [ceil(n/block)]."""
+    """Apply `reduce` ([m, b] -> [m]) to the blocks of flat `w` [n], and to the short tail. Returns [ceil(n/block)]."""
     full = w.numel() // block * block
     parts = [reduce(w[:full].view(-1, block))] if full else []
     if full < w.numel():
@@ -46,7 +46,10 @@ def reduce_blocks(w: Tensor, block: int, reduce: Callable[[Tensor], Tensor]) -> 
 
 
 def normalize(w: Tensor, block: int, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """(w − z) · (1/s), flat fp32 [n]; the tail divides, as bitsandbytes' does: a last bit can differ."""
+    """Returns (w − z) · (1/s), flat fp32 [n].
+
+    As in bitsandbytes, the tail is divided by s instead, which can give another last bit.
+    """
     full = w.numel() // block * block
     spread = torch.where(scale.abs() < SMALLEST, SMALLEST, scale)
     if shift is not None:
@@ -59,12 +62,12 @@ def quantize_reference(
     w: Tensor, boundaries: Tensor, order: Tensor, bits: int, block: int, scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes and scales of `w`.
+    """Quantize `w`: returns its codes and scales.
 
-    w: any float dtype, any shape, n elements. boundaries: fp32 [2^bits − 1], ascending; a normalized value takes the
-    rank that counts the boundaries strictly below it. order: uint8 [2^bits], the code of each rank. scale, shift: fp32
-    [ceil(n/block)], the scale of any sign; without a scale it is the absmax of the block. Returns packed codes, uint8
-    [ceil(n·bits/8)], and the scale, fp32.
+    w: any float dtype, any shape, n elements. boundaries: fp32 [2^bits − 1], ascending; the rank of
+    a normalized value is the number of boundaries strictly below it. order: uint8 [2^bits], the code of each rank.
+    scale, shift: fp32 [ceil(n/block)]; a scale may be negative, and without one it is the absmax of the block. Returns
+    packed codes, uint8 [ceil(n·bits/8)], and the scale, fp32.
     """
     w = w.reshape(-1).float()
     n = w.numel()
@@ -81,7 +84,10 @@ def dequantize_reference(
     codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
     shape: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """s · L[c] (+ z) in fp32, rounded once to `dtype`. scale, shift: stored scales (`scales`); an empty shift is none."""
+    """Returns s · L[c] (+ z), computed in fp32 and rounded once to `dtype`.
+
+    scale, shift: stored scales (`scales`). `shift` is empty if the format has none.
+    """
     n = prod(shape)
     w = levels[unpack(codes, bits, n).int()] * decode_scales(scale).repeat_interleave(block)[:n]
     if shift:
@@ -117,7 +123,7 @@ def _(
 def load_kernels() -> None:
     """Import every module of the entry-point group "formats.kernels"; each registers faster kernels on the ops above.
 
-    One that cannot be imported leaves the reference in its place: a warning, once, says why.
+    A module that cannot be imported is skipped with one warning that says why; the reference then computes instead.
     """
     for entry in entry_points(group="formats.kernels"):
         try:

@@ -1,10 +1,10 @@
-"""What every format promises: properties, each a function of a format and of a tensor.
+"""The contract: properties that every format must have. Each is a function of a format and a tensor.
 
-    naming, sourced, width, table                         of the format alone
-    round_trip, counted, declared, zeros, finite          of any tensor that it quantizes
+    naming, sourced, width, table                         check the format itself
+    round_trip, counted, declared, zeros, finite          check what it makes of a tensor
 
-A property raises `BrokenContract` with what it found and what it expected. Those here take a moment; a format of another
-package is held to them whenever it is asked for (`glance`). `qbench.testing.check_format` has many more.
+A property raises `BrokenContract`, which says what was found and what was expected. These take milliseconds, and
+`formats.get` checks them for every format of another package (`glance`). `qbench.testing.check_format` checks more.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class BrokenContract(AssertionError, ValueError):
 _Asked = TypeVar("_Asked")
 _Given = TypeVar("_Given")
 Property = Callable[[Format, Tensor], None]
-PLAIN = ("format", "bits", "block", "own_levels", "shape", "dtype")  #: what a quantized tensor says of itself
-TINY = 10 * SMALLEST  #: as good as zero: the scale of a short last block of zeros, where no level is zero
+PLAIN = ("format", "bits", "block", "own_levels", "shape", "dtype")  #: of a QuantizedTensor, besides its tensors
+TINY = 10 * SMALLEST  #: counts as zero: a short last block of zeros has the scale `SMALLEST`
 
 
 def expect(holds: object, actual: object, expected: object) -> None:
@@ -42,7 +42,7 @@ def expect(holds: object, actual: object, expected: object) -> None:
 
 
 def naming(fmt: Format, w: Tensor) -> None:
-    """`name` is letters, digits and _ . + -: it goes into tables and onto command lines."""
+    """`name` has only letters, digits and _ . + - because it appears in tables and on command lines."""
     name = getattr(fmt, "name", None)
     expect(isinstance(name, str) and fullmatch(r"[\w.+-]+", name), f"name is {name!r}", "letters, digits and _ . + -")
 
@@ -54,16 +54,16 @@ def sourced(fmt: Format, w: Tensor) -> None:
 
 
 def width(fmt: Format, w: Tensor) -> None:
-    """`bits` is an integer from 1 to 8, or 16 where a code is the weight itself."""
+    """`bits` is an integer from 1 to 8, or 16 if a code is the weight itself."""
     bits = getattr(fmt, "bits", None)
     usual = isinstance(bits, int) and not isinstance(bits, bool) and (1 <= bits <= 8 or bits == 16)
     expect(usual, f"bits is {bits!r}", "an integer from 1 to 8")
 
 
 def table(fmt: Format, w: Tensor) -> None:
-    """There are 2^bits finite levels, one a code, the same for every tensor unless `own_levels` says otherwise.
+    """There are 2^bits finite levels, one per code. They are the same for every tensor unless `own_levels` is set.
 
-    `order` has every code once and sorts them, and the boundaries lie between.
+    `order` has every code once and sorts the levels. Each boundary lies between two neighbouring levels.
     """
     if fmt.bits == 16:
         return
@@ -90,7 +90,7 @@ def table(fmt: Format, w: Tensor) -> None:
 
 
 def round_trip(fmt: Format, w: Tensor) -> None:
-    """What is decoded has the shape and the dtype of what was quantized, or the dtype asked for, and is finite."""
+    """The decoded tensor is finite, and has the shape of the original and its dtype or the requested one."""
     q = fmt.quantize(w)
     expect(isinstance(q, QuantizedTensor), f"quantize gives a {type(q).__name__}", "a QuantizedTensor")
     attributes = (fmt.name, fmt.bits, fmt.block, fmt.own_levels, w.shape, w.dtype)
@@ -104,7 +104,7 @@ def round_trip(fmt: Format, w: Tensor) -> None:
 
 
 def counted(fmt: Format, w: Tensor) -> None:
-    """Bits are counted from the bytes that are held, the format's own count is the same, and codes are packed."""
+    """`nbytes`, `bits_per_parameter` and `count_bytes` agree with the bytes that are stored, and codes are packed."""
     q = fmt.quantize(w)
     held = sum(tensor.numel() * tensor.element_size() for tensor in q.stored)
     expect(q.nbytes == held, f"nbytes is {q.nbytes}", f"{held}, the bytes of what is stored")
@@ -117,7 +117,7 @@ def counted(fmt: Format, w: Tensor) -> None:
 
 
 def declared(fmt: Format, w: Tensor) -> None:
-    """`empty` has what `quantize` stores: every tensor with its dtype and shape, and levels that are the format's."""
+    """`empty` has the same tensors as `quantize` stores, with the same dtypes, shapes and levels."""
     q, e = fmt.quantize(w), fmt.empty(w.shape, w.dtype, w.device)
     for part in ("codes", "scale", "shift", "levels"):
         actual, expected = (", ".join(map(_describe, _tensors(getattr(side, part)))) or "none" for side in (e, q))
@@ -130,7 +130,7 @@ def declared(fmt: Format, w: Tensor) -> None:
 
 
 def zeros(fmt: Format, w: Tensor) -> None:
-    """Zeros decode to zeros: a whole tensor, and but for what double quantization loses a block among others."""
+    """A tensor of zeros decodes to zeros. Without double quantization, so does a block of zeros among others."""
     flat = w.detach().reshape(-1).clone()
     last = (flat.numel() - 1) // fmt.block
     for which in sorted({0, last // 2, last}) if flat.numel() and not fmt.dq else ():
@@ -143,8 +143,10 @@ def zeros(fmt: Format, w: Tensor) -> None:
 
 
 def finite(fmt: Format, w: Tensor) -> None:
-    """Weights up to the largest of their dtype, or of fp32, decode to finite ones, in fp32 and in their own dtype. Or they
-    raise a ValueError: one line, which names the tensor."""
+    """Weights up to the largest number of their dtype, or of fp32, decode to finite ones, in fp32 and in that dtype.
+
+    Otherwise `quantize` raises a ValueError of one line that names the tensor.
+    """
     flat = w.detach().double()
     flat = flat / (float(flat.abs().amax()) or 1.0) if w.numel() else flat
     for most in {torch.finfo(w.dtype).max, min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max)}:
@@ -165,7 +167,7 @@ def _finite(fmt: Format, huge: Tensor, most: float) -> None:
         expect(not bad, f"of weights up to {most:.6g} {bad} decode to NaN or Inf in {dtype}", "none")
 
 
-#: what all other properties rely on
+#: the properties that all others rely on
 BRIEF = (naming, sourced, width, table, round_trip, counted, declared, zeros)
 
 

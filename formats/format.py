@@ -1,14 +1,14 @@
-"""The one contract: a `Format` turns a tensor into a `QuantizedTensor`, which turns back.
+"""A `Format` turns a tensor into a `QuantizedTensor`, which decodes to a tensor again.
 
 To write a format, subclass `Format` in a file of its own. Give it a name, a number of bits and its levels, and register
 it. `nf4.py` is the shortest example. Further cases:
 
     the scale is not the absmax of the block            override `scale_and_shift`
     scales are not stored in fp32                       set `scale_dtype`
-    ranks do not part halfway between levels            set `boundaries`
+    boundaries are not halfway between levels           set `boundaries`
     the levels depend on the tensor                     override `codebook`
-    something else is stored                            override `quantize` and `empty`
-    the user has more to choose                         arguments of the constructor, with defaults: see `fp4.py`
+    other tensors are stored                            override `quantize` and `empty`
+    the format has options                              add constructor arguments with defaults, as `fp4.py` does
 
 `contract.py` has the properties that every format must keep.
 """
@@ -29,10 +29,10 @@ from .scales import Stored, empty_scales, encode_scales, largest, largest_stored
 
 @dataclass(frozen=True)
 class Codebook:
-    """The table L and what rounding to it needs.
+    """The table of levels L, and what is needed to round to it.
 
-    levels: fp32 [2^bits], indexed by code, in any order. boundaries: fp32 [2^bits − 1], where the ranks of the sorted
-    levels part, by default halfway. order: uint8 [2^bits], the code of each rank.
+    levels: fp32 [2^bits], indexed by code, in any order. boundaries: fp32 [2^bits − 1], ascending, the
+    thresholds between sorted levels. order: uint8 [2^bits], the code of each rank.
     """
 
     levels: Tensor
@@ -41,7 +41,7 @@ class Codebook:
 
     @classmethod
     def of(cls, levels: Tensor | Sequence[float], boundaries: Tensor | Sequence[float] | None = None) -> "Codebook":
-        """The codebook of 2^bits levels. boundaries: 2^bits − 1, ascending, where not halfway."""
+        """Returns the codebook of 2^bits levels. boundaries: 2^bits − 1, ascending; by default halfway."""
         levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float32, device="cpu")
         levels = levels.float()
         order = torch.argsort(levels, stable=True)
@@ -69,12 +69,12 @@ def _shared(levels: tuple[float, ...], boundaries: tuple[float, ...] | None, dev
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in a format: what is stored, and how to read it.
+    """A quantized tensor: what is stored, and what is needed to decode it.
 
-    codes: uint8 [ceil(n·bits/8)], packed. levels: fp32 [2^bits], or None where a code is the weight itself (`none`).
-    scale, shift: stored scales (`scales.py`), an empty shift where there is none. shape, dtype: of the original.
-    own_levels: whether the levels were made for this tensor alone, and so count towards its bytes. A format with one
-    fixed table has one tensor of levels, which all its tensors share.
+    codes: uint8 [ceil(n·bits/8)], packed. levels: fp32 [2^bits], or None if a code is the weight itself (`none`).
+    scale, shift: stored scales (`scales.py`); `shift` is empty if there is none. shape, dtype: of the original.
+    own_levels: whether the levels were made for this tensor alone, and so count towards its bytes. All tensors of a
+    format with one fixed table share one tensor of levels.
     """
 
     format: str
@@ -89,7 +89,7 @@ class QuantizedTensor:
     own_levels: bool = False
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in `dtype` (the original's by default): computed in fp32, rounded once."""
+        """Returns the tensor in `dtype` (the original's by default), computed in fp32 and rounded once."""
         dtype = dtype or self.dtype
         if self.levels is None:
             return self.codes.to(dtype)
@@ -100,18 +100,18 @@ class QuantizedTensor:
     def is_finite(self, dtype: torch.dtype | None = None) -> bool:
         """Whether all weights decode to finite ones in `dtype` (the original's by default).
 
-        A weight is at most |s|·|L| + |z|, so the levels, scales and shifts usually tell; else the weights are decoded.
+        A weight is at most |s|·|L| + |z|, so the levels, scales and shifts usually show it; else the weights are decoded.
         """
         dtype = dtype or self.dtype
         if self.levels is not None:
             most = largest(self.levels) * largest_stored(self.scale) + largest_stored(self.shift)
-            if most <= _held(dtype):  # a NaN is not
+            if most <= _largest_safe(dtype):  # false for NaN
                 return True
         return bool(self.dequantize(dtype).float().isfinite().all())
 
     @property
     def numel(self) -> int:
-        """Weights."""
+        """The number of weights."""
         return self.shape.numel()
 
     @property
@@ -120,18 +120,18 @@ class QuantizedTensor:
 
     @property
     def stored(self) -> list[Tensor]:
-        """Every tensor that must be kept for this one."""
+        """Every tensor that must be stored for this one."""
         levels = [self.levels] if self.own_levels and self.levels is not None else []
         return [self.codes, *levels, *self.scale, *self.shift]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `stored`: codes, scales, shifts, and a table of its own."""
+        """Bytes of `stored`: codes, scales, shifts, and levels of its own."""
         return sum(t.nbytes for t in self.stored)
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits a weight, counted from `nbytes`."""
+        """Bits per weight, counted from `nbytes`."""
         return 8 * self.nbytes / self.numel if self.numel else 0.0
 
 
@@ -140,10 +140,10 @@ _Quantize = Callable[Concatenate[Any, Tensor, _Args], QuantizedTensor]
 
 
 def anywhere(quantize: _Quantize[_Args]) -> _Quantize[_Args]:
-    """Decorate a `quantize`: it is asked for tensors that hold numbers, in no mode that would keep them from it.
+    """Decorate a `quantize` so that it works in every mode of PyTorch.
 
-    Of a tensor without numbers, on the device "meta" or of a fake mode, comes what `empty` gives. A tensor with numbers
-    gives what it always does, in inference mode and in a fake mode as well.
+    A tensor without numbers, on the device "meta" or of a fake mode, gives what `empty` returns. A tensor with numbers
+    gives the usual result, in inference mode and in a fake mode as well. Raises TypeError for a tensor of integers.
     """
 
     usual = normal(quantize)
@@ -154,7 +154,7 @@ def anywhere(quantize: _Quantize[_Args]) -> _Quantize[_Args]:
             name = kwargs.get("name", args[0] if args else "tensor")
             raise TypeError(f"{name}: expected a floating-point tensor, got {w.dtype}")
         if is_fake(w):
-            with w.fake_mode:  # type: ignore[attr-defined]  # it has one
+            with w.fake_mode:  # type: ignore[attr-defined]  # a fake tensor has one
                 return self.empty(w.shape, w.dtype, w.device)
         if w.is_meta:
             return self.empty(w.shape, w.dtype, w.device)
@@ -164,22 +164,22 @@ def anywhere(quantize: _Quantize[_Args]) -> _Quantize[_Args]:
 
 
 class Format:
-    """A recipe: levels, block size, scales, and how the scales are stored.
+    """A format: levels, block size, scales, and how the scales are stored.
 
-    block: weights under one scale, over the flattened tensor; a positive integer. dq: double quantization of the scales.
+    block: number of weights of the flattened tensor that share a scale. dq: double quantization of the scales.
     Raises ValueError for a block that is not a positive integer.
     """
 
-    name: str  #: as tables and folders have it
-    bits: int  #: of a code, 1 to 8; 16 is the weight itself
+    name: str  #: appears in tables and folder names
+    bits: int  #: bits of a code, 1 to 8; 16 if a code is the weight itself
     source: str  #: where the format is defined: paper and equation, or the code that is its definition
     levels: tuple[float, ...]  #: the fixed table L, indexed by code
-    boundaries: tuple[float, ...] | None = None  #: where its ranks part, fp32 values; halfway between levels without
-    scale_dtype: torch.dtype = torch.float32  #: of scales and shifts as they are stored, unless double quantized
-    shifted: bool = False  #: whether blocks carry a shift z
-    own_levels: bool = False  #: whether each tensor carries a table of its own
-    fixed: ClassVar[dict[str, object]] = {}  #: block and dq, where there is one choice: a sweep over them is one run
-    arguments: dict[str, Any] | None = None  #: what `formats.get` was given for it
+    boundaries: tuple[float, ...] | None = None  #: thresholds between sorted levels, fp32; None: halfway
+    scale_dtype: torch.dtype = torch.float32  #: of stored scales and shifts, unless double quantized
+    shifted: bool = False  #: whether each block has a shift z
+    own_levels: bool = False  #: whether each tensor has levels of its own
+    fixed: ClassVar[dict[str, object]] = {}  #: block or dq, if only one value works; a sweep runs it once
+    arguments: dict[str, Any] | None = None  #: the arguments of `formats.get` that made it
 
     def __init__(self, block: int = 64, dq: bool = False):
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
@@ -192,7 +192,7 @@ class Format:
         return f"{self.name}(block={self.block}, dq={self.dq})"
 
     def codebook(self, w: Tensor) -> Codebook:
-        """The table for `w`, flat fp32 [n]."""
+        """Returns the levels for flat `w` [n], which is fp32, bf16 or fp16."""
         return self._fixed(w.device)
 
     def _fixed(self, device: torch.device) -> Codebook:
@@ -200,15 +200,18 @@ class Format:
         return _shared(tuple(self.levels), boundaries, device)
 
     def scale_and_shift(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """fp32 scale and shift [ceil(n/block)] of flat `w` [n]; a scale of None stands for the absmax of each block."""
+        """Returns the fp32 scale and shift, [ceil(n/block)] each, of flat `w` [n], which is fp32, bf16 or fp16.
+
+        A scale of None means the absmax of each block. A shift of None means that there is none.
+        """
         return None, None
 
     @anywhere
     def quantize(self, w: Tensor, name: str = "tensor") -> QuantizedTensor:
         """Quantize a float tensor of any shape.
 
-        Blocks run over the flattened tensor, so they may span rows, and the last may be short. What is decoded, in fp32
-        and in the dtype of `w`, is finite. Raises TypeError if `w` is not floating point. Raises
+        Blocks run over the flattened tensor, so they may span rows, and the last may be short. The decoded
+        weights are finite in fp32 and in the dtype of `w`. Raises TypeError if `w` is not floating point. Raises
         ValueError, with the `name` of the tensor, if it holds NaN, Inf, or numbers too large for finite scales or weights.
         """
         load_kernels()
@@ -219,7 +222,7 @@ class Format:
         book = self.codebook(flat)
         codes, scale = torch.ops.qbench.quantize(flat, book.boundaries, book.order, self.bits, self.block, scale, shift)
         tops = [largest(values) for values in (scale, shift) if values is not None]
-        if not all(top <= torch.finfo(self.scale_dtype).max for top in tops):  # a NaN is not
+        if not all(top <= torch.finfo(self.scale_dtype).max for top in tops):  # false for NaN
             raise refusal(w, name, torch.float32, f"whose scale or shift overflows {self.scale_dtype}")
         q = QuantizedTensor(
             format=self.name,
@@ -233,9 +236,9 @@ class Format:
             shift=() if shift is None else encode_scales(shift, self.dq, self.scale_dtype),
             own_levels=self.own_levels,
         )
-        # Double quantization makes of a scale a level of at most 1, times an absmax of at most 2 |s|, plus a mean of at
-        # most |s|. So the largest scale and shift tell that all weights are finite, unless they are near what dtypes hold.
-        if not 3 * (book.top * tops[0] + sum(tops[1:])) <= _held(w.dtype):
+        # A double-quantized scale s decodes to a level (at most 1) times an absmax (at most 2 |s|) plus a mean (at most
+        # |s|), so to at most 3 |s|. If even that keeps all weights finite, there is no need to decode them.
+        if not 3 * (book.top * tops[0] + sum(tops[1:])) <= _largest_safe(w.dtype):
             for dtype in (torch.float32, w.dtype):
                 if not q.is_finite(dtype):
                     raise refusal(w, name, dtype, f"which as {self.name} decode beyond {dtype}")
@@ -243,7 +246,7 @@ class Format:
 
     @normal
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "meta") -> QuantizedTensor:
-        """What `quantize` makes of a tensor of this shape and dtype, but for what is stored, which is to be filled in."""
+        """Returns what `quantize` gives for a tensor of this shape and dtype, with uninitialized tensors to fill in."""
         n, device = shape.numel(), torch.device(device)
         codes = torch.empty(packed_bytes(n, self.bits), dtype=torch.uint8, device=device)
         if self.own_levels or is_fake(codes):
@@ -265,12 +268,12 @@ class Format:
         )
 
     def count_bytes(self, n: int) -> int:
-        """The bytes that a tensor of `n` weights takes in this format: `QuantizedTensor.nbytes`, without one."""
+        """Returns the `nbytes` of a quantized tensor of `n` weights, without quantizing one."""
         return self.empty(torch.Size([n]), torch.bfloat16).nbytes
 
 
 def refusal(w: Tensor, name: str, dtype: torch.dtype, why: str = "") -> ValueError:
-    """What is wrong with a tensor that `dtype` cannot hold; `why` not, where it could hold each of its numbers."""
+    """Returns the error for a tensor that cannot be quantized. why: the reason, if `dtype` can hold its numbers."""
     w = w.detach().double()
     nan, inf = int(w.isnan().sum()), int(w.isinf().sum())
     content = " and ".join(f"{count} {word}" for count, word in ((nan, "NaN"), (inf, "Inf")) if count)
@@ -281,6 +284,6 @@ def refusal(w: Tensor, name: str, dtype: torch.dtype, why: str = "") -> ValueErr
 
 
 @lru_cache
-def _held(dtype: torch.dtype) -> float:
-    """What fp32 and `dtype` surely hold, however it was rounded on the way."""
+def _largest_safe(dtype: torch.dtype) -> float:
+    """A magnitude that fp32 and `dtype` both hold, with a margin for rounding."""
     return min(torch.finfo(kind).max for kind in (torch.float32, dtype)) * (1 - 2**-20)

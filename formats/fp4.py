@@ -1,7 +1,7 @@
-"""FP4: 4-bit floating point, a sign and seven magnitudes. Three tables go by this name, and they are kept apart.
+"""FP4: 4-bit floating point, a sign and seven magnitudes. Three tables have this name; each is a format here.
 
     fp4        bitsandbytes' own (variant bnb): 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1, in its own order of codes
-    fp4_e2m1   2 exponent bits, 1 of mantissa: 0, .5, 1, 1.5, 2, 3, 4, 6 over 6 (OCP MX specification 1.0, section 5.3.3)
+    fp4_e2m1   2 exponent bits, 1 mantissa bit: 0, .5, 1, 1.5, 2, 3, 4, 6 over 6 (OCP MX specification 1.0, section 5.3.3)
     fp4_e3m0   3 exponent bits: 0, 2^−6, 2^−5 … 1
 
 QLoRA's Table 2 compares E2M1 and E3M0 (arXiv 2305.14314); its Table 3, run with bitsandbytes, uses the first. All have a
@@ -27,7 +27,7 @@ SOURCES = {
 @register("fp4_e2m1", variant="e2m1")
 @register("fp4_e3m0", variant="e3m0")
 class FP4(Format):
-    """variant: `bnb`, `e2m1` or `e3m0`; codes 0–7 are the magnitudes, 8–15 the same with the sign bit set."""
+    """Codes 0–7 are the magnitudes, 8–15 the same with the sign bit set. variant: `bnb`, `e2m1` or `e3m0`."""
 
     bits = 4
 

@@ -1,18 +1,21 @@
-"""Q4_0, Q4_1 and Q8_0: the plain block formats of GGUF files, as llama.cpp writes them (ggml-quants.c) and the package
-`gguf` does, its Python twin.
+"""Q4_0, Q4_1 and Q8_0: block formats of GGUF files, as llama.cpp (ggml-quants.c) and the Python package `gguf` write them.
 
-    q4_0   w = d·(q − 8)    d = −1/8 of the weight that is largest in magnitude: signed, and met exactly
+    q4_0   w = d·(q − 8)    d = −1/8 of the weight of largest magnitude, which is then exact; d may be negative
     q4_1   w = d·q + m      m = the least weight, d = 1/15 of the range
     q8_0   w = d·q          d = 1/127 of the absmax
 
-In a file a block is 32 weights, and d and m are fp16: 4.5, 5 and 8.5 bits. With `block=32` the codes, scales and shifts
-are those of `gguf` (0.18 and later), to the last bit, wherever d is at least 1e-38 in magnitude. Two things make them so.
-Codes are chosen by d as it is in fp32, and d is rounded after that. And a weight halfway between two levels goes up, in
-q8_0 away from zero, while 4-bit codes are found by cutting off x + 8.5 (or x + 0.5): that sum is rounded, so the
-boundaries lie next to the halves, not on them. If llama.cpp is compiled to fuse w/d and that sum, it rounds once less. A
-q4_0 weight this close to halfway can then get the next code (its pull request 8939).
+In a file a block has 32 weights, and d and m are fp16: 4.5, 5 and 8.5 bits. With `block=32` the codes, scales and shifts
+equal those of `gguf` (0.18 and later) to the last bit, if d is at least 1e-38 in magnitude. Three rules make them equal:
 
-Another block, and double quantization in the place of fp16, are for comparison: the same rules, which no file has.
+    d         codes are chosen with d in fp32; d is rounded to fp16 afterwards
+    8 bits    a weight halfway between two levels is rounded away from zero
+    4 bits    a code is the integer part of x + 8.5 (or x + 0.5); the sum is rounded to fp32, so the boundaries lie next to
+              the halves, not on them
+
+If llama.cpp is compiled to fuse w/d and that sum, it rounds once less. A q4_0 weight this close to halfway can then get
+the next code (its pull request 8939).
+
+Other block sizes and double quantization follow the same rules, for comparison. No GGUF file has them.
 """
 
 from collections.abc import Iterable
@@ -27,19 +30,19 @@ from .format import Format
 
 
 def _below(x: float) -> float:
-    """The largest fp32 number below a positive or a negative one, which need not be fp32 itself."""
+    """Returns the largest fp32 number below `x`, which is not zero and need not be an fp32 number."""
     (nearest,), (bits,) = unpack("f", pack("f", x)), unpack("i", pack("f", x))
     return nearest if nearest < x else unpack("f", pack("i", bits - (1 if x > 0 else -1)))[0]
 
 
-def _parting(starts: Iterable[float]) -> tuple[float, ...]:
-    """Of ranks that begin with these values: the largest fp32 numbers that do not belong to them."""
+def _just_below(starts: Iterable[float]) -> tuple[float, ...]:
+    """Returns the boundaries of ranks that begin at `starts`: the largest fp32 number below each."""
     return tuple(map(_below, starts))
 
 
-def _cut_off(offset: float) -> tuple[float, ...]:
-    """Of codes 0 … 15 that are the integer part of x + offset, where the sum is rounded to fp32."""
-    return _parting((code + _below(code)) / 2 - offset for code in range(1, 16))  # halfway there is rounded to the code
+def _truncating(offset: float) -> tuple[float, ...]:
+    """Returns the boundaries of codes 0 … 15 that are the integer part of x + offset, a sum rounded to fp32."""
+    return _just_below((code + _below(code)) / 2 - offset for code in range(1, 16))  # halfway rounds up
 
 
 class GGUF(Format):
@@ -52,7 +55,7 @@ class Q4_0(GGUF):
     name = "q4_0"
     bits = 4
     levels = tuple(range(-8, 8))
-    boundaries = _cut_off(8.5)
+    boundaries = _truncating(8.5)
 
     def scale_and_shift(self, w: Tensor) -> tuple[Tensor, None]:
         largest = reduce_blocks(w, self.block, lambda x: x.gather(1, x.abs().argmax(1, keepdim=True)).squeeze(1))
@@ -64,13 +67,13 @@ class Q4_1(GGUF):
     name = "q4_1"
     bits = 4
     levels = tuple(range(16))
-    boundaries = _cut_off(0.5)
+    boundaries = _truncating(0.5)
     shifted = True
 
     def scale_and_shift(self, w: Tensor) -> tuple[Tensor, Tensor]:
         low = reduce_blocks(w, self.block, lambda x: x.amin(1)).float()
         high = reduce_blocks(w, self.block, lambda x: x.amax(1)).float()
-        return (high - low) / low.new_tensor(15), low  # a number for a divisor would be a reciprocal on a GPU
+        return (high - low) / low.new_tensor(15), low  # a GPU multiplies by 1/15 if 15 is no tensor
 
 
 @register("q8_0")
@@ -78,7 +81,7 @@ class Q8_0(GGUF):
     name = "q8_0"
     bits = 8
     levels = (*range(128), *range(-128, 0))  # a code is the byte of a signed integer
-    boundaries = (*(k - 0.5 for k in range(-127, 1)), *_parting(k - 0.5 for k in range(1, 128)))
+    boundaries = (*(k - 0.5 for k in range(-127, 1)), *_just_below(k - 0.5 for k in range(1, 128)))
 
     def scale_and_shift(self, w: Tensor) -> tuple[Tensor, None]:
         top = reduce_blocks(w, self.block, lambda x: x.abs().amax(1)).float()

@@ -4,9 +4,8 @@ Symmetric (`int4`): L = i/7 for i = −8 … 7 and the absmax as scale, so a wei
 never used. This is the Int4 that QLoRA's Table 2 compares with (arXiv 2305.14314).
 
 Asymmetric (`int4_asym`): L = i/15 for i = 0 … 15, the scale is the range of the block and the shift its minimum (GPTQ,
-arXiv 2210.17323, section 4, and most group-wise INT4 since). It uses all 16 levels and follows skewed blocks, for a
-second number a block: 5 bits a parameter at block 64, 4.25 with double quantization, which stores the shifts as it does
-the scales.
+arXiv 2210.17323, section 4, and most group-wise INT4 since). It uses all 16 levels and follows skewed blocks,
+but stores a second number per block: 5 bits per parameter at block 64, 4.25 with double quantization of both.
 """
 
 from torch import Tensor

@@ -1,8 +1,8 @@
-"""The same bits in every mode of PyTorch: inference mode, fake tensors, default devices, transforms of `torch.func`.
+"""Helpers that give the same bits in every mode of PyTorch: inference mode, fake tensors, default devices, `torch.func`.
 
-A mode changes what PyTorch makes: tensors that autograd refuses, that hold nothing, that lie elsewhere. What is kept for
-later calls must not know in which mode it was made. All modes belong to a thread, but for the default dtype: so **what is
-kept is made in a thread of its own** (`kept`), and every tensor that is made here is told its dtype and device.
+In such a mode PyTorch makes tensors that autograd refuses, that hold no numbers, or that are on another device. A cached
+tensor must not depend on the mode in which it was made. Every mode but the default dtype belongs to a thread. So cached
+tensors are made in a thread of their own (`kept`), and every tensor gets an explicit dtype and device.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 
 
 def aside(function: Callable[_Given, _Result], *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-    """What `function` returns or raises, in a thread that is in no mode; on a GPU, on the stream of this one."""
+    """Call `function` in a new thread, which is in no mode, on the CUDA stream of this thread."""
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def work() -> _Result:
@@ -32,7 +32,7 @@ def aside(function: Callable[_Given, _Result], *args: _Given.args, **kwargs: _Gi
 
 
 def kept(make: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Decorate a function that makes a table: it is made once for each choice of arguments, in no mode."""
+    """Decorate a function that makes a table: cache its results, and make them outside all modes."""
 
     def make_aside(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         return aside(make, *args, **kwargs)
@@ -42,7 +42,7 @@ def kept(make: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 
 
 def normal(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Decorate a function that makes tensors for later: autograd takes them, even those of inference mode."""
+    """Decorate a function so that autograd accepts the tensors it makes, even in inference mode."""
 
     @wraps(function)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
@@ -55,10 +55,10 @@ def normal(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether a tensor of a fake mode, which holds nothing on any device."""
+    """Whether `t` is a fake tensor, which holds no numbers whatever its device."""
     return isinstance(t, FakeTensor)
 
 
 def faking() -> bool:
-    """Whether all that is made here is fake."""
+    """Whether a fake mode is active, so that new tensors are fake."""
     return bool(torch._C._len_torch_dispatch_stack()) and is_fake(torch.empty(0, device="cpu"))

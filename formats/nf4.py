@@ -1,14 +1,14 @@
 """NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al., arXiv 2305.14314, section 3).
 
-What: 16 levels at the quantiles of a normal distribution, normalised to [−1, 1], with an exact zero: 8 levels on the
-positive side, 7 on the negative. The scale is the absmax of the block.
+It has 16 levels at the quantiles of a normal distribution, normalised to [−1, 1]: 8 positive, 7 negative, and an exact
+zero. The scale is the absmax of the block.
 
-Why: weights of a trained layer are close to normal, and a table whose bins are equally probable wastes no code. It is
-not the table of least squared error, since after division by the absmax of a block a weight is no longer normal: see
-AF4 (arXiv 2306.06965) and BOF4 (arXiv 2505.06653).
+Weights of a trained layer are close to normal, and a table whose bins are equally probable wastes no code. It is not the
+table of least squared error, because a weight divided by the absmax of its block is no longer normal: see AF4 (arXiv
+2306.06965) and BOF4 (arXiv 2505.06653).
 
-Rejected: computing the table. Equation 4 taken literally does not give it; the released construction does, to 1e-7, but
-bit-exactness with bitsandbytes needs its very fp32 values.
+The table is copied, not computed. Equation 4 taken literally does not give it. The released construction gives it to 1e-7,
+but the same bits as bitsandbytes need exactly these fp32 values.
 """
 
 from . import register

@@ -1,7 +1,7 @@
-"""No quantization: 16 bits a weight, the baseline every other format is compared with, through the same path.
+"""No quantization: 16 bits per weight. It is the baseline of every other format, and runs through the same code.
 
-A code is the weight itself in bf16 (or fp16, where the checkpoint has it), so there are no levels and no scales. Block
-size and double quantization have no effect, so they are fixed.
+A code is the weight itself in bf16 (fp16 if the checkpoint is fp16), so there are no levels and no scales. Block size and
+double quantization have no effect, so they are fixed.
 """
 
 from typing import ClassVar
@@ -26,7 +26,7 @@ class Unquantized(Format):
         codes = w.detach().to(_kept_as(w.dtype))
         if not codes.isfinite().all():
             raise refusal(w, name, codes.dtype)
-        codes = codes.clone() if codes.is_inference() else codes  # autograd could not keep it
+        codes = codes.clone() if codes.is_inference() else codes  # autograd cannot save an inference tensor
         return QuantizedTensor(self.name, self.bits, self.block, w.shape, w.dtype, codes.contiguous(), levels=None)
 
     @normal

@@ -1,7 +1,7 @@
-"""Codes of 1 to 8 bits to bytes and back: one bit stream, most significant bit first.
+"""Pack codes of 1 to 8 bits into bytes and unpack them: one bit stream, most significant bit first.
 
 Code i takes bits i·bits … (i+1)·bits − 1 of the stream. At 4 bits this is bitsandbytes' layout (the even element in the
-high nibble), at 8 bits a byte a code, and at 3 bits eight codes share three bytes: no width needs a rule of its own.
+high nibble). At 8 bits each code is a byte, and at 3 bits eight codes share three bytes.
 """
 
 from math import gcd
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 
 def packed_bytes(n: int, bits: int) -> int:
-    """Bytes that hold `n` codes of `bits` bits, the last byte filled up."""
+    """Returns the number of bytes that hold `n` codes of `bits` bits."""
     return -(n * bits // -8)
 
 
@@ -21,7 +21,7 @@ def pack(codes: Tensor, bits: int, fill: int = 0) -> Tensor:
     if bits == 8:
         return codes
     n = codes.numel()
-    group = 8 // gcd(8, bits)  # codes that end on a byte boundary
+    group = 8 // gcd(8, bits)  # the fewest codes that fill whole bytes
     codes = pad(codes, (0, -n % group), value=fill).view(-1, group)
     word = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
     for column in codes.unbind(1):
@@ -32,7 +32,7 @@ def pack(codes: Tensor, bits: int, fill: int = 0) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The first `n` codes of the stream `packed`, as uint8 [n]."""
+    """Returns the first `n` codes of the stream `packed`, as uint8 [n]."""
     if bits == 8:
         return packed[:n]
     group = 8 // gcd(8, bits)

@@ -3,12 +3,12 @@ via Block-wise Quantization", arXiv 2110.02861).
 
     q_i = ½ (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1)))
 
-with Q the quantile function of the tensor itself. i runs over 1 … 2^k − 1, which leaves the minimum and the maximum out,
-where an estimate of Q errs most; the code that this frees is an exact zero. As QLoRA does for NF4, the table is then
-normalised to [−1, 1] and each block by its absmax.
+Q is the quantile function of the tensor itself. i runs over 1 … 2^k − 1. This leaves out the minimum and the maximum,
+where an estimate of Q errs most, and frees a code for an exact zero. As in QLoRA's NF4, the table is then normalised to
+[−1, 1], and each block by its absmax.
 
-Every code is used about equally often, so it keeps the most entropy, which is not the least squared error. The table is
-a tensor's own and counts towards its bytes: 64 bytes.
+Every code is used about equally often. This keeps the most entropy, but is not the least squared error. Each tensor has
+its own table, which adds 64 bytes.
 """
 
 import torch
@@ -18,7 +18,7 @@ from . import register
 from .format import Codebook, Format
 from .scales import largest
 
-SAMPLE = 2**20  # beyond it the sampling error of a quantile's rank, below 0.0005, is not worth the time of the sort
+SAMPLE = 2**20  # weights to sort at most; the rank of a quantile then has a sampling error below 0.0005
 
 
 @register("quantile")
@@ -44,6 +44,6 @@ class Quantile(Format):
         top = levels.abs().max()
         if top > 0:
             levels /= top
-        else:  # more zeros than the quantiles can see past: keep the largest weights
+        else:  # all quantiles are zero: keep the largest weights
             levels[0], levels[-1] = -1.0, 1.0
         return Codebook.of(levels.sort().values)

@@ -1,8 +1,8 @@
-"""Names of formats: those of this package, those that installed packages bring, and `module.Class` for any other.
+"""Names of formats: those of this package, those of installed packages, and `module.Class` for any other class.
 
 A name stands for a `Format` class together with some of its options. Every module of this package is imported, and so is
-every entry point of the group "qbench.formats" of an installed package; each registers its own names. A package that
-cannot be loaded takes nothing from the others: who asks for its formats is told why.
+every entry point of the group "qbench.formats" of an installed package; each registers its own names. If a package
+cannot be loaded, asking for one of its formats raises an error that says why; the others work.
 """
 
 import re
@@ -26,25 +26,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a name stands for. given: the options that the name settles. package: who brings it."""
+    """A registered name: a class and the options that the name fixes, `given`. package: the package that registered it."""
 
     cls: type[Format]
     given: dict[str, Any] = field(default_factory=dict)
     package: str = ""
 
     def make(self, **arguments: Any) -> Format:
-        """The format; where it has block or dq fixed, with those."""
+        """Make the format. Options in `given`, and block and dq if the class has them `fixed`, replace the arguments."""
         return self.cls(**arguments | self.given | self.cls.fixed)
 
     @property
     def options(self) -> dict[str, object]:
-        """What is left to choose beside block and dq, with its default; `Parameter.empty` where there is none."""
+        """The options besides block and dq, with their defaults; `Parameter.empty` if an option has none."""
         settled = (*_WORDS, *self.given)
         return {p.name: p.default for p in self._parameters if p.kind not in _VARIABLE and p.name not in settled}
 
     @property
     def takes_any(self) -> bool:
-        """Whether it takes options of any name."""
+        """Whether the class takes options of any name."""
         return any(p.kind is Parameter.VAR_KEYWORD for p in self._parameters)
 
     @property
@@ -64,7 +64,7 @@ class _Lent(Entry):
         return self.fmt
 
 
-_WORDS = ("name", "block", "dq", "target")  #: of `get`, and of a command line
+_WORDS = ("name", "block", "dq", "target")  #: keys with a meaning of their own, so never options of a format
 _VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 _entries: dict[str, Entry] = {}
 _problems: dict[str, str] = {}
@@ -72,10 +72,10 @@ _discovered = False
 
 
 def register(*names: str, **options: Any) -> Callable[[_Class], _Class]:
-    """Decorate a `Format` class: each of `names` gets it with these options.
+    """Decorate a `Format` class: register it under each of `names`, with these options.
 
     Raises ValueError for a name that another class has taken. The same class may register again, such as when its
-    notebook cell runs again. Raises ValueError too for a name that a command line could not tell from something else.
+    notebook cell runs again. Also raises ValueError for a name with other characters than letters, digits, _ and -.
     """
 
     def add(cls: _Class) -> _Class:
@@ -92,12 +92,12 @@ def register(*names: str, **options: Any) -> Callable[[_Class], _Class]:
 
 
 def get(name: str, block: int = 64, dq: bool = False, **options: Any) -> Format:
-    """The format `name`, with a block size, with or without double quantization, and options of its own.
+    """Make the format `name`, with a block size, with or without double quantization, and options of its own.
 
-    name: a registered one, or `module.Class`. Where the format has block or dq fixed, that is what it gets. Options that
-    the name of the format does not tell become part of it, so that results can be told apart.
+    name: a registered name or `module.Class`. If the format has block or dq `fixed`, those values are used. Options that
+    the format's name does not show are added to it, so that results can be told apart.
 
-    Raises KeyError, which lists the names, for an unknown one; ValueError or TypeError for a bad argument. Raises
+    Raises KeyError, which lists the names, for an unknown name; ValueError or TypeError for a bad argument. Raises
     BrokenContract, a ValueError, if a format of another package violates the contract (`contract`).
     """
     entry = find(name)
@@ -133,8 +133,11 @@ def _check_name(entry: Entry, fmt: Format, expected: str | None) -> None:
 
 
 def find(name: str) -> Entry:
-    """What a name stands for. Raises KeyError, listing the names, if it stands for nothing; ValueError for a package or a
-    module that cannot be loaded, or a class that is no format."""
+    """Returns the entry of a name.
+
+    Raises KeyError, which lists the names, for an unknown name. Raises ValueError if the package or module cannot be
+    loaded, or if the class is not a format.
+    """
     _discover()
     if name in _entries:
         return _entries[name]
@@ -152,20 +155,20 @@ def names() -> list[str]:
 
 
 def problems() -> dict[str, str]:
-    """What installed packages have registered and cannot be had: why, by name."""
+    """Returns the names of installed packages that cannot be loaded, each with the reason."""
     _discover()
     return dict(_problems)
 
 
 def ours(cls: type) -> bool:
-    """Whether a format is of this package, whose own tests hold it to the contract."""
+    """Whether a class belongs to this package, whose own tests check the contract."""
     return cls.__module__.partition(".")[0] == HOUSE
 
 
 @contextmanager
 def lent(fmt: Format) -> Iterator[None]:
-    """While inside, the name of a format stands for this very one."""
-    _discover()  # else what is found while inside would be forgotten
+    """Inside the context, the name of `fmt` stands for `fmt` itself."""
+    _discover()  # otherwise formats discovered inside would be forgotten
     before, arguments = dict(_entries), fmt.arguments
     _entries[fmt.name] = _Lent(type(fmt), fmt=fmt)
     try:
@@ -218,7 +221,7 @@ def _discover() -> None:
 
 
 def _load(point: EntryPoint) -> None:
-    """A class, which may have registered itself, or a module that registers its own names."""
+    """Load an entry point: a class, which may have registered itself, or a module that registers its own names."""
     loaded = point.load()
     if _is_format(loaded):
         if point.name not in _entries or _entries[point.name].path != Entry(loaded).path:

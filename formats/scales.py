@@ -1,18 +1,18 @@
-"""How the scales (and shifts) of a tensor are stored: one value a block, plain or double quantized.
+"""How the scales (and shifts) of a tensor are stored: one value per block, plain or double quantized.
 
-Stored scales are a tuple of tensors, and the tuple tells how to read it:
+Stored scales are a tuple of tensors, whose length says how to read it:
 
-    (values,)                    one value a block, in the dtype of the format: fp32, or fp16, or any other float
+    (values,)                    one value per block, in the dtype of the format: fp32, or fp16, or any other float
     (codes, absmax, offset)      double quantization: uint8 codes [n] into the dynamic map, fp32 absmax [ceil(n/256)],
                                  fp32 offset []
 
-Double quantization (QLoRA, arXiv 2305.14314, section 3): the scales lose their mean, and what remains is quantized to 8
-bits in blocks of 256. At block 64 the overhead falls from 32/64 = 0.5 to 8/64 + 32/(64·256) = 0.127 bit a parameter.
-The paper speaks of an 8-bit float; the code released with it uses the *dynamic map* (Dettmers, arXiv 1511.04561), and so
-does this one, to the same bits as bitsandbytes.
+Double quantization (QLoRA, arXiv 2305.14314, section 3): the mean is subtracted from the scales, and the rest is
+quantized to 8 bits in blocks of 256. At block 64 the overhead falls from 32/64 = 0.5 to 8/64 + 32/(64·256) = 0.127 bits
+per parameter. The paper speaks of an 8-bit float; the code released with it uses the *dynamic map* (Dettmers, arXiv
+1511.04561). So does this module, to the same bits as bitsandbytes.
 
-The mean is a sum of floats, so it depends on their order. bitsandbytes takes PyTorch's, which depends on the number of
-threads beyond 32,768 scales; here it is one order everywhere: that of two threads (`mean`).
+The mean is a sum of floats, so it depends on the order of the additions. bitsandbytes uses PyTorch's order, which depends
+on the number of threads beyond 32,768 scales. Here the order is always that of two threads (`mean`).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from torch import Tensor
 from .modes import kept
 
 NESTED_BLOCK = 256
-GRAIN = 32768  # numbers that PyTorch adds by one thread
+GRAIN = 32768  # PyTorch adds up to this many numbers in one thread
 CPU = torch.device("cpu")
 Stored = tuple[Tensor, ...]
 
@@ -37,7 +37,7 @@ def encode_scales(values: Tensor, dq: bool, dtype: torch.dtype = torch.float32) 
     if not dq or not values.numel():
         return (values.to(dtype),)
     offset = torch.ops.qbench.mean(values)
-    if not isfinite(offset):  # the sum of all of them overflows
+    if not isfinite(offset):  # the sum overflows fp32
         offset = torch.ops.qbench.mean(values.double()).float()
     blocks, absmax = _blocks(values - offset)
     # a block of zeros gives 0·∞ = NaN, which bitsandbytes stores as code 0
@@ -48,16 +48,16 @@ def encode_scales(values: Tensor, dq: bool, dtype: torch.dtype = torch.float32) 
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of `values` [n], n > 0, in their dtype: the same bits with any number of threads, and on any device.
+    """Returns the mean of `values` [n], n > 0, in their dtype: the same bits with any number of threads, on any device.
 
-    PyTorch's CPU adds up to `GRAIN` numbers in one order; more are parted evenly among threads, and their sums are added.
-    Here it is always two parts. So this is `values.mean()` with any number of threads up to 32,768 numbers, with two or
-    more up to 65,536, and with two beyond. It is an op because torch.compile would add in an order of its own.
+    On a CPU PyTorch adds up to `GRAIN` numbers in one thread. It splits more numbers evenly among threads and adds their
+    sums. Here there are always two parts. So this equals `values.mean()` with any number of threads up to 32,768 numbers,
+    with two or more up to 65,536, and with two beyond. It is an op because torch.compile would add in another order.
     """
     device, n, values = values.device, values.numel(), values.cpu()
     if n <= GRAIN:
         return values.mean().to(device)
-    # of two sums at once, each is one thread's
+    # PyTorch computes two sums at once in one thread each
     halves = [half.expand(2, -1).sum(1)[0] for half in values.split(-(n // -2))]
     return ((halves[0] + halves[1]) / n).to(device)
 
@@ -67,12 +67,12 @@ torch.library.register_fake("qbench::mean", lambda values: values.new_empty(()),
 
 
 def largest(values: Tensor) -> float:
-    """The largest magnitude among floats; NaN where there is one, 0 of none."""
+    """Returns the largest magnitude among floats: NaN if one is NaN, 0 if there are none."""
     return float(torch.linalg.vector_norm(values.float(), torch.inf)) if values.numel() else 0.0
 
 
 def largest_stored(stored: Sequence[Tensor]) -> float:
-    """What no magnitude among the scales of `stored` exceeds; NaN where one may be.
+    """Returns an upper bound of the magnitudes of stored scales: NaN if one may be NaN.
 
     With double quantization a scale is a level of at most 1, times the absmax of its block, plus the offset.
     """
@@ -80,7 +80,7 @@ def largest_stored(stored: Sequence[Tensor]) -> float:
 
 
 def decode_scales(stored: Sequence[Tensor]) -> Tensor:
-    """The fp32 values [n] of `stored`."""
+    """Returns the fp32 values [n] of `stored`."""
     if len(stored) == 1:
         return stored[0].float()
     codes, absmax, offset = stored
@@ -90,7 +90,7 @@ def decode_scales(stored: Sequence[Tensor]) -> Tensor:
 
 
 def empty_scales(n: int, dq: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> Stored:
-    """What `encode_scales` stores of `n` values, to be filled in."""
+    """Returns uninitialized tensors like those that `encode_scales` gives for `n` values."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -110,8 +110,8 @@ def dynamic_map(device: torch.device = CPU, signed: bool = True) -> Tensor:
     """The 8-bit dynamic map, fp32 [256], ascending to 1 from −0.99296875 or, unsigned, from 0 (arXiv 1511.04561;
     bitsandbytes).
 
-    Decade i = 0 … 6 holds ±10^(i−6) times the midpoints of 2^i equal steps from 0.1 to 1; then 0 and 1. Without a sign
-    the steps are twice as many.
+    Decade i = 0 … 6 holds ±10^(i−6) times the midpoints of 2^i equal steps from 0.1 to 1. 0 and 1 are added. The
+    unsigned map has twice as many steps.
     """
     levels = [0.0, 1.0]
     for i in range(7):
