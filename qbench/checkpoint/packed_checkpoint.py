@@ -79,8 +79,8 @@ def find(path: Path) -> PackedCheckpoint | None:
 def load(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path | None = None) -> LoadedModel:
     """Load a packed checkpoint and its tokenizer; tensors that are not packed are cast to `dtype`.
 
-    path: a folder that `qbench quantize`, `save` or `save_pretrained` wrote (the last also with bitsandbytes in 4 bits); or
-    a GGUF file. tokenizer: a folder with a tokenizer, if the checkpoint has none. Raises InputError, naming file and
+    path: a folder that `qbench quantize`, `save` or `save_pretrained` wrote (the last also with bitsandbytes in 4 bits);
+    or a GGUF file. tokenizer: a folder with a tokenizer, if the checkpoint has none. Raises InputError, naming file and
     tensor, for a checkpoint that does not match its config.
     """
     checkpoint = find(path)

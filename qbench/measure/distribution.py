@@ -17,8 +17,8 @@ SAMPLE = 2**22  # weights to sample from the whole model
 def normalized_weights(layers: Mapping[str, nn.Module], packed: dict[str, QuantizedTensor]) -> dict:
     """Histogram of (w − z)/s over all layers, over the range of the levels.
 
-    Returns edges [BINS + 1], density [BINS], and levels, sorted lists: one list, or if each tensor has a table of its own,
-    one for each of the first 16 layers. Without quantization s is the absmax of the block, and there are no levels.
+    Returns edges [BINS + 1], density [BINS], and levels: one sorted list, or, if each tensor has its own table, one for
+    each of the first 16 layers. Without quantization s is the absmax of the block, and there are no levels.
     """
     total = sum(q.numel for q in packed.values())
     counts = torch.zeros(BINS, dtype=torch.float64)

@@ -33,7 +33,7 @@ class Sums:
         )
 
     def metrics(self) -> dict:
-        """Those of `weight_metrics`, and output_relative, the relative error of the layers' outputs."""
+        """The metrics of `weight_metrics`, and output_relative: the relative error of the layers' outputs."""
         return {
             **self.weight_metrics(),
             "output_relative": (self.output_noise / self.output) ** 0.5 if self.output else 0.0,
@@ -55,19 +55,19 @@ class Sums:
 def compare_weights(w: Tensor, other: Tensor) -> Sums:
     """Compare weights with their approximation, of the same shape, in fp32 with sums in fp64. Output sums stay 0."""
     difference = w.float() - other.float()
-    return Sums(w.numel(), _squares(w.float()), _squares(difference), float(difference.abs().max()))
+    return Sums(w.numel(), _sum_of_squares(w.float()), _sum_of_squares(difference), float(difference.abs().max()))
 
 
-def _compare(w: Tensor, packed: QuantizedTensor, x: Tensor) -> Sums:
+def _compare_layer(w: Tensor, packed: QuantizedTensor, x: Tensor) -> Sums:
     """Compare w [out, in] with its packed form, on inputs x [..., in], in fp32 with sums in fp64."""
     w, other = w.float(), packed.dequantize(torch.float32)
     x = x.reshape(-1, x.shape[-1]).float()
     sums = compare_weights(w, other)
-    sums.output, sums.output_noise = _squares(x @ w.t()), _squares(x @ (w - other).t())
+    sums.output, sums.output_noise = _sum_of_squares(x @ w.t()), _sum_of_squares(x @ (w - other).t())
     return sums
 
 
-def _squares(t: Tensor) -> float:
+def _sum_of_squares(t: Tensor) -> float:
     return float(t.double().square().sum())
 
 
@@ -87,7 +87,7 @@ def layer_errors(
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-            sums[name] = _compare(weight_of(layer), packed[name], inputs[0])
+            sums[name] = _compare_layer(weight_of(layer), packed[name], inputs[0])
             advance()
 
         return hook
@@ -101,6 +101,6 @@ def layer_errors(
     for name, layer in layers.items():
         if name not in sums:  # an expert that got no token of these windows
             w = weight_of(layer)
-            sums[name] = _compare(w, packed[name], w.new_zeros(1, w.shape[1]))
+            sums[name] = _compare_layer(w, packed[name], w.new_zeros(1, w.shape[1]))
     rows = [{"name": name, "shape": list(packed[name].shape), **sums[name].metrics()} for name in layers]
     return {**sum(sums.values(), Sums()).metrics(), "layers": rows}

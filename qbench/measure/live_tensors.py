@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self._count(storage, kind, storage.nbytes() if nbytes is None else nbytes)
 
     def run_operation(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Run an operation that has no entry in `kernels`."""
+        """Run an operation that `kernels` does not replace."""
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

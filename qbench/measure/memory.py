@@ -29,9 +29,9 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR.exists():
+        elif _CLEAR_REFS.exists():
             with suppress(OSError):  # a container may forbid it: then the peak of the whole process is an upper bound
-                _CLEAR.write_text("5", "utf-8")
+                _CLEAR_REFS.write_text("5", "utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +45,7 @@ class PeakMemory:
             self.bytes = {"rss": _peak_rss()}
 
 
-_CLEAR = Path("/proc/self/clear_refs")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def _peak_rss() -> int:

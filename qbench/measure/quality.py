@@ -22,14 +22,14 @@ from qbench.training.losses import logits_of
 
 from .statistics import clustered_mean, nll_difference
 
-BATCH_LOGITS = 2**24  #: logits of a batch, about: 64 MiB in fp32
+BATCH_LOGITS = 2**24  #: about this many logits in a batch: 64 MiB in fp32
 
 
 @dataclass
 class Scores:
     """Scores of each token. nll: fp32 [windows, seq − 1], nats.
 
-    Compared with the baseline, of the same shape: kl (nats), and agree, whether the most probable token is the same.
+    If compared with the baseline: kl (nats), and agree (the most probable token is the same), of the same shape.
     """
 
     nll: np.ndarray
@@ -110,8 +110,9 @@ def evaluate(
 ) -> Scores:
     """Score a model on windows [n, seq] of tokens; the first token of each has no score.
 
-    baseline: where the baseline's logits are. With `is_baseline` this model's logits are written there, otherwise it is
-    compared with them. Without it only the nll is computed. Raises FloatingPointError if an nll is not finite.
+    baseline: the file of the baseline's logits. With `is_baseline` this model's logits are written to it; otherwise the
+    model is compared with them. Without a file only the nll is computed. Raises FloatingPointError if an nll is not
+    finite.
     """
     device = next(model.parameters()).device
     n, seq = windows.shape

@@ -36,5 +36,5 @@ def paired_difference(ours_rows: ArrayLike, theirs_rows: ArrayLike) -> tuple[flo
 
 
 def nll_difference(nll: np.ndarray, reference: np.ndarray) -> dict:
-    """`paired_difference` of two models' nll [windows, tokens], under the keys that result.json has."""
+    """`paired_difference` of two models' nll [windows, tokens], under the keys of result.json."""
     return dict(zip(("delta_nll", "stderr", "p"), paired_difference(nll[None], reference[None]), strict=True))

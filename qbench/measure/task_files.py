@@ -10,7 +10,7 @@ from qbench.errors import InputError
 
 BUNDLED_TASKS = Path(__file__).parents[1] / "assets" / "tasks"
 YAML = (".yaml", ".yml")
-_PARTS = {*YAML, ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow"}
+_SUFFIXES = {*YAML, ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow"}
 
 
 def bundled_names() -> list[str]:
@@ -54,10 +54,10 @@ def digest(entries: Iterable[str]) -> str:
             total.update(f"{entry} {version('lm_eval')}".encode())
             continue
         beside = path.rglob("*") if path.is_dir() else path.parent.iterdir()
-        files = {file for file in beside if file.suffix in _PARTS and file.is_file()}
+        files = {file for file in beside if file.suffix in _SUFFIXES and file.is_file()}
         for file in [file for file in files if file.suffix in YAML]:
             words = re.findall(r"[^\s'\"\[\]{},]+", file.read_text("utf-8", "replace"))
-            files |= {Path(word) for word in words if Path(word).suffix in _PARTS and Path(word).is_file()}
+            files |= {Path(word) for word in words if Path(word).suffix in _SUFFIXES and Path(word).is_file()}
         for file in sorted(files):
             total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()

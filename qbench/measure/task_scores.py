@@ -52,7 +52,7 @@ class Score:
 
 @dataclass
 class TaskScores:
-    """results: of lm-eval. samples: for each task, a record of every document."""
+    """The scores of a model on tasks. results: as lm-eval returns them. samples: by task, a record of each document."""
 
     results: dict
     samples: dict[str, list[dict]]

@@ -47,7 +47,7 @@ _environment_info = functools.cache(collect_env.get_pretty_env_info)
 
 @dataclass
 class Tasks:
-    """Loaded tasks. top: the tasks and groups that were asked for. leaves: every task, by name.
+    """Loaded tasks. top: the requested tasks and groups. leaves: every task, by name.
 
     groups: for each group, the names of all its tasks. parents: for each task or group, the group that it is in.
     """
@@ -101,9 +101,8 @@ def _load_entry(entry: str) -> dict:
         if not manager.all_subtasks:
             raise bad_entry(entry, "holds no task that lm-eval can read")
         return manager.load(manager.all_subtasks)
-    group = bool(
-        re.search(r"^group\s*:", path.read_text("utf-8"), re.MULTILINE)
-    )  # a group may name any of lm-eval's tasks
+    # a group may name any of lm-eval's tasks
+    group = bool(re.search(r"^group\s*:", path.read_text("utf-8"), re.MULTILINE))
     return TaskManager(include_path=path.parent if group else None, include_defaults=group).load([str(path)])
 
 
@@ -192,7 +191,7 @@ class _LiveModel(HFLM):
         self._advance, self._documents_per_row = advance, 0.0
 
     def _expect(self, requests: list[Instance], rows: int) -> None:
-        """Set the documents that each of `rows` rows of a batch counts for."""
+        """Set how many documents each of the `rows` rows counts for, for the progress."""
         self._documents_per_row = len({(request.task_name, request.doc_id) for request in requests}) / rows
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

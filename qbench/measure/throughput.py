@@ -12,12 +12,8 @@ from formats.contract import first_line
 from qbench.model.selection import weight_of
 
 ROWS = (1, 4, 16, 64)  #: tokens at once, for `by_rows`
-CACHES = (
-    "cache",
-    "past_key_values",
-    "cache_params",
-    "state",
-)  #: in transformers 5.24 and later, before that, in Mamba, in RWKV
+#: what models call their cache: in transformers 5.24 and later, before that, in Mamba, in RWKV
+CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
 def summarize(samples: list[float]) -> dict:
@@ -25,19 +21,19 @@ def summarize(samples: list[float]) -> dict:
 
 
 def _measure_rates(device: torch.device, work: Callable[[], None], amount: float, repeats: int) -> dict:
-    """Time `work`, once to warm up and then `repeats` times, as `amount` per second."""
+    """The rates of `work`, as `amount` per second: `repeats` samples, after one call to warm up."""
     work()
     samples = []
     for _ in range(repeats):
-        _wait(device)
+        _synchronize(device)
         started = time.perf_counter()
         work()
-        _wait(device)
+        _synchronize(device)
         samples.append(amount / (time.perf_counter() - started))
     return summarize(samples)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -72,7 +68,7 @@ def generation_rates(model: nn.Module, window: Tensor, prefills: int = 5, decode
     """Tokens a second of one sequence, window [seq]: prefill of all of it, and greedy decoding after its first half.
 
     by_rows: prefill of the first M tokens, for M in ROWS and the whole window; each weight is multiplied with M rows.
-    untimed: the reason for each rate that is None. A model without a KV cache cannot be timed decoding.
+    untimed: the reason for each rate that is None. Decoding cannot be timed without a KV cache.
     """
     device = next(model.parameters()).device
     prompt = window[None].to(device)
@@ -103,10 +99,10 @@ def _decode_rate(model: nn.Module, prompt: Tensor, decodes: int) -> dict:
         raise ValueError(f"a {type(model).__name__} gives no cache to go on from")
     samples = []
     for _ in range(min(decodes + 1, max(2, half))):
-        _wait(prompt.device)
+        _synchronize(prompt.device)
         started = time.perf_counter()
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
-        _wait(prompt.device)
+        _synchronize(prompt.device)
         samples.append(1 / (time.perf_counter() - started))
     return summarize(samples[1:])

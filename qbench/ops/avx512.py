@@ -63,7 +63,7 @@ def _store(context, builder, array_type, array, index, value) -> None:
     stored.align = 1
 
 
-def _call(builder, name: str, result: ir.Type, arguments, fastmath=()):
+def _call_intrinsic(builder, name: str, result: ir.Type, arguments, fastmath=()):
     """Call an LLVM intrinsic by its full name."""
     declared = builder.module.globals.get(name)
     function = declared or ir.Function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
@@ -74,13 +74,13 @@ def _prefetch(context, builder, array_type, array, index) -> None:
     """Prefetch the cache line of array[index], which may be beyond the end."""
     address = _address(context, builder, array_type, array, index, _vector(I8, 1))
     address = builder.bitcast(address, I8.as_pointer())
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
+    _call_intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
 
 
 def _permute(builder, table, indices):
     """table[indices], element by element: vpermps, vpermd or vpermw."""
     kind = {F32: "sf", I32: "si", I16: "hi"}[table.type.element]
-    return _call(builder, f"llvm.x86.avx512.permvar.{kind}.512", table.type, [table, indices])
+    return _call_intrinsic(builder, f"llvm.x86.avx512.permvar.{kind}.512", table.type, [table, indices])
 
 
 @intrinsic
@@ -117,7 +117,7 @@ def _encode_32(typing, w, i, inverse, shift, edges, order, codes, at):
     return types.void(*arguments), generate
 
 
-def _table(context, builder, levels_type, levels, scale, shift):
+def _scaled_table(context, builder, levels_type, levels, scale, shift):
     """The 16 values s · L (+ z), in fp32."""
     table = _load(context, builder, levels_type, levels, I64(0), _vector(F32, 16))
     table = builder.fmul(table, _splat(builder, scale, 16))
@@ -132,7 +132,7 @@ def _decode_block(typing, codes, start, count, levels, scale, shift, out, at):
     def generate(context, builder, signature, arguments):
         codes, start, count, levels, scale, shift, out, at = arguments
         codes_type, _, _, levels_type, _, _, out_type, _ = signature.args
-        table = _table(context, builder, levels_type, levels, scale, shift)
+        table = _scaled_table(context, builder, levels_type, levels, scale, shift)
         # each byte is spread over a pair of lanes: the high code to the lower, which comes first in memory
         n, lane = (16, 16) if bf16 else (8, 32)
         pair, single = ir.IntType(2 * lane), ir.IntType(lane)
@@ -185,7 +185,7 @@ def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, od
         table = _load(context, builder, levels_type, levels, I64(0), lanes)
 
         def multiply_add(a, b, place):
-            builder.store(_call(builder, "llvm.fma.v16f32", lanes, [a, b, builder.load(place)]), place)
+            builder.store(_call_intrinsic(builder, "llvm.fma.v16f32", lanes, [a, b, builder.load(place)]), place)
 
         total, part = (cgutils.alloca_once_value(builder, zero) for _ in range(2))
         with _steps(builder, blocks, 1) as block:
@@ -205,7 +205,7 @@ def _dot_row(typing, codes, at, levels, scale, scale_at, blocks, count, even, od
             s = _splat(builder, builder.load(builder.gep(data, [builder.add(scale_at, block)])), 16)
             multiply_add(builder.load(part), s, total)
         arguments = [F32(-0.0), builder.load(total)]
-        return _call(builder, "llvm.vector.reduce.fadd.v16f32", F32, arguments, fastmath=("reassoc",))
+        return _call_intrinsic(builder, "llvm.vector.reduce.fadd.v16f32", F32, arguments, fastmath=("reassoc",))
 
     integers = types.int64, types.int64, types.int64
     return types.float32(codes, types.int64, levels, scale, *integers, even, odd, types.int64), generate
@@ -222,7 +222,7 @@ def _decode_16(typing, codes, at, levels, scale, offset, out):
         table = builder.bitcast(context.make_array(levels_type)(context, builder, levels).data, I8.as_pointer())
         all_lanes = _constant(ir.IntType(1), 16, 1)
         gather = [_constant(F32, 16, 0.0), table, indices, all_lanes, I32(4)]
-        values = _call(builder, "llvm.x86.avx512.mask.gather.dps.512", _vector(F32, 16), gather)
+        values = _call_intrinsic(builder, "llvm.x86.avx512.mask.gather.dps.512", _vector(F32, 16), gather)
         values = builder.fadd(builder.fmul(values, _splat(builder, scale, 16)), _splat(builder, offset, 16))
         _store(context, builder, out_type, out, at, values)
         return context.get_dummy_value()

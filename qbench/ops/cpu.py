@@ -35,7 +35,7 @@ from .threads import inner_kernel, thread_count, threaded_kernel
 
 CHUNK = 1 << 20  # 16-bit weights that quantize converts to fp32 at once: they stay in the L2 cache
 GROUP = 1 << 12  # weights that go through all loops of quantize together: they stay in the L1 cache
-FEW_ROWS = 4  # up to so many rows of x, a product with the codes is faster than decoding the weight first
+FEW_ROWS = 4  # up to this many rows of x, a product with the codes is faster than decoding the weight first
 AVX512 = avx512.available()
 AMX = torch.cpu._is_amx_tile_supported()
 CELLS = 1 << 12  # of the grid that speeds up the search among many levels
@@ -44,7 +44,7 @@ CELLS = 1 << 12  # of the grid that speeds up the search among many levels
 # dimensions, blocks × weights, and their inner loops go over a whole row.
 
 
-_free: list[ndarray] = []  #: at most one buffer, to be used again
+_free: list[ndarray] = []  #: holds at most one buffer, for reuse
 
 
 def _reusable_array(n: int, dtype: type) -> ndarray:
@@ -86,7 +86,7 @@ class _ArrayInterface:
 _TYPE_STRINGS = {torch.float32: "<f4", torch.uint8: "|u1"}
 
 
-def _array(tensor: Tensor) -> ndarray:
+def _as_numpy(tensor: Tensor) -> ndarray:
     """A numpy view of a weight, unpacked or packed.
 
     After `Tensor.numpy()` the storage could not be resized, which FSDP does to free gathered weights.
@@ -94,8 +94,8 @@ def _array(tensor: Tensor) -> ndarray:
     return np.asarray(_ArrayInterface(tensor.contiguous()))
 
 
-def _parts(start: int, stop: int, block: int) -> Iterator[tuple[int, int, slice, int]]:
-    """Split start … stop into its whole blocks and a shorter tail: (start, stop, blocks, block size) of each."""
+def _split_blocks(start: int, stop: int, block: int) -> Iterator[tuple[int, int, slice, int]]:
+    """Split start … stop into whole blocks and a shorter tail. Yields (start, stop, blocks, block size) of each."""
     whole = start + (stop - start) // block * block
     if start < whole:
         yield start, whole, slice(start // block, whole // block), block
@@ -157,7 +157,7 @@ def _density(e: ndarray, cells: int) -> np.float32:
 
 
 @inner_kernel
-def _cell(x: np.float32, start: np.float32, density: np.float32, cells: int) -> np.uint32:
+def _find_cell(x: np.float32, start: np.float32, density: np.float32, cells: int) -> np.uint32:
     """The cell that contains x. Values outside of the cells, and NaN, belong to the first or last."""
     t = (x - start) * density
     t = t if t < np.float32(cells - 1) else np.float32(cells - 1)
@@ -170,7 +170,7 @@ def encode_many(x: ndarray, e: ndarray, order: ndarray, first: ndarray, codes: n
     """As `encode_few` for any number of boundaries, ending in Inf. first[c]: how many lie in cells before c."""
     density = _density(e, len(first))
     for i in range(len(x)):
-        rank = first[_cell(x[i], e[0], density, len(first))]
+        rank = first[_find_cell(x[i], e[0], density, len(first))]
         rank += np.uint32(x[i] > e[rank])
         while x[i] > e[rank]:  # several boundaries in a cell: rare, unless levels are very close
             rank += np.uint32(1)
@@ -182,7 +182,7 @@ def _first_in_cells(e: ndarray, first: ndarray) -> None:
     """Count into first[c], initially 0, the boundaries in cells before c."""
     density = _density(e, len(first))
     for k in range(len(e) - 1):
-        for c in range(_cell(e[k], e[0], density, len(first)) + 1, len(first)):
+        for c in range(_find_cell(e[k], e[0], density, len(first)) + 1, len(first)):
             first[c] += 1
 
 
@@ -224,7 +224,7 @@ def encode_rows(
 
 
 @inner_kernel
-def _bf16(value: np.float32) -> np.uint16:
+def _round_to_bf16(value: np.float32) -> np.uint16:
     """The upper 16 bits of an fp32, rounded to nearest even."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
@@ -242,7 +242,7 @@ def decode_pairs(
             z = shift[b] if len(shift) else np.float32(-0.0)  # adding it changes no number
             for c in range(16):
                 value = levels[c] * scale[b] + z
-                table[c] = _bf16(value) if bf16 else value
+                table[c] = _round_to_bf16(value) if bf16 else value
             for i in range(codes.shape[1]):
                 out[b, 2 * i] = table[codes[b, i] >> np.uint8(4)]
                 out[b, 2 * i + 1] = table[codes[b, i] & np.uint8(15)]
@@ -259,7 +259,7 @@ def decode_single(
             z = shift[b] if len(shift) else np.float32(-0.0)
             for i in range(codes.shape[1]):
                 value = levels[codes[b, i]] * scale[b] + z
-                out[b, i] = _bf16(value) if bf16 else value
+                out[b, i] = _round_to_bf16(value) if bf16 else value
 
 
 @threaded_kernel
@@ -279,11 +279,11 @@ def _decode_scales(stored: Sequence[Tensor]) -> ndarray:
     if not stored:
         return np.empty(0, np.float32)
     if len(stored) == 1:
-        return _array(decode_scales(stored))
-    codes, absmax, offset = map(_array, stored)
+        return _as_numpy(decode_scales(stored))
+    codes, absmax, offset = map(_as_numpy, stored)
     out = np.empty(len(codes), np.float32)
     decode = avx512.decode_nested if AVX512 else decode_nested
-    decode(thread_count(len(codes)), codes, _array(dynamic_map()), absmax, offset[()], NESTED_BLOCK, out)
+    decode(thread_count(len(codes)), codes, _as_numpy(dynamic_map()), absmax, offset[()], NESTED_BLOCK, out)
     return out
 
 
@@ -311,8 +311,8 @@ def quantize(
     codes = np.empty(packed_bytes(n, bits) if pairs else n, np.uint8)
     step = n if w.dtype == torch.float32 else max(CHUNK // (2 * block), 1) * 2 * block
     for chunk in range(0, n, max(step, 1)):
-        values = _array(w[chunk : chunk + step].float())
-        for start, stop, blocks, size in _parts(chunk, min(chunk + step, n), block):
+        values = _as_numpy(w[chunk : chunk + step].float())
+        for start, stop, blocks, size in _split_blocks(chunk, min(chunk + step, n), block):
             rows = values[start - chunk : stop - chunk].reshape(-1, size)
             target = codes[start // 2 :] if pairs else codes[start:]
             common = rows, scales[blocks], given, shifts[blocks], smallest
@@ -334,16 +334,16 @@ def dequantize(
     n = math.prod(shape)
     scales, shifts = _decode_scales(scale), _decode_scales(shift)
     per_byte = 2 if bits == 4 and block % 2 == 0 else 1
-    packed = _array(codes if per_byte == 2 else unpack(codes, bits, n))
+    packed = _as_numpy(codes if per_byte == 2 else unpack(codes, bits, n))
     bf16 = dtype == torch.bfloat16
     out = _reusable_array(n + n % per_byte, np.uint16 if bf16 else np.float32)  # an odd end needs room for a pair
-    for start, stop, blocks, size in _parts(0, n, block):
+    for start, stop, blocks, size in _split_blocks(0, n, block):
         stop += stop % per_byte
         source = packed[start // per_byte : stop // per_byte].reshape(-1, -(size // -per_byte))
         pairs = avx512.decode_pairs if AVX512 and size % 32 == 0 else decode_pairs
         decode = pairs if per_byte == 2 else decode_single
         values = out[start:stop].reshape(len(source), -1)
-        decode(thread_count(values.size), source, _array(levels), scales[blocks], shifts[blocks], bf16, values)
+        decode(thread_count(values.size), source, _as_numpy(levels), scales[blocks], shifts[blocks], bf16, values)
     w = torch.from_numpy(out)[:n].view(shape)
     return w.view(torch.bfloat16) if bf16 else w.to(dtype)
 
@@ -362,10 +362,10 @@ def linear(
     even, odd = (flat[:, which::2].contiguous().numpy() for which in (0, 1))
     sums = flat.view(rows, -1, block).sum(2).numpy() if shift else np.empty((0, 0), np.float32)
     scales, shifts = (_decode_scales(stored).reshape(-1, in_features // block) for stored in (scale, shift))
-    packed = _array(codes).reshape(out_features, -1)
+    packed = _as_numpy(codes).reshape(out_features, -1)
     y = np.empty((rows, out_features), np.float32)
     threads = thread_count(y.size * in_features)
-    avx512.multiply_pairs(threads, packed, _array(levels), scales, shifts, even, odd, sums, y)
+    avx512.multiply_pairs(threads, packed, _as_numpy(levels), scales, shifts, even, odd, sums, y)
     return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], out_features)
 
 

@@ -47,7 +47,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[dict, int]:
+def _device_choices(device: torch.device) -> tuple[dict, int]:
     """The choices for a device (`choices`), and its number of multiprocessors."""
     if device.type != "cuda":
         return choices("interpreter", 0), 2
@@ -61,7 +61,7 @@ def _launch(launch: Launch, on: Tensor, *arguments: Any) -> None:
         kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
-def _scales(stored: Sequence[Tensor]) -> Stored:
+def _kernel_scales(stored: Sequence[Tensor]) -> Stored:
     """Stored scales as the kernels' argument: double-quantized ones are followed by their dynamic map."""
     return (*stored, dynamic_map(stored[0].device)) if len(stored) == 3 else tuple(stored)
 
@@ -80,14 +80,15 @@ def quantize(
     scale = w.new_empty(block_count(n, block), dtype=torch.float32) if scale is None else scale.clone()
     pairs = bits == 4 and block % 2 == 0
     codes = w.new_empty(packed_bytes(n, bits) if pairs else n, dtype=torch.uint8)
+    choice = _device_choices(w.device)[0]["quantize"]
     for first, count, size in (0, blocks, block), (blocks, int(n % block > 0), n % block):
         if count:
-            launch = launches.quantize(_device(w.device)[0]["quantize"], bits, count, size, given, size < block, pairs)
+            launch = launches.quantize(choice, bits, count, size, given, size < block, pairs)
             start = first * block
             target = codes[start // 2 if pairs else start :]
             z = () if shift is None else (shift[first:],)
             _launch(launch, w, w[start:], boundaries, order, scale[first:], z, target, count, size, SMALLEST)
-    if not pairs and bits < 8:  # reading the code of zero waits for the device
+    if not pairs and bits < 8:  # to read the code of zero, the host waits for the device
         zero = order[torch.bucketize(torch.zeros((), dtype=torch.float32, device=w.device), boundaries)]
         codes = pack(codes, bits, fill=int(zero))
     return codes, scale
@@ -102,8 +103,8 @@ def dequantize(
     if not n or _kernels(codes.device) is None:
         return dequantize_reference(codes, levels, scale, shift, bits, block, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    launch = launches.dequantize(_device(codes.device)[0]["dequantize"], bits, block, n, codes.is_cuda)
-    _launch(launch, codes, codes, levels, _scales(scale), _scales(shift), out, n)
+    launch = launches.dequantize(_device_choices(codes.device)[0]["dequantize"], bits, block, n, codes.is_cuda)
+    _launch(launch, codes, codes, levels, _kernel_scales(scale), _kernel_scales(shift), out, n)
     return out
 
 
@@ -123,7 +124,7 @@ def product(op: str, x: Tensor, *weight: Any, choice: dict | None = None) -> Ten
     """The product `op`, on the path chosen for its number of rows, or on that of `choice`."""
     codes, levels, scale, shift, bits, block, n, k = weight
     m = x.shape[:-1].numel()
-    rules, processors = _device(x.device)
+    rules, processors = _device_choices(x.device)
     choice = choice or choose(rules[op], m, _usable_paths(op, x, bits, block, n, k))
     if choice["path"] == "decode":
         return getattr(reference, op)(x, *weight)
@@ -131,7 +132,7 @@ def product(op: str, x: Tensor, *weight: Any, choice: dict | None = None) -> Ten
     rows = x.reshape(m, -1)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     y = x.new_empty(*x.shape[:-1], n if op == "linear" else k)
-    packed = codes, levels, _scales(scale), _scales(shift)
+    packed = codes, levels, _kernel_scales(scale), _kernel_scales(shift)
     split = launch.grid[2] if launch.kernel != "multiply_row" else 1
     parts = y if split == 1 else torch.empty(split, *y.shape, dtype=torch.float32, device=y.device)
     sizes = (n, k) if launch.kernel == "multiply_row" else (m, n, k)

@@ -29,7 +29,7 @@ NO_HINT = tl.constexpr("")
 
 @triton.jit
 def _load(pointer, mask, eviction: tl.constexpr = NO_HINT):
-    """Load from `pointer`, with 0 where the mask is false. Without a mask, vector loads can be widest."""
+    """Load from `pointer`, with 0 where the mask is false. Loads without a mask can be wider."""
     if mask is None:
         return tl.load(pointer, eviction_policy=eviction)
     else:
@@ -37,7 +37,7 @@ def _load(pointer, mask, eviction: tl.constexpr = NO_HINT):
 
 
 @triton.jit
-def _stored(stored, at, mask):
+def _decode_scales(stored, at, mask):
     """The fp32 scales of the blocks `at`. stored: (values,), or (codes, absmax, offset, dynamic map)."""
     values = _load(stored[0] + at, mask)
     if len(stored) == 1:
@@ -48,8 +48,8 @@ def _stored(stored, at, mask):
 
 
 @triton.jit
-def _table(levels, BITS: tl.constexpr, LANES: tl.constexpr):
-    """The table for `_scaled`: the pointer, or with LANES, in each lane of a warp the level of the lane's number."""
+def _lookup_table(levels, BITS: tl.constexpr, LANES: tl.constexpr):
+    """The table for `_look_up`: the pointer, or with LANES a register, which holds level i in lane i of the warp."""
     if LANES:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; and.b32 lane, lane, $2;"
@@ -65,7 +65,7 @@ def _table(levels, BITS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _scaled(table, code, s, z, BITS: tl.constexpr, LANES: tl.constexpr):
+def _look_up(table, code, s, z, BITS: tl.constexpr, LANES: tl.constexpr):
     """s · L[code] (+ z), fp32. code: only its lowest BITS are used. z: None if there is no shift."""
     if LANES:  # a shuffle uses the lowest 5 bits of the code; a table shorter than a warp is repeated over the lanes
         w = tl.inline_asm_elementwise(
@@ -155,7 +155,8 @@ def dequantize(
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Decode weights 0 … n − 1 to out, any float dtype, TILE a program. EVEN: TILE divides n. UNITS: of a block."""
+    """Decode weights 0 … n − 1 to out, any float dtype, TILE weights a program. EVEN: TILE divides n. UNITS: units
+    in a block."""
     first = tl.program_id(0).to(tl.int64) * TILE
     WIDTH: tl.constexpr = UNIT * BITS // 8
     left = tl.minimum(n - first, TILE).to(tl.int32)
@@ -168,15 +169,15 @@ def dequantize(
         units_left, bytes_left, places_left = unit * UNIT < left, at * (8 // BITS) < left, place < left
     byte = _load(codes + first * BITS // 8 + at, bytes_left, "evict_first").to(tl.uint32)
     block = (first // UNIT + unit) // UNITS
-    s, z = _stored(scale, block, units_left)[:, None], None
+    s, z = _decode_scales(scale, block, units_left)[:, None], None
     if len(shift) > 0:
-        z = _stored(shift, block, units_left)[:, None]
-    table = _table(levels, BITS, LANES)
+        z = _decode_scales(shift, block, units_left)[:, None]
+    table = _lookup_table(levels, BITS, LANES)
     if BITS == 4:
-        pair = tl.join(_scaled(table, byte >> 4, s, z, BITS, LANES), _scaled(table, byte, s, z, BITS, LANES))
+        pair = tl.join(_look_up(table, byte >> 4, s, z, BITS, LANES), _look_up(table, byte, s, z, BITS, LANES))
         w = tl.reshape(pair, TILE // UNIT, UNIT)
     else:
-        w = _scaled(table, byte, s, z, BITS, LANES)
+        w = _look_up(table, byte, s, z, BITS, LANES)
     tl.store(out + first + place, w.to(out.dtype.element_ty), places_left)
 
 
@@ -194,8 +195,8 @@ def dequantize_elements(
     code = (word >> (16 - BITS - bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
     z = None
     if len(shift) > 0:
-        z = _stored(shift, i // BLOCK, mask)
-    w = _scaled(levels, code, _stored(scale, i // BLOCK, mask), z, BITS, False)
+        z = _decode_scales(shift, i // BLOCK, mask)
+    w = _look_up(levels, code, _decode_scales(scale, i // BLOCK, mask), z, BITS, False)
     tl.store(out + i, w.to(out.dtype.element_ty), mask)
 
 
@@ -207,15 +208,15 @@ def multiply_row(
 ):  # fmt: skip
     """y [M, N] = x [M, K] · Wᵀ. A program multiplies one row of x with ROWS rows of W, COLUMNS of them at a time.
 
-    x: rows are `stride` apart. EVEN: ROWS divides N and COLUMNS divides K. UNITS: of a block. Σ L[c]·x of a unit is
-    summed first and scaled then, with one multiplication a unit instead of one a weight.
+    x: rows are `stride` apart. EVEN: ROWS divides N and COLUMNS divides K. UNITS: units in a block. The sum of
+    L[c]·x over a unit is scaled as a whole, so there is one multiplication a unit instead of one a weight.
     """
     WIDTH: tl.constexpr = UNIT * BITS // 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1).to(tl.int64)
     units = K // UNIT
     start = row.to(tl.int64) * units
-    table = _table(levels, BITS, LANES)
+    table = _lookup_table(levels, BITS, LANES)
     total = tl.zeros((ROWS, COLUMNS // UNIT), tl.float32)
     for first in range(0, units, COLUMNS // UNIT):
         u = first + tl.arange(0, COLUMNS // UNIT)
@@ -227,30 +228,30 @@ def multiply_row(
             bytes_there, x_there = there[:, :, None], (u < units)[:, None]
         at = unit[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
         byte = _load(codes + at, bytes_there, "evict_first").to(tl.uint32)
-        s = _stored(scale, unit // UNITS, there)
+        s = _decode_scales(scale, unit // UNITS, there)
         x_tile = _load(x + m * stride + u[:, None] * UNIT + tl.arange(0, UNIT)[None, :], x_there).to(tl.float32)
         if BITS == 4:
             even, odd = tl.split(tl.reshape(x_tile, COLUMNS // UNIT, WIDTH, 2))
-            product = _scaled(table, byte >> 4, even[None], None, BITS, LANES)
-            product += _scaled(table, byte, odd[None], None, BITS, LANES)
+            product = _look_up(table, byte >> 4, even[None], None, BITS, LANES)
+            product += _look_up(table, byte, odd[None], None, BITS, LANES)
         else:
-            product = _scaled(table, byte, x_tile[None], None, BITS, LANES)
+            product = _look_up(table, byte, x_tile[None], None, BITS, LANES)
         total += tl.sum(product, 2) * s
         if len(shift) > 0:
-            total += _stored(shift, unit // UNITS, there) * tl.sum(x_tile, 1)[None, :]
+            total += _decode_scales(shift, unit // UNITS, there) * tl.sum(x_tile, 1)[None, :]
     tl.store(y + m * N + row, tl.sum(total, 1).to(y.dtype.element_ty), row < N)
 
 
 @triton.jit
-def _weights(
+def _decode_tile(
     codes, table, scale, shift, row, column, N, K,
     BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The tile of W [N, K], fp32, at rows `row` (int64) and COLUMNS columns from `column` on.
 
-    With 4 bits a tuple of its even and its odd columns, with 8 bits a tuple of one tile. Rows
-    beyond N and columns beyond K are 0.
+    It is a tuple: with 4 bits the even and the odd columns, with 8 bits the whole tile. Rows beyond N and columns beyond K
+    are 0.
     """
     WIDTH: tl.constexpr = UNIT * BITS // 8
     u = column // UNIT + tl.arange(0, COLUMNS // UNIT)
@@ -263,13 +264,13 @@ def _weights(
         bytes_there = (row < N)[:, None] & (column + j * (8 // BITS) < K)[None, :]
         there = (row < N)[:, None] & (u * UNIT < K)[None, :]
     byte = _load(codes + byte_at, bytes_there, "evict_first").to(tl.uint32)
-    s, z = _spread(_stored(scale, block, there), WIDTH), None
+    s, z = _spread(_decode_scales(scale, block, there), WIDTH), None
     if len(shift) > 0:
-        z = _spread(_stored(shift, block, there), WIDTH)
+        z = _spread(_decode_scales(shift, block, there), WIDTH)
     if BITS == 4:
-        return _scaled(table, byte >> 4, s, z, BITS, LANES), _scaled(table, byte, s, z, BITS, LANES)
+        return _look_up(table, byte >> 4, s, z, BITS, LANES), _look_up(table, byte, s, z, BITS, LANES)
     else:
-        return (_scaled(table, byte, s, z, BITS, LANES),)
+        return (_look_up(table, byte, s, z, BITS, LANES),)
 
 
 @triton.jit
@@ -280,14 +281,14 @@ def matmul(
 ):  # fmt: skip
     """y [parts, M, N]: x [M, K] · Wᵀ, summed over each part of K. A program computes TOKENS × ROWS of it.
 
-    EVEN: ROWS divides N and COLUMNS divides K. UNITS: of a block. W is the left operand, which Hopper's matrix unit can
-    take from registers. Then tokens are the short side of the tile, and few of them fill it.
+    EVEN: ROWS divides N and COLUMNS divides K. UNITS: units in a block. W is the left operand, which Hopper's matrix
+    unit can take from registers. Then tokens are the short side of the tile, and few of them fill it.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     part = tl.cdiv(tl.cdiv(K, COLUMNS), tl.num_programs(2)) * COLUMNS
     start = tl.program_id(2) * part
-    table = _table(levels, BITS, LANES)
+    table = _lookup_table(levels, BITS, LANES)
     x_rows = x + token.to(tl.int64)[:, None] * stride
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for column in range(start, tl.minimum(start + part, K), COLUMNS):
@@ -296,7 +297,7 @@ def matmul(
         if not EVEN:
             mask = mask & (k < K)[None, :]
         tile = tl.load(x_rows + k[None, :], mask, other=0)
-        w = _weights(codes, table, scale, shift, row, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
+        w = _decode_tile(codes, table, scale, shift, row, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
         if len(w) == 2:
             tile, odd = tl.split(tl.reshape(tile, TOKENS, COLUMNS // 2, 2))
             total = tl.dot(w[1].to(x.dtype.element_ty), tl.trans(odd), total, input_precision="ieee")
@@ -319,7 +320,7 @@ def matmul_dx(
     column = tl.program_id(1) * COLUMNS
     part = tl.cdiv(tl.cdiv(N, ROWS), tl.num_programs(2)) * ROWS
     start = tl.program_id(2) * part
-    table = _table(levels, BITS, LANES)
+    table = _lookup_table(levels, BITS, LANES)
     g_rows = g + token.to(tl.int64)[:, None] * stride
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     total = tl.zeros((TOKENS, COLUMNS // HALVES), tl.float32)
@@ -328,7 +329,7 @@ def matmul_dx(
         row = first + tl.arange(0, ROWS)
         tile = tl.load(g_rows + row[None, :], (token < M)[:, None] & (row < N)[None, :], other=0)
         row_at = row.to(tl.int64)
-        w = _weights(codes, table, scale, shift, row_at, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
+        w = _decode_tile(codes, table, scale, shift, row_at, column, N, K, BITS, UNIT, UNITS, COLUMNS, EVEN, LANES)
         if len(w) == 2:
             total_odd = tl.dot(tile, w[1].to(g.dtype.element_ty), total_odd, input_precision="ieee")
         total = tl.dot(tile, w[0].to(g.dtype.element_ty), total, input_precision="ieee")

@@ -24,7 +24,10 @@ ANY_TILE = 1024  # elements of a program that handles them one by one
 
 
 class Launch(NamedTuple):
-    """kernel: its name in `kernels`. constants: its constexpr arguments. options: for Triton's compiler."""
+    """How to launch a kernel.
+
+    kernel: its name in `kernels`. constants: its constexpr arguments. options: for Triton's compiler.
+    """
 
     kernel: str
     grid: tuple[int, ...]
@@ -33,7 +36,7 @@ class Launch(NamedTuple):
 
 
 def unit(bits: int, block: int, *along: int) -> int:
-    """The weights of a unit (see `kernels`), which divides the block and all lengths `along`; 0 if there is none."""
+    """The size of a unit (see `kernels`), which divides the block and all lengths `along`; 0 if there is none."""
     size = gcd(block, *along)
     size &= -size
     return size if bits in (4, 8) and size >= 16 else 0
@@ -41,8 +44,8 @@ def unit(bits: int, block: int, *along: int) -> int:
 
 def quantize(choice: dict, bits: int, blocks: int, size: int, given: bool, tail: bool, pairs: bool) -> Launch:
     """Quantize `blocks` blocks of `size` weights. given: scales are given. tail: short block. pairs: two codes a byte."""
-    width = max(_ceiling(size), 2)
-    rows = min(max(choice["tile"] // width, 1), _ceiling(blocks))
+    width = max(_next_power_of_two(size), 2)
+    rows = min(max(choice["tile"] // width, 1), _next_power_of_two(blocks))
     even = width == size and blocks % rows == 0
     constants = {"BITS": bits, "WIDTH": width, "ROWS": rows, "EVEN": even, "GIVEN": given, "TAIL": tail, "PAIRS": pairs}
     options = {"num_warps": choice["num_warps"], "enable_fp_fusion": False}
@@ -57,7 +60,7 @@ def dequantize(choice: dict, bits: int, block: int, n: int, lanes: bool) -> Laun
         grid = (block_count(n, ANY_TILE),)
         return Launch("dequantize_elements", grid, {"BITS": bits, "BLOCK": block, "TILE": ANY_TILE}, options)
     tile = choice["tile"]
-    constants = {**_units(bits, block, size, lanes), "TILE": tile, "EVEN": n % tile == 0}
+    constants = {**_unit_constants(bits, block, size, lanes), "TILE": tile, "EVEN": n % tile == 0}
     return Launch("dequantize", (block_count(n, tile),), constants, options)
 
 
@@ -67,7 +70,7 @@ def product(
     """`linear` or `linear_dx` of m rows with a weight [n, k], as `choice` says, on `processors` multiprocessors."""
     rows, columns = choice["rows"], choice["columns"]
     constants = {
-        **_units(bits, block, unit(bits, block, k, columns), lanes),
+        **_unit_constants(bits, block, unit(bits, block, k, columns), lanes),
         "ROWS": rows,
         "COLUMNS": columns,
         "EVEN": n % rows == 0 and k % columns == 0,
@@ -90,11 +93,11 @@ def add_parts(n: int) -> Launch:
     return Launch("add_parts", (block_count(n, ANY_TILE),), {"TILE": ANY_TILE}, {"enable_fp_fusion": True})
 
 
-def _units(bits: int, block: int, size: int, lanes: bool) -> dict[str, int | bool]:
+def _unit_constants(bits: int, block: int, size: int, lanes: bool) -> dict[str, int | bool]:
     """Constants of all kernels that read units. lanes: whether the device has warp lanes, to hold a table of 16 levels."""
     return {"BITS": bits, "UNIT": size, "UNITS": block // size, "LANES": lanes and bits == 4}
 
 
-def _ceiling(n: int) -> int:
+def _next_power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << (n - 1).bit_length()

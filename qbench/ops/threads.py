@@ -1,7 +1,8 @@
 """Compiles CPU kernels with numba, each for several threads and for one.
 
 The threads are OpenMP's, and so the same as PyTorch's: they are still awake after PyTorch's last operation. Threads of
-another pool would wait for cores on which these spin, half of the time of a product with one row (measured on 2 cores).
+another pool would wait for cores on which these spin. That costs half of the time of a product with one row (measured
+on 2 cores).
 
 **Forks.** A fork copies only the calling thread. GNU OpenMP does not notice: a child would wait forever for threads that
 do not exist. So a thread releases its OpenMP threads before it forks, and both processes start new ones on demand. numba
@@ -88,7 +89,7 @@ def threaded_kernel(function: Callable) -> Callable:
 
 
 def thread_count(weights: int) -> int:
-    """The number of threads for work on so many weights: at most PyTorch's number."""
+    """The number of threads for work on this many weights: at most PyTorch's number."""
     if _single_threaded or weights < 2 * WEIGHTS_PER_THREAD:
         return 1
     torch_threads = torch.get_num_threads()

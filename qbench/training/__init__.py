@@ -1,7 +1,7 @@
 """Fine-tunes a model: reads the text, adds adapters, trains them, and merges them.
 
-In go a model with packed layers, a text file and `tune` settings; out come the trained model and a log of every step. Read
-loop.py first.
+In go a model with packed layers, a text file and `tune` settings. Out come the trained model and a log of every step.
+Read loop.py first.
 
     adapters    adds PEFT adapters to a model, and checks beforehand that training can work
     data        reads text, holds part of it out, and cuts it into windows and examples

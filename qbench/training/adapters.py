@@ -46,8 +46,8 @@ def add(
         return _unfreeze(model)
     refused = refused_layers(model, targets, settings)
     targets = [name for name in targets if name not in refused]
-    with _quietly():
-        adapted = peft.get_peft_model(model, _config(model, targets, settings))
+    with _ignore_peft_warnings():
+        adapted = peft.get_peft_model(model, _peft_config(model, targets, settings))
     for p in adapted.parameters():
         if p.requires_grad:  # some PEFT methods leave them in 16 bits, where small steps are lost
             p.data = p.data.float()
@@ -136,7 +136,7 @@ def _mistaken_for_expert(model: PreTrainedModel, leaf: str) -> bool:
     """Whether PEFT takes a layer for part of an expert, as before transformers 5, and adapts the experts instead."""
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # an older PEFT, which does not
+    except ImportError:  # an older PEFT, which makes no such mistake
         return False
     config = LoraConfig(target_modules=[leaf])
     try:
@@ -185,12 +185,10 @@ def _full_rank(layer: nn.Module) -> int:
     return min(layer.in_features, layer.out_features) if isinstance(layer, QuantLinear) else min(weight_of(layer).shape)
 
 
-def _config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> peft.PeftConfig:
+def _peft_config(model: PreTrainedModel, targets: list[str], settings: TuneSettings) -> peft.PeftConfig:
     if settings.method in _LOW_RANK:
-        options = {
-            **_LOW_RANK[settings.method],
-            "lora_alpha": settings.alpha,
-        }  # typed int by PEFT, which accepts floats
+        # PEFT types lora_alpha as int, but accepts floats
+        options = {**_LOW_RANK[settings.method], "lora_alpha": settings.alpha}
         return LoraConfig(
             r=settings.rank,
             lora_dropout=settings.dropout,
@@ -214,12 +212,12 @@ def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
 
 def load(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Add to a quantized model the adapters that `save_pretrained` wrote into a folder."""
-    with _quietly():
+    with _ignore_peft_warnings():
         return PeftModel.from_pretrained(model, folder)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _ignore_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT uses the old name of this property
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

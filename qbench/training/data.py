@@ -30,23 +30,23 @@ from qbench.errors import InputError
 from qbench.system.messages import OURS
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
-PIECE = 4096  #: characters of a piece, about; one piece in HELD_OUT is held out
+PIECE = 4096  #: about this many characters make a piece; one piece in HELD_OUT is held out
 HELD_OUT = 10
 _CHUNK = 2**24  #: bytes read at once
-_PACKED: dict[bytes, Callable[..., Any]] = {
+_OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"\xfd7zXZ\0": lzma.open,
 }  #: by the first bytes of a file
-_MARKS = {  # byte order marks; utf-32-le starts with that of utf-16-le, so longer ones come first
+_BYTE_ORDER_MARKS = {  # the mark of utf-32-le starts with that of utf-16-le, so longer ones come first
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_JSON = (".json", ".jsonl", ".ndjson")
-_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
-_SPACE = re.compile(r"\s*")
-_OBJECT = 'an object with the whole document, such as a prompt and its answer, under "text"'
+_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+_WHITE_SPACE = re.compile(r"\s*")
+_ACCEPTED_OBJECT = 'an object with the whole document, such as a prompt and its answer, under "text"'
 
 
 @dataclass
@@ -88,12 +88,12 @@ def read(path: str) -> Text:
 
     JSON objects, one a line or in a list, are documents: the "text" of each is a piece, and empty ones are dropped. Other
     text is cut at line ends into pieces of about 4096 characters, or fewer in a short text. It is cut by characters, so
-    that models with different tokenizers are scored on the same text. Every tenth piece is held out; of fewer than ten,
-    the last. Raises InputError.
+    that models with different tokenizers are scored on the same text. Every tenth piece is held out; if there are fewer
+    than ten, the last one is. Raises InputError.
     """
     file = _find_file(path)
     suffix = next((s for s in map(str.lower, reversed(file.suffixes)) if s not in (".gz", ".xz")), "")
-    if suffix in _TABLES:
+    if suffix in _TABLE_SUFFIXES:
         raise _bad_path(path, "is a table, which pandas' to_json(orient='records', lines=True) turns into JSON lines")
     with _reading_errors(path):
         raw = _read_bytes(file)
@@ -101,9 +101,9 @@ def read(path: str) -> Text:
         del raw  # do not hold a large text twice
         if "\0" in text:
             raise _bad_path(path, "holds NUL characters, as binary files do, and UTF-16 without a byte order mark")
-        whole = suffix in _JSON or _holds_objects(text)
-        parts = _parse_documents(text, path) if whole else _cut_pieces(text)
-        pieces = [part for part in parts if part.strip()] if whole else parts
+        whole = suffix in _JSON_SUFFIXES or _holds_objects(text)
+        all_pieces = _parse_documents(text, path) if whole else _cut_pieces(text)
+        pieces = [piece for piece in all_pieces if piece.strip()] if whole else all_pieces
     if len(pieces) < 2:
         raise _bad_path(path, "holds a single document, and one is to be held out" if pieces else "holds no text")
     indices = set(range(HELD_OUT - 1, len(pieces), HELD_OUT)) or {len(pieces) - 1}
@@ -112,11 +112,11 @@ def read(path: str) -> Text:
     train = _drop_repeated(rest, held_out) if whole else rest
     if not train:
         raise _bad_path(path, "holds one document again and again, and one is to be held out")
-    return Text(train, held_out, digest, whole, len(parts) - len(pieces), len(rest) - len(train))
+    return Text(train, held_out, digest, whole, len(all_pieces) - len(pieces), len(rest) - len(train))
 
 
 def _find_file(path: str) -> Path:
-    # unlike those of Path, the functions of os.path raise for no path
+    # the functions of os.path never raise here, unlike the methods of Path
     file, bundled = Path(os.path.expanduser(path)), TEXTS / f"{path}.txt.xz"
     for candidate in (file, bundled):
         if os.path.isfile(candidate):
@@ -139,15 +139,15 @@ def _reading_errors(path: str) -> Iterator[None]:
         reason = first_line(error)
         raise InputError(f"data.path: {path!r:.300} cannot be read as UTF-8 text: {reason}") from error
     except MemoryError as error:
-        raise _bad_path(path, "is larger, unpacked, than the memory has room for, a quarter of what is free") from error
+        raise _bad_path(path, "takes, unpacked, more than a quarter of the free memory") from error
 
 
 def _read_bytes(file: Path) -> bytearray:
     """The unpacked bytes of a file. Raises MemoryError if they take more than a quarter of the free memory."""
     limit = psutil.virtual_memory().available // 4
     with file.open("rb") as stream:
-        first = stream.read(max(map(len, _PACKED)))
-    opened = next((opener for mark, opener in _PACKED.items() if first.startswith(mark)), open)
+        first = stream.read(max(map(len, _OPENERS)))
+    opened = next((opener for mark, opener in _OPENERS.items() if first.startswith(mark)), open)
     raw = bytearray()
     with opened(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -158,7 +158,7 @@ def _read_bytes(file: Path) -> bytearray:
 
 
 def _decode(raw: bytearray) -> str:
-    return raw.decode(next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8-sig"))
+    return raw.decode(next((name for mark, name in _BYTE_ORDER_MARKS.items() if raw.startswith(mark)), "utf-8-sig"))
 
 
 def _holds_objects(text: str) -> bool:
@@ -177,7 +177,7 @@ def _holds_objects(text: str) -> bool:
 
 def _skip_space(text: str, start: int) -> int:
     """The index of the first character from `start` on that is not white space."""
-    space = _SPACE.match(text, start)
+    space = _WHITE_SPACE.match(text, start)
     assert space, "it matches an empty string"
     return space.end()
 
@@ -188,7 +188,7 @@ def _parse_documents(text: str, path: str) -> list[str]:
 
     def refused(why: str, item: int | None = None) -> InputError:
         place = f"line {1 + text.count(chr(10), 0, start)}{f', item {item}' if item else ''}"
-        return InputError(f"data.path: {place} of {path!r:.300} {why}; accepted: {_OBJECT}")
+        return InputError(f"data.path: {place} of {path!r:.300} {why}; accepted: {_ACCEPTED_OBJECT}")
 
     while start < len(text):
         try:
@@ -199,14 +199,14 @@ def _parse_documents(text: str, path: str) -> list[str]:
             raise refused(f"is no JSON ({first_line(error)})") from error
         listed = isinstance(value, list)
         for item, entry in enumerate(value if listed else [value], 1):
-            if why := _problem(entry):
+            if why := _why_no_document(entry):
                 raise refused(why, item if listed else None)
             documents.append(f"{entry['text']}\n\n")
         start = _skip_space(text, end)
     return documents
 
 
-def _problem(entry: Any) -> str | None:
+def _why_no_document(entry: Any) -> str | None:
     """Why a JSON value is not a document; None if it is one."""
     if not isinstance(entry, dict):
         return "is no object"

@@ -65,7 +65,7 @@ def train(
         SCHEDULES[settings.schedule], optimizer, min(settings.warmup, settings.steps - 1), settings.steps
     )
     log = TuneLog(trainable=sum(p.numel() for p in parameters))
-    order = _order([len(example) for example in examples], settings, seed)
+    order = _training_order([len(example) for example in examples], settings, seed)
     torch.manual_seed(seed)  # dropout
     tokens = padded_tokens = 0
     with _training_mode(model, settings.checkpointing):
@@ -120,7 +120,7 @@ def _accumulate_gradients(
     return total, padded_tokens
 
 
-def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
+def _training_order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
     """Example indices in training order, shuffled each epoch; `group_by_length` batches examples of like length."""
     generator = torch.Generator().manual_seed(seed)
     needed = settings.steps * settings.batch
@@ -134,7 +134,7 @@ def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
             order += torch.randperm(len(lengths), generator=generator).tolist()
             continue
         indices = list(epoch)
-        # a batch across two epochs would mix lengths, so the last, incomplete batch is dropped, unless it is all there is
+        # a batch across two epochs would mix lengths, so the last, incomplete batch is dropped, unless it is the only one
         whole_batches = len(indices) // settings.batch * settings.batch
         order += indices[: whole_batches or None]
     return order
@@ -143,7 +143,7 @@ def _order(lengths: list[int], settings: TuneSettings, seed: int) -> list[int]:
 @contextmanager
 def _training_mode(model: "PreTrainedModel | PeftModel", checkpointing: bool) -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that an argument is renamed
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -34,8 +34,8 @@ class LoraInit:
 def initialize(w: Tensor, fmt: Format, rank: int, init: str, rounds: int, name: str = "tensor") -> LoraInit:
     """Quantize w [out_features, in_features], and compute the A and B that its fine-tune starts from.
 
-    init: "loftq" or "pissa". rounds: alternations of LoftQ; the one with the least error is returned. PiSSA has one by
-    definition. Raises ValueError, naming the tensor, if it holds NaN or Inf.
+    init: "loftq" or "pissa". rounds: alternations of LoftQ; the one with the least error is returned. PiSSA has one
+    round by definition. Raises ValueError, naming the tensor, if it holds NaN or Inf.
     """
     dtype, w = w.dtype, w.detach().float()
 

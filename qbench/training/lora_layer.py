@@ -48,7 +48,7 @@ _create_new_module = LoraModel._create_new_module
 def _create_module_for_quant_linear(
     lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
 ) -> nn.Module | None:
-    # PEFT learns of custom layers only through a config, so each config is told when it is used
+    # PEFT takes custom layers only from a config, so this is added to each config when it is used
     lora_config._register_custom_module({QuantLinear: LoraQuantLinear})
     return _create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -96,7 +96,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
         with torch.autocast(device, enabled=False):  # backward runs without autocast, in the same dtypes
             return add_low_rank(y, x, a.to(dtype), b.to(dtype), scale)
     # The function works on flat tensors, so that its result is no view: some models add to it in place.
-    return _AddLowRank.apply(_rows(y), _rows(x), a, b, scale).view_as(y)
+    return _AddLowRank.apply(_flatten_rows(y), _flatten_rows(x), a, b, scale).view_as(y)
 
 
 def autocasting(x: Tensor) -> bool:
@@ -125,5 +125,5 @@ class _AddLowRank(torch.autograd.Function):
         return g, dx, da, rows.t() @ inner if for_b else None, None
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])

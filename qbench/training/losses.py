@@ -32,7 +32,7 @@ def next_token_loss(logits: Tensor, tokens: Tensor, targets: int | None = None) 
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum over the rows of logits [n, vocabulary], in chunks. Rows with a negative target are ignored."""
+    """The sum of the cross-entropies of logits [n, vocabulary], in chunks. Rows with a negative target are ignored."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Any:

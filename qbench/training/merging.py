@@ -1,4 +1,4 @@
-"""What can be done with trained adapters: quantize them, merge them into the weights, or merge and quantize again.
+"""Quantizes trained adapters, merges them into the weights, or merges and quantizes again.
 
 Merging into 16 bits loses only the rounding, but saves no memory. Quantizing again saves memory, at the cost of a second
 quantization error.
@@ -21,7 +21,7 @@ from qbench.model.replacement import convert_to_conv1d, replace_layers, unpack_l
 
 @contextmanager
 def quantized_adapters(model: PeftModel, fmt: Format) -> Iterator[int]:
-    """While inside, the model has every A and B rounded to the format; yields the bytes that they take."""
+    """Round every A and B of the model to the format, inside this context. Yields the bytes that they then take."""
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     originals = {name: p.data for name, p in trained.items()}
     packed = {name: fmt.quantize(p.data, name) for name, p in trained.items()}
@@ -37,8 +37,8 @@ def quantized_adapters(model: PeftModel, fmt: Format) -> Iterator[int]:
 def merged(model: PeftModel) -> PreTrainedModel:
     """Merge the adapters into the weights, in the dtype that these had before they were quantized.
 
-    The result is an ordinary model and can be saved as such; `model` is used up. A head that is tied to the embeddings
-    is untied if one of the two has adapters.
+    The result is an ordinary model and can be saved as such; do not use `model` afterwards. A head that is tied to the
+    embeddings is untied if one of the two has adapters.
     """
     inner = model.get_base_model()
     untied = _untie(model)

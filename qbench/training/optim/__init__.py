@@ -40,7 +40,7 @@ def build(
 
 
 def footprint(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """`peak_bytes`: the most that the states took on the device; for a PagedAdamW all of `PagingStats`."""
+    """Memory of the states: `peak_bytes`, the most on the device; for a PagedAdamW, all fields of `PagingStats`."""
     if isinstance(optimizer, PagedAdamW):
         return asdict(optimizer.paging)
     states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]

@@ -6,8 +6,9 @@ misses it. Here the order of use is known, so a page is copied before it is need
 **Which pages stay.** A step uses every page once. Unified memory evicts the least recently used page, which is the worst
 policy here: with one slot too few, each page leaves just before its turn, and all P pages move at every step. For a fixed
 order, no policy needs fewer moves than P(P − C)/(P − 1) with C slots (Belady). But the updates of two pages are
-independent, so we choose the order: **a step begins with the pages that are on the device.** Each slot, once used, goes to
-a page that is not. The last C pages of a step are the first of the next, so the moves in, and the moves out, are
+independent, so we choose the order: **a step begins with the pages that are on the device.** After its use, each slot goes
+to a page that is not on the device. The last C pages of a step are the first of the next. So the moves in, and the moves
+out, are
 
     moves per step = max(P − C, 0)
 
@@ -32,9 +33,8 @@ from torch import Tensor
 from .states import GRAIN, Moments
 from .streams import Event, Synchronous
 
-PAGE = (
-    "2MiB"  #: its copy takes 40 µs over PCIe 5, which hides the 10 µs of the launch, and it is a small part of a budget
-)
+#: a copy of a page takes 40 µs over PCIe 5, which hides the 10 µs of the launch, and a page is a small part of a budget
+PAGE = "2MiB"
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""Where pages are copied while the device computes: on two CUDA streams, or, without a GPU, at once.
+"""Copies pages while the device computes: on two CUDA streams, or, without a GPU, at once.
 
 A stream runs its work in order. "in" copies pages to the device, "out" copies them back, and updates run on the caller's
 current stream. So copies run both ways at once, as PCIe can, beside the updates. An event marks a point of a stream.
-Streams wait for events of others; the caller's thread does not wait.
+A stream can wait for an event of another, and the caller's thread does not wait.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers, weight_of
 from qbench.settings import METHODS, TuneSettings
 from qbench.training import adapters, lora_init, merging
-from qbench.training.loop import _order, train
+from qbench.training.loop import _training_order, train
 from qbench.training.lora_layer import LoraQuantLinear
 from qbench.training.losses import logits_of, next_token_loss
 
@@ -133,8 +133,8 @@ def test_batches_have_examples_of_like_length(tiny_llama):
     """Then less is padded; each example still comes once an epoch, and the seed decides the order."""
     lengths = [4 + 7 * i % 29 for i in range(101)]
     settings = TuneSettings(steps=25, batch=4, group_by_length=True)
-    order = _order(lengths, settings, seed=0)
-    assert order == _order(lengths, settings, seed=0) != _order(lengths, settings, seed=1)
+    order = _training_order(lengths, settings, seed=0)
+    assert order == _training_order(lengths, settings, seed=0) != _training_order(lengths, settings, seed=1)
     assert len(set(order)) == 100
     spread = [max(b) - min(b) for b in ([lengths[i] for i in order[k : k + 4]] for k in range(0, 100, 4))]
     assert sorted(spread)[12] <= 4
@@ -148,7 +148,7 @@ def test_batches_have_examples_of_like_length(tiny_llama):
 
 
 def test_fewer_examples_than_a_batch(tiny_llama):
-    assert len(_order([3, 4], TuneSettings(steps=5, batch=4, group_by_length=True), 0)) >= 20
+    assert len(_training_order([3, 4], TuneSettings(steps=5, batch=4, group_by_length=True), 0)) >= 20
 
 
 def test_checkpointing_changes_only_memory(tiny_llama):
