@@ -21,7 +21,7 @@ MODELS = ("7B", "70B", "tiny")  #: models whose layer shapes `bench` uses; see `
 CAPABILITIES = ("80", "90", "100")  #: of the GPUs that `bench compile` compiles for; see `compiled.DEVICES`
 BENCHMARKS = {
     "products": "the product with a packed weight, forward and backward: formats × rows × the layers of Llama",
-    "step": "a QLoRA training step, here and in PEFT with bitsandbytes",
+    "step": "a QLoRA training step, compared with PEFT and bitsandbytes",
     "tune": "measure the best path and tiles for this GPU, and save them for later runs",
     "compile": "registers, spills, shared memory and instructions per weight of every kernel; needs no GPU",
 }

@@ -1,4 +1,4 @@
-"""What Hydra runs, once or for each point of a sweep, here or in another process."""
+"""The job that Hydra runs, once or for each point of a sweep, in this process or a child."""
 
 import gc
 import hashlib
@@ -33,20 +33,20 @@ from .time_limit import time_limit, too_long
 if TYPE_CHECKING:
     from qbench.settings import Settings
 
-BASELINES = "baselines"  #: folder in a sweep's, of what its runs share while it lasts
-RUNS = Path("runs")  #: folder of single runs, where none is named
-GRACE = 5.0  #: seconds that a run has, beyond its timeout, to tell of it itself
+BASELINES = "baselines"  #: subfolder of a sweep, for the measurements that its runs share
+RUNS = Path("runs")  #: default folder of single runs
+GRACE = 5.0  #: seconds after its timeout that a run has to report it, before it is killed
 
 
 def config_hash(*, _root_: DictConfig) -> str:
-    """`${config_hash:}` tells a configuration from others, in the name of its folder."""
+    """The value of `${config_hash:}`, which makes the folder names of different configurations differ."""
     return short_hash(resolve(_root_))
 
 
 def short_hash(config: dict) -> str:
-    """Eight digits that tell a resolved configuration from others.
+    """Eight hexadecimal digits that identify a resolved configuration.
 
-    Block and dq count as the format takes them: 16 bit knows neither.
+    Block and dq count only within `format`, because 16 bit has neither.
     """
     decisive = {key: value for key, value in config.items() if key not in ("timeout", "track", "block", "dq")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
@@ -56,7 +56,7 @@ OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
 
 
 def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
-    """The typed settings of a resolved config; fmt: one to take for what it says. Raises InputError."""
+    """The typed settings of a resolved config. fmt: a format to use instead of the config's. Raises InputError."""
     from qbench.settings import Settings, parts
 
     return Settings(
@@ -67,16 +67,16 @@ def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
     )
 
 
-progress = Progress()  #: of the sweep that this process runs
-outcomes: list["Outcome"] = []  #: what came of the runs that were asked for
+progress = Progress()  #: progress of the sweep that this process runs
+outcomes: list["Outcome"] = []  #: outcomes of all runs of the command line
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run. code: 0 done, 1 failed, 2 bad input, 130 interrupted. why: it is not done, in words.
+    """The outcome of a run. code: 0 done, 1 failed, 2 bad input, 130 interrupted. why: the reason that it is not done.
 
-    Each process that makes or unpickles one lists it in `outcomes`. Thus what a job returns in a process of a launcher is
-    known to the process that asked for it.
+    Each process that creates or unpickles an outcome adds it to `outcomes`. So an outcome from a launcher's process also
+    reaches the process that started the launcher.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class Outcome:
 
 
 def job(config: DictConfig) -> Outcome:
-    """One run, into the folder that Hydra names, in a process of its own where that can be."""
+    """Do one run, in the folder that Hydra names, and in a child process if possible."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
@@ -115,15 +115,15 @@ def job(config: DictConfig) -> Outcome:
 
 
 def _discard(folder: Path) -> None:
-    """Leave nothing of a single run that never began."""
+    """Remove the folder of a single run that never began."""
     store.remove_unbegun(folder)
     if folder.parent == RUNS.absolute():
-        with suppress(OSError):  # it holds other runs, or has gone
+        with suppress(OSError):  # it holds other runs, or does not exist
             RUNS.rmdir()
 
 
 class _Attempt:
-    """One attempt at a run of a resolved configuration. sweep: the folder of the sweep that it is of, or None."""
+    """One attempt at a run of a resolved configuration. sweep: the folder of its sweep; None for a single run."""
 
     def __init__(self, config: dict, folder: Path, sweep: Path | None):
         self.config, self.folder, self.sweep, self.started = config, folder, sweep, store.timestamp()
@@ -136,22 +136,22 @@ class _Attempt:
             code = INTERRUPTED
         if code == INTERRUPTED:
             again = f"what was measured is in {self._file}; the same command does this run again, in the same folder"
-            self._tell(again if self._recorded() else "nothing had been measured")
+            self._set_why(again if self._recorded() else "nothing had been measured")
         return Outcome(self.folder, code, self._why[:].rstrip(b"\0").decode(errors="ignore"))
 
     def _start(self) -> int:
-        """Run in a child, or where there can be none, here. Returns the exit code."""
+        """Run in a child process if possible, else in this one. Returns the exit code."""
         with interruptible(), stderr.status("starting"):  # transformers and PEFT take seconds to import
             from qbench.checkpoint import loading
             from qbench.runs import isolated
-            from qbench.runs.experiment import run  # noqa: F401  so that a child has it
+            from qbench.runs.experiment import run  # noqa: F401  imported before the fork, for the child
         if not isolated.possible():
             return self._run()
-        with suppress(OSError):  # weights that cannot be read are for the run to tell
+        with suppress(OSError):  # the run reports weights that cannot be read
             loading.remember_digests(self.config["model"]["path"])
         timeout = self.config["timeout"]
         limit = timeout + GRACE if timeout and keys.RUN["timeout"].allows(timeout) else None
-        gc.freeze()  # what the imports made will not go: looking through it would take as long as a small run
+        gc.freeze()  # else a collection walks through all that was imported, as long as a small run takes
         try:
             code = isolated.call(self._run, limit)
         except TimeoutError:
@@ -161,12 +161,12 @@ class _Attempt:
         if code < 0:
             return self._ended(_by_signal(-code))
         if code == 0 and self.sweep and (result := store.read_started_since(self.folder, self.started)):
-            with suppress(Exception):  # a model that has gone meanwhile is the next run's to tell
+            with suppress(Exception):  # if the model is gone by now, the next run reports it
                 loading.keep_in_memory(**result["config"]["model"])
         return code
 
     def _run(self) -> int:
-        """The run itself. Returns the exit code. In a sweep, whatever goes wrong is a result as well."""
+        """Do the run. Returns the exit code; every error is reported here, and none is raised."""
         from qbench.report.run import terminal
         from qbench.runs.experiment import run
 
@@ -179,18 +179,18 @@ class _Attempt:
         except (Exception, RunTimeout) as error:
             return self._failed(error)
         finally:
-            gc.collect()  # a failed run's model goes before the next comes
+            gc.collect()  # free a failed run's model before the next run
         before = result["run"]["started"] < self.started
         if self.sweep:
             terminal.show_line(result, before)
             return 0
         terminal.show(result, self.folder)
         if before:
-            stderr.print(f"qbench: done before, and not again; for that, remove {os.path.relpath(self.folder)} first")
+            stderr.print(f"qbench: this run is done already; to repeat it, remove {os.path.relpath(self.folder)} first")
         return 0
 
     def _checked(self) -> tuple["Settings", tuple[str, ...]]:
-        """What the configuration asks for. Raises InputError and Busy."""
+        """Check the configuration. Returns settings and trackers. Raises InputError and Busy."""
         from qbench.runs import trackers
 
         with (
@@ -201,7 +201,7 @@ class _Attempt:
             return settings_of(self.config), trackers.checked(self.config["track"])
 
     def _ended(self, error: BaseException) -> int:
-        """Record what ended the process of a run, unless that had recorded its end itself. Returns the exit code."""
+        """Record the error that ended the child process, unless the run recorded one. Returns the exit code."""
         result = store.read_started_since(self.folder, self.started)
         if result and result["status"] == "done":
             return 0
@@ -215,16 +215,16 @@ class _Attempt:
         return self._failed(error)
 
     def _recorded(self) -> bool:
-        """Whether result.json tells what went wrong in this attempt. A full disk, or a finished result, may prevent it."""
+        """Whether result.json has the error of this attempt. A full disk or a finished result may prevent that."""
         result = store.read_started_since(self.folder, self.started)
         return bool(result and result["error"])
 
     def _failed(self, error: BaseException) -> int:
-        """Tell a person what went wrong, and `outcome`. Returns the exit code."""
+        """Report an error on the terminal and in the outcome. Returns the exit code."""
         expected = isinstance(error, InputError | Busy)
         line = str(error) if expected else f"{type(error).__name__}: {error}"
         stays = "; the result that had finished there stays" if store.read_finished(self.folder) else ""
-        self._tell("running elsewhere" if isinstance(error, Busy) else line + stays)
+        self._set_why("running elsewhere" if isinstance(error, Busy) else line + stays)
         if not expected and self._recorded():
             line += f" (traceback in {self._file})"
         elif not isinstance(error, InputError | Busy | OSError | RunTimeout):
@@ -232,7 +232,8 @@ class _Attempt:
         stderr.print(f"qbench: {line}")
         return 2 if isinstance(error, InputError) else 1
 
-    def _tell(self, why: str) -> None:
+    def _set_why(self, why: str) -> None:
+        """Set the `why` of the outcome, also from the child process."""
         self._why[:] = why.encode(errors="replace")[: len(self._why)].ljust(len(self._why), b"\0")
 
     @property
@@ -241,8 +242,8 @@ class _Attempt:
 
 
 def _by_signal(number: int) -> Exception:
-    """What a signal that ended a process means."""
+    """The error of a process that a signal ended."""
     name = signal.Signals(number).name
     if number == signal.SIGKILL:
-        return MemoryError(f"{name} ended the process, as the system does to one for which memory does not suffice")
+        return MemoryError(f"{name} ended the process, as the system does when memory runs out")
     return RuntimeError(f"{name} ended the process")

@@ -1,4 +1,4 @@
-"""qbench COMMAND …: one run or a sweep, unless the first word names another command.
+"""qbench COMMAND …: runs the command that the first word names; without one, a run or a sweep.
 
 `python -m qbench COMMAND`, `python -m qbench.COMMAND` and the console script `qbench COMMAND` all come here.
 """
@@ -9,7 +9,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-#: the first word of a command line, and the module that does what it asks
+#: the first word of a command line, and the module of its command
 COMMANDS = {
     "run": "qbench.cli.run",
     "report": "qbench.cli.report",
@@ -49,7 +49,7 @@ def run_command(module: str) -> int:
         with interruptible():
             from . import arguments
 
-            if module in arguments.PARSERS:  # help and mistakes do not wait for the imports of the command
+            if module in arguments.PARSERS:  # help and mistakes need not wait for the imports of the command
                 arguments.parse(module, sys.argv[1:])
             command = import_module(module)
         return command.main()

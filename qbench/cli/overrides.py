@@ -21,14 +21,14 @@ from qbench.keys import shown
 if TYPE_CHECKING:
     from .commands import Command
 
-GROUP = "format"  #: the config group whose choices are not files
+GROUP = "format"  #: the config group of the formats, whose choices are not files
 _parser = OverridesParser.create()
 
 
 def check_override(command: "Command", argument: str) -> Override:
-    """Return an argument `key=value` as Hydra needs it.
+    """Check an argument `key=value`, and return it as Hydra needs it.
 
-    Several values of a key are accepted as they are: each run checks its own. Raises InputError for an unknown key,
+    Several values of a key are not checked here: each run checks its own. Raises InputError for an unknown key,
     however it is spelled, and for a value that the key does not accept.
     """
     argument = command.translate(argument)
@@ -40,7 +40,7 @@ def check_override(command: "Command", argument: str) -> Override:
     name = f"{key}@{override.package}" if override.package is not None else key
     if re.match(r"hydra\b", key):
         return override
-    if key.partition("/")[0] in command.added and name == key:  # a named sweep may have a group of its own
+    if key.partition("/")[0] in command.added and name == key:  # named sweeps may be in a subgroup
         if not override.is_add():
             raise InputError(f"{key}: it has no default to override; accepted: +{key}=NAME")
         return override
@@ -50,7 +50,7 @@ def check_override(command: "Command", argument: str) -> Override:
         raise InputError(keys.unknown(name, command.keys))
     if override.is_delete():
         raise InputError(f"~{key}: a key cannot be left out; accepted: {key}=VALUE")
-    override = parse(command, argument.lstrip("+"))  # the key exists: the value is changed, with or without a plus
+    override = parse(command, argument.lstrip("+"))  # the key exists, so a plus makes no difference
     if key in command.groups:
         return override
     parsed = override.value()
@@ -60,10 +60,10 @@ def check_override(command: "Command", argument: str) -> Override:
 
 
 def parse(command: "Command", argument: str) -> Override:
-    """Parse an argument with Hydra's grammar. Raises InputError, with the quotes to type where they are missing."""
+    """Parse an argument with Hydra's grammar. Raises InputError; if quotes are missing, its message shows them."""
     try:
         return _parser.parse_override(argument)
-    except Exception as error:  # of ANTLR's and Python's, for numbers of 5,000 digits or as many brackets
+    except Exception as error:  # ANTLR's, and Python's for numbers of 5,000 digits or as many brackets
         key, equals, value = argument.partition("=")
         name = key.lstrip("+~")
         accepted = command.keys.get(name)
@@ -97,15 +97,15 @@ def _looks_like_a_number(part: str) -> bool:
 
 
 def quoted(value: str) -> str:
-    """A text in quotes, so that Hydra's grammar accepts any."""
+    """Put a text in quotes, so that Hydra's grammar accepts it."""
     return QuotedString(value, Quote.single if '"' in value else Quote.double).with_quotes()
 
 
 def unquoted(value: str) -> str:
-    """The text that a value stands for, with or without quotes."""
+    """Remove the quotes of a value if it has some."""
     try:
         parsed = _parser.parse_rule(value, "value")
-    except (HydraException, ValueError, RecursionError):  # no text in quotes, whatever else it is
+    except (HydraException, ValueError, RecursionError):  # not a text in quotes
         return value
     return parsed.text if isinstance(parsed, QuotedString) else value
 
@@ -117,15 +117,15 @@ def choices_of(override: Override) -> list[str]:
 
 
 def separate_choices(override: Override) -> list[Override]:
-    """One override for each choice of a group that is swept."""
+    """One override for each choice of a swept group."""
     prefix = "+" if override.is_add() else ""
     return [_parser.parse_override(f"{prefix}{override.key_or_group}={name}") for name in choices_of(override)]
 
 
 def count_jobs(overrides: Iterable[Override]) -> int | None:
-    """The number of jobs that a sweep makes of overrides, of which a later one replaces an earlier one of its key.
+    """The number of jobs in a sweep. A later override replaces an earlier one of the same key.
 
-    None if that is not known: a glob's choices are files.
+    None if it is not known, because a glob stands for files.
     """
     counts: dict[str, int] = {}
     for override in overrides:
@@ -139,7 +139,7 @@ def count_jobs(overrides: Iterable[Override]) -> int | None:
 
 
 def check_single(command: "Command", override: Override) -> None:
-    """Raise InputError if there are several values although one run was asked for."""
+    """Raise InputError if an override of a single run has several values."""
     key, (_, _, value) = override.key_or_group, str(override.input_line).partition("=")
     if not override.is_sweep_override() or re.match(r"hydra\b", key):
         return
@@ -154,7 +154,7 @@ def check_single(command: "Command", override: Override) -> None:
 
 
 def check_no_tune(overrides: Iterable[Override]) -> None:
-    """Raise InputError for a key of the fine-tune beside tune=none."""
+    """Raise InputError for a key of the fine-tune together with tune=none."""
     chosen = [name for override in overrides if override.key_or_group == "tune" for name in choices_of(override)]
     for override in overrides if "none" in chosen else ():
         if override.key_or_group.startswith("tune."):

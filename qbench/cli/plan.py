@@ -1,4 +1,4 @@
-"""python -m qbench plan model=llama-65b +format=nf4 dq=true gpu=48GB: will it fit, and what would make it fit?
+"""python -m qbench plan model=llama-65b +format=nf4 dq=true gpu=48GB: does it fit, and what would make it fit?
 
 A plan takes the command line of a run, and a few keys of its own (conf/plan/config.yaml).
 """
@@ -28,12 +28,12 @@ DOES_NOT_FIT, BAD_INPUT = 1, 2  #: exit codes
 
 
 def main() -> int:
-    """Print the plan that the command line asks for. Returns the exit code.
+    """Print the plan that the command line asks for.
 
-    0: the step fits, or no gpu is given; 1: it does not fit; 2: bad input; 130: interrupted.
+    Returns 0 if the step fits or no gpu is given, 1 if it does not fit, 2 for bad input, 130 if interrupted.
     """
     messages.replace_unencodable()
-    # PEFT would import it, which takes 3 s; the stub does not know that None bars an import
+    # None stops PEFT from importing it, which takes 3 s; the type stub does not allow None
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     codes: list[int] = []
 
@@ -56,7 +56,7 @@ def main() -> int:
 def run_plan(config: "DictConfig") -> int:
     """Print the plan of a composed configuration. Returns the exit code.
 
-    It reports bad input itself, as Hydra would add lines of its own to an exception.
+    Bad input is reported here, because Hydra adds lines of its own to an exception.
     """
     from rich.console import Console
 
@@ -85,7 +85,7 @@ def print_answer(config: dict, console: "Console") -> tuple[list["Plan"], list |
 
 
 def print_paper(console: "Console") -> tuple[list["Plan"], list]:
-    """The plan beside QLoRA's memory table."""
+    """Print the plans beside QLoRA's memory table."""
     with counting():
         from qbench.plan import paper
 
@@ -95,7 +95,7 @@ def print_paper(console: "Console") -> tuple[list["Plan"], list]:
 
 
 def print_sweep(config: dict, console: "Console") -> tuple[list["Plan"], list]:
-    """Every registered format. Raises InputError."""
+    """Print a comparison of every registered format. Raises InputError."""
     with counting():
         from qbench.plan import advice, wording
 
@@ -106,7 +106,7 @@ def print_sweep(config: dict, console: "Console") -> tuple[list["Plan"], list]:
 
 
 def print_plan(config: dict, console: "Console") -> tuple[list["Plan"], dict]:
-    """One plan, and with `check=true` a real step beside it. Raises InputError."""
+    """Print one plan, and with `check=true` the memory of a real step beside it. Raises InputError."""
     with counting():
         from qbench.plan import advice, check, wording
         from qbench.plan.count import count_memory
@@ -126,7 +126,7 @@ def print_plan(config: dict, console: "Console") -> tuple[list["Plan"], dict]:
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """Say that memory is counted, and let Ctrl-C end it: transformers and PEFT alone take seconds to import."""
+    """Show a status line, and let Ctrl-C end the block: importing transformers and PEFT takes seconds."""
     from .console import stderr
 
     with interruptible(), stderr.status("counting"):
@@ -158,10 +158,10 @@ def shape_of(config: dict) -> "Shape":
 
 
 def settings_of(config: dict, shape: "Shape | None" = None) -> "PlanSettings":
-    """The settings of a plan, from a resolved config. Where formats are compared, it needs none. Raises InputError.
+    """The settings of a plan, from a resolved config. A comparison of formats needs no format. Raises InputError.
 
-    shape: decides `data.seq=auto`, and how many windows are scored at once with tune=none. Without it the settings are
-    only checked.
+    shape: sets `data.seq=auto`, and the number of windows scored at once with tune=none. Without it, the settings are only
+    checked.
     """
     from qbench.plan.settings import UNQUANTIZED, Dtypes, PlanSettings
 
@@ -189,7 +189,7 @@ def settings_of(config: dict, shape: "Shape | None" = None) -> "PlanSettings":
 
 
 def compute_dtype(config: dict, device: str) -> str:
-    """dtype.compute of a resolved config: where it is null, the dtype of a run, which trains full weights in fp32."""
+    """`dtype.compute` of a resolved config. If it is null, the dtype that a run uses: fp32 for a full fine-tune."""
     import torch
 
     from qbench.model.devices import dtype_name, pick_dtype

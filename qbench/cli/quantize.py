@@ -1,4 +1,4 @@
-"""python -m qbench quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: where Hydra ends, and a person looks on."""
+"""python -m qbench quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: pack a checkpoint."""
 
 import sys
 from pathlib import Path
@@ -19,12 +19,12 @@ AGAIN = "what is done is kept; the same command goes on from there"
 
 
 def main() -> int:
-    """Do what the command line says. 0: done; 1: failed; 2: bad input; 130: interrupted."""
+    """Do what the command line says. Returns 0 if done, 1 if it failed, 2 for bad input, 130 if interrupted."""
     messages.replace_unencodable()
     codes: list[int] = []
 
     def job(config: "DictConfig") -> None:
-        codes.append(attempt(compose.resolve(config)))  # what it raised, Hydra would speak of as well
+        codes.append(attempt(compose.resolve(config)))  # it raises nothing: Hydra would report that too
 
     def load() -> tuple["Job", "Check"]:
         from . import format_group
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def check(config: dict) -> "Format":
-    """The format of a resolved config, once there is a folder to write to as well. Raises InputError."""
+    """Returns the format of a resolved config. Raises InputError, also if `out` is missing."""
     from .format_group import format_of
 
     fmt = format_of(config)
@@ -53,7 +53,7 @@ def check(config: dict) -> "Format":
 
 
 def attempt(config: dict) -> int:
-    """Quantize what a configuration names. Returns the exit code."""
+    """Quantize a checkpoint, and report errors. Returns the exit code."""
     from qbench.system.files import Busy
 
     from .console import INTERRUPTED, stderr
@@ -76,7 +76,7 @@ def attempt(config: dict) -> int:
 
 
 def quantize(config: dict) -> None:
-    """Raises InputError, files.Busy, OSError."""
+    """Quantize the checkpoint that a resolved config names. Raises InputError, files.Busy, OSError."""
     from rich.filesize import decimal
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

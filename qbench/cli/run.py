@@ -1,4 +1,4 @@
-"""python -m qbench +format=nf4 block=64: where Hydra ends and typed arguments begin."""
+"""python -m qbench +format=nf4 block=64: one run, or with -m a sweep."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Run what the command line says. 0: done; 1: a run failed; 2: bad input; 130: interrupted."""
+    """Run what the command line says. Returns 0 if done, 1 if a run failed, 2 for bad input, 130 if interrupted."""
     messages.replace_unencodable()
     modules: dict[str, Any] = sys.modules
-    modules.setdefault("bitsandbytes", None)  # PEFT would import it: 3 s, and CUDA would start before the runs' forks
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask whether there is a GPU does not start it either
+    modules.setdefault("bitsandbytes", None)  # PEFT's import of it takes 3 s, and starts CUDA before a run is forked
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not start CUDA either
     outcomes: list[Outcome] = []
     sweep = None
 
@@ -30,7 +30,7 @@ def main() -> int:
 
         def check(config: dict) -> None:
             path = jobs.settings_of(config).model.path
-            if not (path and location.is_hub_id(path)):  # else it may be a download, which a run has to begin
+            if not (path and location.is_hub_id(path)):  # a hub id may be a download, which is left to the run
                 location.locate(path)
 
         format_group.store()
@@ -71,9 +71,9 @@ def main() -> int:
 
 
 def sweep_folder(arguments: list[str]) -> Path | None:
-    """Where the runs of a sweep lie: one folder for the same command, so that it goes on where it ended.
+    """The folder of a sweep. The same command has the same folder, so that it resumes an interrupted sweep.
 
-    None where the arguments ask for no sweep.
+    None if the arguments ask for no sweep.
     """
     from .overrides import unquoted
 
@@ -90,7 +90,7 @@ def sweep_folder(arguments: list[str]) -> Path | None:
 
 
 def summary(folder: Path, outcomes: list["Outcome"]) -> int:
-    """Print a table of the runs that were asked for, how many are done, and why others are not. 0 if all are, else 1."""
+    """Print a table of the runs, how many are done, and why the others are not. Returns 0 if all are done, else 1."""
     from rich.console import Console
 
     from qbench.runs import baseline
@@ -100,12 +100,12 @@ def summary(folder: Path, outcomes: list["Outcome"]) -> int:
     from .sweep import show_table
 
     baseline.clear(folder / jobs.BASELINES)
-    asked = {outcome.folder: outcome for outcome in outcomes}  # 16 bit is one run for every block
+    asked = {outcome.folder: outcome for outcome in outcomes}  # 16 bit is one run for all blocks
     missing = [outcome for outcome in asked.values() if outcome.code]
     show_table(list(asked.values()), Console(stderr=True, highlight=False, markup=False))
     stderr.print(f"\n{len(asked) - len(missing)} of {len(asked)} runs are done in {folder}")
     for outcome in missing:
         stderr.print(f"  {os.path.relpath(outcome.folder)}: {outcome.why}")
     if len(missing) < len(asked):
-        stderr.print(f"python -m qbench report {folder} sets them side by side")
+        stderr.print(f"python -m qbench report {folder} compares them")
     return 1 if missing else 0

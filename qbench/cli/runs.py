@@ -1,9 +1,9 @@
-"""python -m qbench runs [PATH…]: list what runs have left; --clean removes what holds no finished result.
+"""python -m qbench runs [PATH…]: list the folders of runs; --clean removes those without a finished result.
 
-The paths are folders of runs or sweeps, by default runs/. A line a run: its folder, when it began, what it was of, what
-came of it, its last perplexity, its size. --clean names the folders that would go, and asks; --yes does not ask. A folder
-stays where a run is in progress, or where something lies that no run leaves. --archive copies every result below each
-path, unchanged, into one small file, PATH/results.jsonl.xz, which reports and `qbench.load` read as they read the folders.
+The paths are folders of runs or sweeps, by default runs/. Each run is one line: its folder, when it began, its format and
+fine-tune, its status, its last perplexity, its size. --clean lists the folders to remove, and asks; --yes does not ask. A
+folder stays if a run is in progress there, or if it holds a file that no run writes. --archive copies every result below
+each path, unchanged, into one small file, PATH/results.jsonl.xz. Reports and `qbench.load` read it like the folders.
 """
 
 import os
@@ -27,8 +27,8 @@ from .arguments import parse
 from .console import stderr
 
 HYDRAS = ".hydra"
-NAMED = re.compile(r"_block.*_dq-.*_seed")  #: in the names that conf/config.yaml gives
-#: what a run leaves, by name
+NAMED = re.compile(r"_block.*_dq-.*_seed")  #: part of the folder names that conf/config.yaml sets
+#: names of the files and folders that a run writes
 OURS = re.compile(
     r"\.hydra|\.lock|\..+\.[0-9a-f]{16}|warnings\.log|result(-\w+)?\.json|report\.md|\w+\.png|adapter|lm_eval"
     r"|qbench|mlruns|mlartifacts|mlflow\.db|wandb"
@@ -36,9 +36,11 @@ OURS = re.compile(
 
 
 @dataclass(frozen=True)
-class Left:
-    """What a run left. result: None where there is none that can be read. running: a process is at it. finished: it holds
-    a finished result, also one of the same configuration that was set aside. size: bytes.
+class RunFolder:
+    """The folder of a run, and what it holds.
+
+    result: None if none can be read. running: whether a process has locked it. finished: whether it holds a finished
+    result, including one that was set aside. size: bytes.
     """
 
     folder: Path
@@ -57,11 +59,11 @@ class Left:
         return self.result["status"] if self.result["status"] == "done" else sanitize(error["type"], 30)
 
     def cells(self) -> list[str]:
-        """As a line of the list has them."""
+        """The cells of its line in the list."""
         began, recipe, perplexity = "", "", ""
         if self.result:
             began = sanitize(self.result["run"]["started"][:16]).replace("T", " ")
-            with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
+            with suppress(KeyError, TypeError):  # a run that failed early has its configuration as typed
                 recipe = wording.recipe_name(self.result["config"])
             scores = self.result["metrics"].get("quality", {})
             perplexity = next(
@@ -71,7 +73,7 @@ class Left:
 
 
 def main() -> int:
-    """0: done; 2: a path is no folder; 130: interrupted."""
+    """Returns 0 if done, 1 if nothing was archived, 2 if a path is not a folder, 130 if interrupted."""
     messages.replace_unencodable()
     try:
         arguments = parse("qbench.cli.runs", sys.argv[1:])
@@ -87,21 +89,21 @@ def main() -> int:
             stderr.print(f"qbench: {sanitize(str(path))} is no folder; accepted: folders of runs or sweeps")
             return 2
     if arguments.archive:
-        return max(map(archived, paths))
+        return max(map(archive_results, paths))
     try:
-        left = [read(folder) for path in paths for folder in find(path)]
+        runs = [read(folder) for path in paths for folder in find(path)]
         if not arguments.clean:
-            show(left)
+            show(runs)
             return 0
-        clean([run for run in left if not run.finished and not run.running], paths, arguments.yes)
+        clean([run for run in runs if not run.finished and not run.running], paths, arguments.yes)
     except KeyboardInterrupt:
         stderr.print("qbench: interrupted")
         return 130
     return 0
 
 
-def archived(path: Path) -> int:
-    """Copy all results below a path into its archive, and say so. Returns 0, or 1 where that cannot be done."""
+def archive_results(path: Path) -> int:
+    """Copy all results below a path into its archive, and print how many. Returns 0, or 1 if that fails."""
     try:
         count = archive.write(path, [file for file in dataframe.find_results(path) if not archive.is_archive(file)])
     except (InputError, OSError) as error:
@@ -114,7 +116,7 @@ def archived(path: Path) -> int:
 
 
 def find(path: Path) -> Iterator[Path]:
-    """The folders of runs at or below a path: by what is in them, or by their name, for they may be empty."""
+    """Find the folders of runs at or below a path, by their content, or by their name if they are empty."""
     for name, folders, files_here in os.walk(path):
         folders.sort()
         if store.FILE in files_here or HYDRAS in folders or NAMED.search(os.path.basename(name)):
@@ -122,14 +124,14 @@ def find(path: Path) -> Iterator[Path]:
             yield Path(name)
 
 
-def read(folder: Path) -> Left:
-    """What a run left in a folder, or is at there."""
+def read(folder: Path) -> RunFolder:
+    """Read the folder of a run."""
     try:
         result = store.read(folder)
     except (OSError, InputError):
         result = None
     size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
-    return Left(folder, result, files.is_locked(folder), _finished(folder), size)
+    return RunFolder(folder, result, files.is_locked(folder), _finished(folder), size)
 
 
 def _finished(folder: Path) -> bool:
@@ -140,29 +142,28 @@ def _finished(folder: Path) -> bool:
     return False
 
 
-def show(left: Iterable[Left]) -> None:
-    """Print a line a run, in columns."""
-    rows = [["folder", "began, UTC", "what", "status", "perplexity", "size"], *(run.cells() for run in left)]
+def show(runs: Iterable[RunFolder]) -> None:
+    """Print one line per run, in columns."""
+    rows = [["folder", "began, UTC", "what", "status", "perplexity", "size"], *(run.cells() for run in runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def clean(left: list[Left], paths: Iterable[Path], sure: bool) -> None:
-    """Remove folders once they were shown, and a person or `sure` has said yes; those of sweeps as well that are then
-    empty."""
-    if not left:
+def clean(runs: list[RunFolder], paths: Iterable[Path], sure: bool) -> None:
+    """Show folders, and remove them if the user or `sure` confirms. Folders of sweeps that are then empty go too."""
+    if not runs:
         print("nothing to remove: each folder holds a finished result, or a run in progress")
         return
-    show(left)
-    count, size = wording.count(len(left), "folder"), decimal(sum(run.size for run in left))
+    show(runs)
+    count, size = wording.count(len(runs), "folder"), decimal(sum(run.size for run in runs))
     if not sure and not _confirmed(f"remove {count}, {size}? [y/N] "):
         print("nothing was removed; --yes removes without a question")
         return
-    for run in left:
+    for run in runs:
         if why := _remove(run.folder):
             stderr.print(f"qbench: {sanitize(str(run.folder))} stays: {why}")
-    for parent in {run.folder.parent for run in left}:
+    for parent in {run.folder.parent for run in runs}:
         if parent not in paths:
             files.remove_unused(parent, {"multirun.yaml"})
 
@@ -176,10 +177,10 @@ def _confirmed(question: str) -> bool:
 
 
 def _remove(folder: Path) -> str | None:
-    """Remove the folder of a run; where it stays, why."""
+    """Remove the folder of a run. Returns the reason if it stays."""
     foreign = sorted(file.name for file in folder.iterdir() if not OURS.fullmatch(file.name))
     if foreign:
-        return f"no run has left {sanitize(foreign[0])}"
+        return f"no run wrote {sanitize(foreign[0])}"
     try:
         with files.locked(folder):
             if _finished(folder):

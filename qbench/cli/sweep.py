@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: which run of how many begins, the time left, and at its end a table of all runs."""
+"""The terminal output of a sweep: which run begins, the time left, and at the end a table of all runs."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ HEADS = "run", "bits/weight", "perplexity", "tuned perplexity", "status"
 class Progress:
     """How far a sweep is, in the process that runs its jobs one after another.
 
-    total: runs of the sweep; None in a process of a launcher, which is not told. seconds: how long each run has taken.
+    total: runs of the sweep; None in a launcher's process, which does not know it. seconds: duration of each run so far.
     """
 
     total: int | None = None
@@ -50,7 +50,7 @@ def describe_seconds(seconds: float) -> str:
 
 
 def show_table(outcomes: Sequence["Outcome"], console: Console) -> None:
-    """Print a row for each run that was asked for. A long cell takes several lines; none is cut."""
+    """Print a row for each run. Long cells are wrapped, not cut."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in HEADS:
         table.add_column(head, justify="left" if head in ("run", "status") else "right", overflow="fold")
@@ -63,7 +63,7 @@ def show_table(outcomes: Sequence["Outcome"], console: Console) -> None:
 
 
 def differing_keys(configs: Iterable[dict]) -> list[str]:
-    """The keys, beside the format's, whose value is not the same in all configs. A failed run may still say `auto`."""
+    """The keys whose values differ between configs, except those of the format. `auto`, as in a failed run, is ignored."""
     leaves = [keys.leaves(config) for config in configs]
     names = dict.fromkeys(key for values in leaves for key in values)
     ours = [key for key in names if key not in ("block", "dq", "device") and not key.startswith("format")]
@@ -77,13 +77,13 @@ def _read(folder: Path) -> dict | None:
 
 
 def _cells(outcome: "Outcome", result: dict | None, differing: Sequence[str]) -> list[str]:
-    """The row of a run, whose result may lack anything if it failed early."""
+    """The row of a run. The result of a run that failed early may lack any key."""
     from qbench.report import wording
 
     name, bits, perplexity, tuned = sanitize(os.path.basename(outcome.folder)), "", "", ""
     status = "done" if outcome.code == 0 else "not done"
     if result:
-        with suppress(KeyError, TypeError):  # what failed early has its configuration as it was typed
+        with suppress(KeyError, TypeError):  # a run that failed early has its configuration as typed
             values = keys.leaves(result["config"])
             settings = [f"{key}={values[key]}" for key in differing if key in values]
             name = sanitize(", ".join([wording.recipe_name(result["config"]), *settings]))

@@ -1,4 +1,4 @@
-"""A time limit on a run: RunTimeout is raised inside it, on systems with and without alarms."""
+"""A time limit for a run, on systems with and without SIGALRM."""
 
 import _thread
 import signal
@@ -38,7 +38,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _interrupt(seconds: float) -> Iterator[None]:
-    """The same on a system without alarms, such as Windows: a timer thread interrupts this one, as Ctrl-C does."""
+    """Set the limit on a system without SIGALRM, such as Windows: a timer interrupts the main thread like Ctrl-C."""
     before: Any = signal.getsignal(signal.SIGINT)
     lock, over, expired = threading.Lock(), False, False
 

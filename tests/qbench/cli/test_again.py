@@ -51,9 +51,9 @@ def test_a_single_run_is_found_again(command, monkeypatch):
     assert "quantized" in store.read(file)["metrics"]["quality"]
     code, said = command("+format=nf4")
     result = store.read(file)
-    assert code == 0 and result["status"] == "done" and "done before" not in said
+    assert code == 0 and result["status"] == "done" and "done already" not in said
     code, said = command("+format=nf4")
-    assert code == 0 and f"done before, and not again; for that, remove {file.parent} first" in said
+    assert code == 0 and f"this run is done already; to repeat it, remove {file.parent} first" in said
     assert store.read(file) == result and [file] == list(Path().glob("runs/*/result.json"))
     with files.locked(file.parent):
         code, said = command("+format=nf4")

@@ -1,4 +1,4 @@
-"""The list of what runs have left, and the end of what holds no finished result."""
+"""The list of the folders of runs, and the removal of those without a finished result."""
 
 import os
 import sys
@@ -68,7 +68,7 @@ def test_clean_removes_what_holds_no_finished_result_after_showing_it(command, f
         assert sorted(folder.rglob("*")) == before
     monkeypatch.setattr("builtins.input", lambda question: "y")
     code, said, error = command("--clean")
-    assert code == 0 and "runs/others stays: no run has left thesis.tex" in error
+    assert code == 0 and "runs/others stays: no run wrote thesis.tex" in error
     assert sorted(file.name for file in folder.iterdir()) == ["aside", "busy", "done", "mine", "others"]
     code, said, _ = command("--clean", "--yes")
     assert "runs/others" in said and (folder / "others" / "thesis.tex").exists()

@@ -98,7 +98,7 @@ def test_peak_memory_is_the_runs_own(undisturbed):
 
 
 def test_a_run_that_is_killed_is_a_row(tiny_llama, tmp_path):
-    """As the system does to one for which memory does not suffice; the parent of the run goes on."""
+    """As the system does when memory runs out; the parent of the run goes on."""
     process = start(tmp_path, tiny_llama, sweep=["-m", "+format=nf4", "block=64,32", "tune.steps=100000", *SWEEP[4:7]])
     started = time.monotonic()
     for _ in range(2):
