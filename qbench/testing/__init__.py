@@ -1,11 +1,11 @@
-"""For who writes a format: `check_format` holds it to the contract, everywhere that qbench will use it.
+"""For authors of formats: `check_format` tests a format against the contract, wherever qbench will use it.
 
     from qbench.testing import check_format
 
     def test_my_format():
         check_format(MyFormat)
 
-It asks for no test framework, and gives every format the same tensors, from the same seeds: a few seconds.
+It needs no test framework and takes a few seconds. Every format gets the same tensors, from the same seeds.
 """
 
 from .check import BrokenContract, check_format, properties

@@ -1,6 +1,6 @@
-"""The tensors that break formats: odd lengths, rows that are no whole blocks, zero blocks, outliers, ties, tiny, huge.
+"""Tensors that break formats: odd lengths, rows that are not whole blocks, zeros, outliers, ties, tiny and huge weights.
 
-They are made anew each time that they are asked for: a format may have spoiled them.
+They are made anew for each use, because a format may have changed them.
 """
 
 import math
@@ -14,8 +14,8 @@ from qbench.model.devices import dtype_name
 
 SHAPES = ((), (0,), (2, 0, 3), (1,), (7,), (33, 65), (64, 64), (5, 3, 129), (4097,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-POWERS = (0, -2, 3, -30, 30, -39, -42)  #: of ten; the last two are beyond what fp32 holds with all its bits
-Case = tuple[str, Tensor]  #: what it is called, and the tensor
+POWERS = (0, -2, 3, -30, 30, -39, -42)  #: of ten; the last two are subnormal in fp32
+Case = tuple[str, Tensor]  #: its name, and the tensor
 
 
 def _uniform(w: Tensor, generator: Generator) -> Tensor:
@@ -25,7 +25,7 @@ def _uniform(w: Tensor, generator: Generator) -> Tensor:
 KINDS = {
     "normal": lambda w, g: w,
     "heavy-tailed": lambda w, g: w / _uniform(w, g).clamp(min=1e-3),
-    "ties": lambda w, g: torch.round(w * 12) / 24,  # between levels that are evenly spaced
+    "ties": lambda w, g: torch.round(w * 12) / 24,  # halfway between evenly spaced levels
     "constant": lambda w, g: torch.full_like(w, 0.3),
     "sparse": lambda w, g: w * (_uniform(w, g) < 0.02),
     "positive": lambda w, g: w.abs() + 1,
@@ -35,14 +35,14 @@ KINDS = {
 def make(
     kind: str, shape: tuple[int, ...], generator: Generator, power: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A tensor of a kind, times ten to the power, within the range of its dtype."""
+    """Make a tensor of a kind, times ten to the power, within the range of its dtype."""
     w = KINDS[kind](torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"), generator) * 10.0**power
     largest = min(torch.finfo(t).max for t in (dtype, torch.float32))
     return w.clamp(-largest, largest).to(dtype)
 
 
 def within(fmt: Format, w: Tensor) -> Tensor:
-    """`w` as it is where the scales and shifts of the format, and its dtype, surely hold it, else cut to what they do."""
+    """Returns `w`, its finite weights clamped to a quarter of what its dtype and the format's `scale_dtype` hold."""
     most = min(torch.finfo(dtype).max for dtype in (fmt.scale_dtype, w.dtype)) / 4
     beyond = w.isfinite() & (w.abs() > most)
     return w.detach().clamp(-most, most).where(beyond, w.detach()) if beyond.any() else w
@@ -58,7 +58,7 @@ def shapes() -> tuple[Case, ...]:
 
 
 def every() -> tuple[Case, ...]:
-    """Each shape, kind, size and dtype, and memory that is not contiguous or is a parameter."""
+    """Returns tensors of each shape, kind, size and dtype, non-contiguous ones, and a parameter."""
     g = torch.Generator().manual_seed(1)
     usual = (33, 65)
     tensors = [(kind, make(kind, usual, g)) for kind in KINDS if kind != "normal"]
@@ -74,7 +74,7 @@ def _named(tensors: Iterable[Case]) -> tuple[Case, ...]:
 
 
 def matrices() -> Iterator[Case]:
-    """Weights of layers: in each dtype, and with rows that are no whole blocks."""
+    """Weights of layers, in each dtype. Some have rows that are not whole blocks."""
     g = torch.Generator().manual_seed(2)
     for dtype in DTYPES:
         for shape in ((48, 64), (17, 33)):
@@ -82,7 +82,7 @@ def matrices() -> Iterator[Case]:
 
 
 def spoiled() -> Iterator[Case]:
-    """With a NaN or an Inf, first, in between, last."""
+    """Tensors with a NaN or an Inf at the start, in the middle or at the end."""
     g = torch.Generator().manual_seed(3)
     for bad in (math.nan, math.inf, -math.inf):
         for at in (0, 70, 99):

@@ -1,4 +1,4 @@
-"""Which properties are asked of which formats, on which tensors; and what is said of those that do not hold."""
+"""`check_format`: which properties are checked on which tensors, and the error that lists those that fail."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -10,9 +10,9 @@ from formats.registry import Entry
 from . import cases, encoding, harness
 from .cases import Case
 
-BLOCKS = (64, 1, 17, 100, 4096)  #: the usual one, which is asked most; one weight; odd ones; beyond most tensors
+BLOCKS = (64, 1, 17, 100, 4096)  #: the first has the most checks; the last exceeds most tensors
 
-#: what is asked of any tensor
+#: properties of any tensor
 ANY: tuple[Property, ...] = (
     contract.table,
     contract.round_trip,
@@ -28,7 +28,7 @@ ANY: tuple[Property, ...] = (
     encoding.idempotent,
     encoding.as_the_reference,
 )
-#: what is asked of which tensors
+#: the tensors on which each property is checked
 ASKED: dict[Property, Callable[[], Iterable[Case]]] = {
     **dict.fromkeys((contract.naming, contract.sourced, contract.width), cases.none),
     **dict.fromkeys(ANY, cases.every),
@@ -41,20 +41,20 @@ ASKED_OF_OTHER_BLOCKS = dict.fromkeys(ANY, cases.shapes)
 
 
 def properties() -> dict[str, str]:
-    """What is asked of a format, in words, by name."""
+    """Returns the properties that `check_format` checks: their descriptions, by name."""
     asked = {prop.__name__: prop.__doc__ or "" for prop in (is_made, refuses_blocks, *ASKED)}
     return {name: " ".join(words.split()) for name, words in asked.items()}
 
 
 def check_format(f: Format | type[Format] | str) -> None:
-    """Hold a format to every property.
+    """Check every property of a format.
 
-    f: a format, which is asked as it is; a class, or a registered name or `module.Class`, which is asked with several
-    block sizes, with and without double quantization. A class may refuse block sizes by a ValueError, but not 64 as long
-    as it leaves them open.
+    f: a format, which is checked as it is; or a class, a registered name or `module.Class`, which is checked with several
+    block sizes, with and without double quantization. A class may refuse block sizes with a ValueError, but not 64 unless
+    its block size is `fixed`.
 
-    Raises BrokenContract, an AssertionError and a ValueError: a line for each property that does not hold, with the first
-    tensor on which it does not, and what was expected.
+    Raises BrokenContract, an AssertionError and a ValueError. It has a line for each property that fails, with the first
+    tensor on which it fails, and what was expected.
     """
     broken: dict[str, BrokenContract] = {}
     alone = isinstance(f, Format)
@@ -75,7 +75,7 @@ def check_format(f: Format | type[Format] | str) -> None:
 
 
 def _made(entry: Entry, broken: dict[str, BrokenContract]) -> Iterator[Format]:
-    """The format with each block size that it takes, with and without double quantization."""
+    """Make the format with each block size that it accepts, with and without double quantization."""
     if failed := failure(is_made, entry, None, f"block={BLOCKS[0]}"):
         broken["is_made"] = failed
         return
@@ -91,13 +91,13 @@ def _made(entry: Entry, broken: dict[str, BrokenContract]) -> Iterator[Format]:
 
 
 def is_made(entry: Entry, _: None) -> None:
-    """The constructor takes block and dq by their names, and nothing that has no default."""
+    """The constructor takes block and dq by name, and every other argument has a default."""
     for dq in (False, True):
         entry.make(block=BLOCKS[0], dq=dq)
 
 
 def refuses_blocks(entry: Entry, _: None) -> None:
-    """A block that is no positive integer raises a ValueError."""
+    """A block that is not a positive integer raises a ValueError."""
     for block in (0, -3, 7.5, "64", True, None):
         try:
             entry.make(block=block, dq=False)

@@ -1,4 +1,4 @@
-"""Properties of a format alone: what it does with any tensor, and that it rounds as it should."""
+"""Properties of a format alone: it encodes any tensor reproducibly and rounds to the nearest level."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from formats.scales import decode_scales
 
 
 def deterministic(fmt: Format, w: Tensor) -> None:
-    """The same tensor gives the same bytes again, and is left as it was."""
+    """Quantizing a tensor twice gives the same bytes, and does not change the tensor."""
     before = w.detach().clone()
     first, second = fmt.quantize(w), fmt.quantize(before.clone())
     expect(_same(w.detach(), before), "quantize changes the tensor that it is given", "it as it was")
@@ -20,7 +20,7 @@ def deterministic(fmt: Format, w: Tensor) -> None:
 
 
 def layout_free(fmt: Format, w: Tensor) -> None:
-    """A tensor that is not contiguous in memory is what its contiguous copy is."""
+    """A tensor that is not contiguous in memory gives the same weights as its contiguous copy."""
     flat = w.detach()
     spread = torch.stack([flat, -flat], -1)[..., 0]
     same = _same(fmt.quantize(spread).dequantize(), fmt.quantize(flat.contiguous()).dequantize())
@@ -58,7 +58,7 @@ def coded(fmt: Format, w: Tensor) -> None:
 
 
 def scaled(fmt: Format, w: Tensor) -> None:
-    """There is a finite scale a block, and where there are shifts, `shifted`, one a block of these."""
+    """There is one finite scale per block and, if the format is `shifted`, one finite shift per block."""
     q, n = fmt.quantize(w), block_count(w.numel(), fmt.block)
     if q.levels is None:
         return
@@ -70,10 +70,10 @@ def scaled(fmt: Format, w: Tensor) -> None:
 
 
 def nearest(fmt: Format, w: Tensor) -> None:
-    """Each weight takes a level that is nearest, given the scale and the shift that are stored: as float64 finds it.
+    """Each weight takes the nearest level, given the stored scale and shift, as computed in float64.
 
-    Codes are chosen before scales and shifts are rounded to the dtype in which they are stored, so what that leaves
-    undecided is left so. With double quantization it is too much, and this is asked without.
+    Codes are chosen before scales and shifts are rounded to their stored dtype, so the tolerance includes that rounding.
+    With double quantization the rounding is too large, so this is checked without it.
     """
     q, n = fmt.quantize(w), w.numel()
     if q.levels is None or fmt.dq or not n:
@@ -85,7 +85,7 @@ def nearest(fmt: Format, w: Tensor) -> None:
     best = torch.stack([(s * level + z - x).abs() for level in levels]).amin(0)
     top, stored = levels.abs().max(), torch.finfo(fmt.scale_dtype)
     rounded = stored.eps if stored.bits < 32 else 0.0
-    slack = (1e-5 + rounded) * s.abs() * top + (1e-6 + rounded) * (x.abs() + z.abs())  # what fp32 leaves undecided
+    slack = (1e-5 + rounded) * s.abs() * top + (1e-6 + rounded) * (x.abs() + z.abs())  # rounding errors of fp32
     slack += max(SMALLEST, rounded * stored.tiny) * (1 + top)
     worst = int((chosen - best - slack).argmax())
     expect(
@@ -96,13 +96,13 @@ def nearest(fmt: Format, w: Tensor) -> None:
 
 
 def idempotent(fmt: Format, w: Tensor) -> None:
-    """Where the scale is the absmax of the block, and −1 and 1 are levels, what is decoded in fp32 quantizes to itself."""
+    """If the scale is the absmax and −1 and 1 are levels, weights decoded in fp32 quantize to themselves."""
     q = fmt.quantize(w.detach().float())
     if q.levels is None or fmt.dq or q.shift or q.own_levels or not w.numel():
         return
     absmax = reduce_blocks(w.detach().reshape(-1).float(), fmt.block, lambda x: x.abs().amax(1))
     unit = float(q.levels.min()) == -1 and float(q.levels.max()) == 1
-    small = ((absmax > 0) & (absmax < 1e-30)).any()  # not all bits of fp32
+    small = ((absmax > 0) & (absmax < 1e-30)).any()  # fp32 may not hold all bits
     if small or not unit or not torch.equal(decode_scales(q.scale), absmax):
         return
     back = q.dequantize(torch.float32)
@@ -111,7 +111,7 @@ def idempotent(fmt: Format, w: Tensor) -> None:
 
 
 def as_the_reference(fmt: Format, w: Tensor) -> None:
-    """The kernels of the machine give the bits of the plain PyTorch reference, of codes, scales and decoded weights."""
+    """The kernels of this machine give the same bits as the reference: codes, scales and decoded weights."""
     q = fmt.quantize(w)
     if q.levels is None:
         return
@@ -131,13 +131,13 @@ def as_the_reference(fmt: Format, w: Tensor) -> None:
 
 
 def _spread(stored: tuple[Tensor, ...], block: int, n: int) -> Tensor:
-    """A value a weight, fp64 [n], of a value a block."""
+    """Repeat stored values, one per block, for each weight: fp64 [n]."""
     values = decode_scales(stored).double() if stored else torch.zeros(block_count(n, block), dtype=torch.float64)
     return values.repeat_interleave(block)[:n]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """To the bit: −0 is not 0."""
+    """Whether two tensors are equal to the bit: −0 is not 0."""
     return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 

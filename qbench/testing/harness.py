@@ -1,4 +1,4 @@
-"""Properties of a format in its places: a layer, and a checkpoint."""
+"""Properties of a format within qbench: in a layer, and in a checkpoint."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +16,15 @@ from qbench.model.quant_linear import QuantLinear
 from qbench.model.replacement import replace_layers
 from qbench.model.selection import linear_layers
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: of norms, relative
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  #: largest relative error of a norm
 CPU = torch.device("cpu")
 
 
 def layered(fmt: Format, w: Tensor) -> None:
-    """A layer in the format computes x·Wᵀ + b and the gradient for x, of any number of rows: as float64 does with the
-    decoded weight."""
+    """A layer in the format computes x·Wᵀ + b and the gradient of x, for any number of rows.
+
+    Both are compared with float64 and the decoded weight.
+    """
     generator = torch.Generator().manual_seed(0)
     layer = QuantLinear(fmt.quantize(w), torch.randn(len(w), generator=generator, dtype=torch.float32).to(w.dtype))
     expect(torch.equal(layer.weight, fmt.quantize(w).dequantize()), "a layer decodes to other weights", "the same")
@@ -42,7 +44,7 @@ def layered(fmt: Format, w: Tensor) -> None:
 
 
 def saved(fmt: Format, w: Tensor) -> None:
-    """A model in the format is saved and loaded to the same bytes, and computes the same."""
+    """A model in the format has the same bytes after saving and loading, and computes the same logits."""
     model = _tiny_model()
     replace_layers(model, quantizing.quantize(linear_layers(model), fmt))
     with TemporaryDirectory() as folder, lent(fmt):
@@ -66,7 +68,7 @@ def _packed(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 
 def _tiny_model() -> PreTrainedModel:
-    """Its rows are no whole blocks."""
+    """Make a Llama of one layer, whose rows are not whole blocks."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
     )
