@@ -34,7 +34,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The machine code of a kernel, in numbers.
+    """The machine code of a kernel, measured.
 
     spills: instructions that load or store spilled registers. shared: bytes of shared memory of a program. instructions:
     for each weight, in the longest loop, or in the whole kernel if it has no loop.
@@ -74,15 +74,15 @@ def configurations(capability: int) -> list[Configuration]:
         (8, 4096, (4095, 11008), both),
         (3, 64, (4096, 4096), both),
     ):
-        words = f"{bits} bits, block {block}, {n} × {k}{', dq, shift' if stored else ''}"
+        weights = f"{bits} bits, block {block}, {n} × {k}{', dq, shift' if stored else ''}"
         for dtype in ("fp32", "bf16"):
             launch = launches.dequantize(chosen["dequantize"], bits, block, n * k, True)
-            add(f"dequantize {words}, {dtype}", launch, dtype, **stored)
+            add(f"dequantize {weights}, {dtype}", launch, dtype, **stored)
         for op in ("linear", "linear_dx"):
             for choice in chosen[op]:
                 if choice["path"] != "decode" and launches.unit(bits, block, k):
                     launch = launches.product(op, choice, choice["up_to"], n, k, bits, block, True, processors)
-                    add(f"{op} M ≤ {choice['up_to']}, {words}", launch, **stored)
+                    add(f"{op} M ≤ {choice['up_to']}, {weights}", launch, **stored)
     return kernels
 
 

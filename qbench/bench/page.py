@@ -50,8 +50,8 @@ def speedups(result: dict, name: str, dq: bool, peer: str) -> dict[tuple, float]
 def ceiling_fractions(result: dict, name: str, dq: bool) -> dict[tuple, float]:
     """The fraction of a ceiling that was reached, by (model, layer, op, M).
 
-    For M ≤ 16 the ceiling is the copy's bytes a second, and the packed weight counts. For dequantize it is the same, and
-    reads and writes count. For larger M it is the large product's operations a second.
+    For M ≤ 16 the ceiling is the copy's bytes a second, against the bytes of the packed weight. For dequantize it is the
+    same, against the bytes read and written. For larger M it is the large product's operations a second.
     """
     copy, flops = result["ceilings"]["copy_bytes_s"], result["ceilings"]["matmul_flop_s"]
     fractions = {}
@@ -105,8 +105,8 @@ def page_lines(result: dict, name: str, dq: bool) -> list[str]:
     page = [f"# Products with a packed weight on {environment['device']}", "", *summarize(result), ""]
     copy, flops = (result["ceilings"][name] / 1e12 for name in ("copy_bytes_s", "matmul_flop_s"))
     page += [
-        f"Ceilings, measured in the same run: a copy {copy:.3g} TB/s, a large bf16 product {flops:.3g} Tflop/s. A share"
-        " is of the copy, counting the packed weight, up to M = 16, and of the product beyond. Medians of"
+        f"Ceilings, measured in the same run: a copy {copy:.3g} TB/s, a large bf16 product {flops:.3g} Tflop/s. The"
+        " ceiling is the copy of the packed weight's bytes up to M = 16, and the product beyond. Medians of"
         f" {plan['repeats']} samples; inputs take turns, so that no weight is left in the last cache. {versions}.",
         "",
         "![Speed over M](products.png)",
@@ -114,11 +114,11 @@ def page_lines(result: dict, name: str, dq: bool) -> list[str]:
     ]
     for op in OPS:
         page += [
-            f"## {format_title(name, dq)}, {TITLES[op]}: speed in that of bf16 weights (in that of bitsandbytes) [share]",
+            f"## {format_title(name, dq)}, {TITLES[op]}: speed relative to bf16 weights (bitsandbytes) [ceiling]",
             "",
         ]
         page += layer_table(op, against, peer, share)
-    page += ["## Every format: speed in that of bf16 weights, geometric mean over the layers", ""]
+    page += ["## Every format: speed relative to bf16 weights, geometric mean over the layers", ""]
     page += format_table(result)
     worst = max((case["error"] for case in result["cases"] if case["error"] is not None), default=0)
     return [*page, f"Largest relative error against float64 among all of these: {worst:.2e}."]

@@ -75,7 +75,7 @@ def measure(plan: Plan, device: torch.device, report: Callable[[dict, str], None
     return result
 
 
-def _inputs(w: Tensor, plan: Plan) -> Iterator[tuple[str, int, Tensor]]:
+def _iterate_inputs(w: Tensor, plan: Plan) -> Iterator[tuple[str, int, Tensor]]:
     """Yield (op, M, x of M rows) for every op and M."""
     for op, rows in pairs(OPS, plan.rows):
         yield op, rows, torch.randn(rows, w.shape[1 if op == "linear" else 0], device=w.device).to(DTYPE)
@@ -83,39 +83,41 @@ def _inputs(w: Tensor, plan: Plan) -> Iterator[tuple[str, int, Tensor]]:
 
 def _time_bf16(w: Tensor, plan: Plan) -> Iterator[dict]:
     copies = [w] + [w.clone() for _ in range(copies_beyond_cache(w.device, w.nbytes) - 1)]
-    for op, rows, x in _inputs(w, plan):
+    for op, rows, x in _iterate_inputs(w, plan):
         multiply = torch.nn.functional.linear if op == "linear" else torch.matmul
         calls = [partial(multiply, x, c) for c in copies]
-        yield _case("bf16", False, w.nbytes, op, rows, time_calls(w.device, calls, plan.repeats))
+        yield _make_case("bf16", False, w.nbytes, op, rows, time_calls(w.device, calls, plan.repeats))
 
 
 def _time_packed(name: str, dq: bool, w: Tensor, plan: Plan) -> Iterator[dict]:
     q = formats.get(name, block=plan.block, dq=dq).quantize(w)
     exact = q.dequantize(torch.float32).double()
-    copies = [q] + [_copy(q) for _ in range(copies_beyond_cache(w.device, q.nbytes) - 1)]
+    copies = [q] + [_copy_weight(q) for _ in range(copies_beyond_cache(w.device, q.nbytes) - 1)]
     peers = _Bitsandbytes.of(name, dq, w, plan)
     samples = time_calls(w.device, [partial(c.dequantize, DTYPE) for c in copies], plan.repeats)
-    yield _case(name, dq, q.nbytes, "dequantize", 0, samples, relative_error(q.dequantize(DTYPE), exact))
+    yield _make_case(name, dq, q.nbytes, "dequantize", 0, samples, relative_error(q.dequantize(DTYPE), exact))
     if peers:
-        yield _case(peers.name, dq, q.nbytes, "dequantize", 0, time_calls(w.device, peers.dequantize(), plan.repeats))
-    for op, rows, x in _inputs(w, plan):
+        yield _make_case(
+            peers.name, dq, q.nbytes, "dequantize", 0, time_calls(w.device, peers.dequantize(), plan.repeats)
+        )
+    for op, rows, x in _iterate_inputs(w, plan):
         expected = x.double() @ (exact.t() if op == "linear" else exact)
         calls: list[Callable[[], Tensor]] = [partial(_multiply, op, x, c) for c in copies]
         error = relative_error(calls[0](), expected)
-        yield _case(name, dq, q.nbytes, op, rows, time_calls(w.device, calls, plan.repeats), error)
+        yield _make_case(name, dq, q.nbytes, op, rows, time_calls(w.device, calls, plan.repeats), error)
         if peers:
             calls = peers.multiply(op, x)
             error = relative_error(calls[0](), expected)
-            yield _case(peers.name, dq, q.nbytes, op, rows, time_calls(w.device, calls, plan.repeats), error)
+            yield _make_case(peers.name, dq, q.nbytes, op, rows, time_calls(w.device, calls, plan.repeats), error)
 
 
-def _case(
+def _make_case(
     name: str, dq: bool, nbytes: int, op: str, rows: int, samples: list[float], error: float | None = None
 ) -> dict:
     return {"format": name, "dq": dq, "nbytes": nbytes, "op": op, "rows": rows, "error": error, "samples": samples}
 
 
-def _copy(q: QuantizedTensor) -> QuantizedTensor:
+def _copy_weight(q: QuantizedTensor) -> QuantizedTensor:
     scale, shift = (tuple(t.clone() for t in stored) for stored in (q.scale, q.shift))
     return replace(q, codes=q.codes.clone(), scale=scale, shift=shift)
 

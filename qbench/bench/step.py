@@ -85,14 +85,14 @@ def summarize(result: dict) -> list[str]:
         f"- On {device} a step of {result['tokens']} tokens takes {median(ours['seconds']):.3g} s, with PEFT and"
         f" bitsandbytes {median(theirs['seconds']):.3g} s: {ours['tokens_s']:,.0f} tokens/s, {result['ratio']:.2f} times"
         f" their {theirs['tokens_s']:,.0f}.",
-        f"- At its peak it takes {ours['peak_bytes'] / 2**30:.2f} GiB, theirs {theirs['peak_bytes'] / 2**30:.2f} GiB.",
+        f"- Its peak memory is {ours['peak_bytes'] / 2**30:.2f} GiB, theirs {theirs['peak_bytes'] / 2**30:.2f} GiB.",
         f"- The loss after {len(ours['loss'])} steps is {ours['loss'][-1]:.4f}, theirs {theirs['loss'][-1]:.4f}.",
     ]
 
 
 @contextmanager
 def _process(*arguments: object) -> Iterator[Connection]:
-    """A process that runs `_train` on the arguments, and the connection to it."""
+    """Run `_train` with the arguments in a process; yields the connection to it."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_train, args=(there, torch.get_num_threads(), *arguments), daemon=True)
@@ -137,13 +137,13 @@ def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
+def _build_ours(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
     packed = quantizing.quantize(linear_layers(model), formats.get("nf4", block=BLOCK, dq=True))
     replace_layers(model, packed)
     return adapters.add(model, list(packed), settings, SEED)
 
 
-def _theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
+def _build_theirs(model: PreTrainedModel, settings: TuneSettings) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     layers = linear_layers(model)
@@ -188,4 +188,7 @@ def _reference_loop(model: nn.Module, windows: Tensor, settings: TuneSettings, s
 
 Build = Callable[[PreTrainedModel, TuneSettings], nn.Module]
 #: for each side, the function that prepares a model, and its loop, with the arguments of `_reference_loop`
-BUILD: dict[str, tuple[Build, Callable[..., object]]] = {"ours": (_ours, train), "theirs": (_theirs, _reference_loop)}
+BUILD: dict[str, tuple[Build, Callable[..., object]]] = {
+    "ours": (_build_ours, train),
+    "theirs": (_build_theirs, _reference_loop),
+}

@@ -1,4 +1,4 @@
-"""Measures on the GPU at hand the fastest path and tile sizes for each number of rows, for `ops.choices`."""
+"""Finds the fastest path and tile sizes for each number of rows on the GPU at hand, for `ops.choices`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ DECODE = {"path": "decode"}
 
 
 def candidates(op: str, rows: int) -> Iterator[dict]:
-    """The choices to time for a product with so many rows."""
+    """The choices to time for a product with this number of rows."""
     yield DECODE
     if op == "linear" and rows <= 4:
         for tile_rows, columns, warps in (
@@ -61,7 +61,7 @@ def tune(device: torch.device, models: tuple[str, ...], advance: Callable[[str],
     for op in OPS:
         rules: list[dict[str, Any]] = []
         for rows in ROWS:
-            timed = [(_time(op, rows, choice, weights, device, repeats), choice) for choice in candidates(op, rows)]
+            timed = [(_time_choice(op, rows, c, weights, device, repeats), c) for c in candidates(op, rows)]
             timings += [{"op": op, "rows": rows, "choice": choice, "seconds": time} for time, choice in timed]
             best = min(timed, key=lambda pair: pair[0])[1]
             if rules and rules[-1] == {**best, "up_to": rules[-1]["up_to"]}:
@@ -74,7 +74,7 @@ def tune(device: torch.device, models: tuple[str, ...], advance: Callable[[str],
     return {"environment": environment(device), "choices": rules_by_op, "timings": timings}
 
 
-def _time(op: str, rows: int, choice: dict, weights: list, device: torch.device, repeats: int) -> float:
+def _time_choice(op: str, rows: int, choice: dict, weights: list, device: torch.device, repeats: int) -> float:
     """The geometric mean over the weights of the median seconds; infinite if the tile does not fit the device."""
     from triton.runtime.errors import OutOfResources, PTXASError
 

@@ -19,7 +19,7 @@ def copies_beyond_cache(device: torch.device, nbytes: int) -> int:
 
 
 def time_calls(device: torch.device, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of a call, `repeats` samples, each the mean over all `calls`, which do the same work on different copies.
+    """Seconds a call: `repeats` samples, each the mean over `calls`, which do the same work on different copies.
 
     On CUDA the calls are captured in a graph, and events time its replays.
     """

@@ -1,4 +1,4 @@
-"""What would make a step fit, and which formats do."""
+"""Finds changes that make a step fit, and the formats that fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from .shapes import Shape
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that makes a step fit. arguments: as a command line takes them. plan: the plan with them."""
+    """A change that makes a step fit. arguments: for the command line. plan: the plan after the change."""
 
     arguments: str
     plan: Plan
@@ -29,16 +29,18 @@ Ladder = list[dict]
 def find_remedies(plan: Plan) -> list[Remedy]:
     """The changes of one key, or of the format, that make a plan fit.
 
-    Where no single change does, the ones that save memory are added up until the plan fits, as one remedy. The list is
-    empty where all of them together are not enough. Cheap changes come first: those that cost only time, then those that
-    cost precision, then those of what is trained.
+    If no single change is enough, those that save memory are combined until the plan fits, as one remedy. The list is
+    empty if all of them together are not enough. Cheap changes come first: those that cost only time, then those that cost
+    precision, then those that change what is trained.
     """
     fitting = []
     for ladder in ladders(plan.settings):
         if apply_change(plan, ladder[-1]).fits:  # the largest change first: most often it is not enough
             plans = (apply_change(plan, rung) for rung in ladder)
             fitting.append(next(other for other in plans if other.fits))
-    return [Remedy(_arguments(plan.settings, other.settings), other) for other in fitting or _add_up(plan)]
+    return [
+        Remedy(_changed_arguments(plan.settings, other.settings), other) for other in fitting or _combine_changes(plan)
+    ]
 
 
 def apply_change(plan: Plan, change: dict) -> Plan:
@@ -48,8 +50,8 @@ def apply_change(plan: Plan, change: dict) -> Plan:
     return count_memory(plan.shape, plan.settings.replace(**change))
 
 
-def _add_up(plan: Plan) -> list[Plan]:
-    """The plan with as many of the changes as it needs to fit, none where all of them are not enough."""
+def _combine_changes(plan: Plan) -> list[Plan]:
+    """The plan after enough changes to fit, in a list; an empty list if all changes are not enough."""
     for ladder in ladders(plan.settings):
         changed = apply_change(plan, ladder[-1])
         if changed.needed < plan.needed:
@@ -59,7 +61,7 @@ def _add_up(plan: Plan) -> list[Plan]:
     return []
 
 
-def _arguments(before: PlanSettings, after: PlanSettings) -> str:
+def _changed_arguments(before: PlanSettings, after: PlanSettings) -> str:
     """The difference of two settings, as arguments of a command line."""
     arguments = []
     if after.method != before.method:
@@ -78,7 +80,7 @@ def _arguments(before: PlanSettings, after: PlanSettings) -> str:
 
 
 def ladders(settings: PlanSettings) -> Iterator[Ladder]:
-    """The changes there are to make, a ladder for each key."""
+    """The changes that can be tried, a ladder for each key."""
     if settings.trains and not settings.checkpointing:
         yield [{"checkpointing": True}]
     if settings.trains and settings.accumulate < settings.batch:
@@ -87,7 +89,7 @@ def ladders(settings: PlanSettings) -> Iterator[Ladder]:
         yield [{"optimizer": "paged_adamw"}]
         yield [{"optimizer": "adamw_8bit"}]
     if settings.method != FULL:
-        yield from ([{"format": smaller}] for smaller in _smaller(settings.format))
+        yield from ([{"format": smaller}] for smaller in _smaller_formats(settings.format))
     if settings.low_rank and settings.dtype.adapters == "float32":
         yield [{"dtype": replace(settings.dtype, adapters="bfloat16")}]
     if settings.method == FULL:
@@ -107,7 +109,7 @@ def _halves(value: int, least: int) -> list[int]:
     return halves
 
 
-def _smaller(fmt: Format) -> list[Format]:
+def _smaller_formats(fmt: Format) -> list[Format]:
     """The format with double quantization, and NF4 with it, each where it takes fewer bytes."""
     same = {**(fmt.arguments or {"name": fmt.name, "block": fmt.block}), "dq": True}
     others = [formats.get(**same), *([formats.get("nf4", block=fmt.block, dq=True)] if fmt.name != "nf4" else [])]
@@ -117,7 +119,7 @@ def _smaller(fmt: Format) -> list[Format]:
 def compare_formats(shape: Shape, settings: PlanSettings, blocks: tuple[int, ...]) -> list[Plan]:
     """A plan of every registered format, with and without double quantization, at each block. The smallest comes first.
 
-    A format that ignores both is one plan. A format of another package is skipped where it refuses a block or cannot be
+    A format that ignores both has one plan. A format of another package is skipped if it refuses a block or cannot be
     used. Raises InputError for tune=full, and for a block that is no positive integer.
     """
     if settings.method == FULL:

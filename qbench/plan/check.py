@@ -1,4 +1,4 @@
-"""A real step with random weights and tokens, and the memory that it takes, beside the plan of it."""
+"""Measures the memory of a real step with random weights and tokens, to compare it with the plan."""
 
 import gc
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The memory of one training step: every line in bytes, at each moment of the step, and their sum.
 
 Weights, scales, adapters and optimizer states are arithmetic: `Format.count_bytes` of each layer that a run quantizes, and
-bytes per parameter for the rest. What a step allocates and frees is counted on the step itself (`step.py`).
+bytes per parameter for the rest. What a step allocates and frees is counted by running the step (`step.py`).
 
 The peak is the largest sum over the moments, not the sum of the largest lines. The activations of the forward pass and the
 gradients at the end of the backward pass are never alive together.
@@ -46,7 +46,8 @@ class Plan:
     """The memory of a step.
 
     moments: bytes of each line, by moment of the step. paged: bytes of optimizer states that may wait in host memory; no
-    line holds them. trainable: trained parameters. linear: weights of the linear layers. parameters: all of the model.
+    line includes them. trainable: number of trained parameters. linear: number of weights in linear layers. parameters:
+    number of all parameters.
     """
 
     shape: Shape
@@ -62,7 +63,7 @@ class Plan:
 
     @property
     def peak(self) -> str:
-        """The moment that needs most."""
+        """The moment that needs most memory."""
         return max(self.moments, key=self.total)
 
     @property
@@ -71,17 +72,17 @@ class Plan:
 
     @property
     def margin(self) -> int | None:
-        """Bytes of the GPU beyond what is needed: negative where the step does not fit, None without a GPU."""
+        """Bytes of the GPU that the step leaves free: negative if it does not fit, None without a GPU."""
         return None if self.settings.gpu is None else self.settings.gpu - self.needed
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has what is needed. True without a GPU."""
+        """Whether the step fits the GPU. True without a GPU."""
         return self.margin is None or self.margin >= 0
 
     @property
     def in_host(self) -> int:
-        """Bytes of paged states in host memory at the peak: those beyond the budget, or without one beyond the GPU."""
+        """Bytes of paged states in host memory at the peak: what exceeds the budget, or without a budget the GPU."""
         if self.settings.optimizer_budget is not None:
             return self.paged
         return 0 if self.margin is None else min(self.paged, max(0, self.paged - self.margin))
@@ -121,7 +122,7 @@ def count_memory(shape: Shape, settings: PlanSettings) -> Plan:
 
 
 def _largest_of_moments(peaks: step.Peaks) -> dict[str, dict[str, int]]:
-    """The bytes of each kind where most is alive within each moment."""
+    """For each moment, the bytes of each kind when most is alive."""
     moments = {}
     for moment, labels in step.MOMENTS.items():
         if present := [peaks[label] for label in labels if label in peaks]:
@@ -156,7 +157,7 @@ def _trained_sizes(sizes: Sizes, settings: PlanSettings) -> list[int]:
     for name in step.adapted_layers(list(sizes.layers), settings.targets):
         out_features, in_features = sizes.layers[name]
         most = min(out_features, in_features)
-        if most == 1:  # a gate, which no adapter goes on
+        if most == 1:  # a gate, which gets no adapter
             continue
         if settings.rank > most:
             raise InputError(
@@ -177,9 +178,9 @@ def _state_bytes(n: int, settings: PlanSettings) -> int:
 
 
 def _states_on_device(states: int, settings: PlanSettings) -> int:
-    """Bytes of `states` that stay on the device: all, but of a paged optimizer as many whole pages as its budget has.
+    """Bytes of `states` that stay on the device: all, or with a paged optimizer the whole pages that fit its budget.
 
-    Without a budget a plan keeps none there: the states may have what the GPU has left.
+    Without a budget none are counted: the states take what the GPU has left.
     """
     if not settings.paged:
         return states

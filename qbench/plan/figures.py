@@ -32,12 +32,12 @@ def draw_plans(plans: list[Plan], file: Path) -> None:
         bars = [(plan.shape.name, plan.moments[plan.peak]) for plan in plans]
         title = f"{format_title(first.settings)}, {method}, at the peak of a step"
     else:
-        bars = [(_label(alike), alike[0].moments[alike[0].peak]) for alike in group_by_size(plans)]
+        bars = [(_bar_label(alike), alike[0].moments[alike[0].peak]) for alike in group_by_size(plans)]
         title = f"{first.shape.name} {method}, at the peak of a step"
     draw_bars(bars, title, first.settings.gpu, file)
 
 
-def _label(alike: list[Plan]) -> str:
+def _bar_label(alike: list[Plan]) -> str:
     """Names, dq and block of formats, in lines short enough to leave room for the bars."""
     fmt = alike[0].settings.format
     details = "" if fmt.name == "none" else f"{' + dq' if fmt.dq else ''}, block {fmt.block}"

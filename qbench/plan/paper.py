@@ -1,4 +1,4 @@
-"""The plan beside the memory table of QLoRA (arXiv 2305.14314): where they agree, and why where they do not.
+"""Compares the plan with the memory table of QLoRA (arXiv 2305.14314), and explains where they differ.
 
 The numbers are a copy of a figure of the paper: batch 1, sequence 512, gradient checkpointing, rank 64 on every linear
 layer, NF4 with double quantization. Its lines are in MiB. The optimizer's line shows how they were computed: 8 bytes per
@@ -46,7 +46,7 @@ class Comparison:
     """The paper's lines of a model, and the plan's.
 
     paper, ours: MiB, by line. plan: with the paper's settings. fp32_scales, fp32_embeddings: MiB that the model would take
-    more without double quantization, and with embeddings and head in 32 bits.
+    in addition without double quantization, and with embeddings and head in 32 bits.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Comparison:
     fp32_embeddings: float
 
     def difference(self, line: str) -> float:
-        """The plan's line over the paper's, less 1."""
+        """The plan's line divided by the paper's, minus 1."""
         return self.ours[line] / self.paper[line] - 1
 
     @property
@@ -94,7 +94,7 @@ def textbook_parameters(name: str, rank: int = 64) -> int:
 
 def print_comparisons(comparisons: list[Comparison], console: Console) -> None:
     """Print the table, and why its lines differ."""
-    console.print("The plan beside QLoRA's memory table (arXiv 2305.14314), MiB", style="bold")
+    console.print("The plan compared with QLoRA's memory table (arXiv 2305.14314), MiB", style="bold")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i, head in enumerate(("", "line", "paper", "plan", "difference")):

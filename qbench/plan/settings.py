@@ -46,9 +46,9 @@ class Dtypes:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan assumes. The fields are keys of conf/, by their last name (`key_of`).
+    """The assumptions of a plan. A key of conf/ sets each field (`key_of`).
 
-    format: ignored where formats are compared. batch: windows a step. targets: `all`, or the ends of the names of the
+    format: ignored where formats are compared. batch: windows a step. targets: `all`, or endings of the names of the
     layers with adapters. gpu, context: bytes. fragmentation: per cent of what is allocated. Raises InputError.
     """
 

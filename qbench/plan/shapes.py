@@ -23,7 +23,7 @@ SHAPES = Path(__file__).with_name("shapes.yaml")
 
 @lru_cache
 def built_in_shapes() -> dict[str, dict]:
-    """The built-in shapes by name: what AutoConfig takes, and `source`."""
+    """The built-in shapes by name: arguments of AutoConfig, and `source`."""
     return yaml.safe_load(SHAPES.read_text("utf-8"))
 
 
@@ -50,7 +50,10 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """A model without weights. name: as the user gave it. config: of the architecture. trust: run the code it names."""
+    """A model without weights.
+
+    name: as the user gave it. config: of the architecture. trust: run the code that the config names.
+    """
 
     name: str
     config: PreTrainedConfig
@@ -107,7 +110,7 @@ class Shape:
 
     def pick_seq(self, seq: int | str) -> int:
         """The tokens of a window, as a run picks them. Raises InputError for more than the model has positions."""
-        return data.pick_seq(seq, self)  # type: ignore[arg-type]  # which asks for the config alone
+        return data.pick_seq(seq, self)  # type: ignore[arg-type]  # it reads only the config
 
     def windows_scored_at_once(self, seq: int) -> int:
         """Windows of `seq` tokens that a run scores together, as `quality.evaluate` does."""
@@ -124,12 +127,14 @@ def find_shape(name: str | None, revision: str | None = None, trust: bool = Fals
     name = name or "bundled"
     path = location.BUNDLED if name == "bundled" else Path(name).expanduser()
     if not path.exists() and not location.is_hub_id(name):
-        raise InputError(f"model: {name!r} is unknown; accepted: {_accepted()}")
+        raise InputError(f"model: {name!r} is unknown; accepted: {_accepted_models()}")
     try:
         folder = path if path.exists() else location.download_config(name, revision)
         return Shape(name, auto_classes.load_config(folder, trust=trust), trust)
     except Exception as error:
-        raise InputError(f"model: {name!r} could not be read: {first_line(error)}; accepted: {_accepted()}") from error
+        raise InputError(
+            f"model: {name!r} could not be read: {first_line(error)}; accepted: {_accepted_models()}"
+        ) from error
 
 
 @lru_cache
@@ -139,7 +144,7 @@ def _built_in_shape(name: str) -> Shape:
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of modules with most linear layers. Raises InputError where no list has any."""
+    """The list of modules with the most linear layers. Raises InputError if no list has any."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     counts = dict.fromkeys(lists, 0)
     for layer in linear_layers(model):
@@ -161,6 +166,6 @@ def _are_alike(model: PreTrainedModel) -> bool:
     return len({signature(block, kind) for block, kind in zip(decoder_blocks(model), kinds, strict=False)}) == 1
 
 
-def _accepted() -> str:
+def _accepted_models() -> str:
     names = ", ".join(["bundled", *built_in_shapes()])
     return f"a folder or config.json of a causal LM, a hub id owner/name, or one of: {names}"

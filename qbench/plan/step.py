@@ -1,4 +1,4 @@
-"""The memory that a training step allocates and frees, counted on the step itself, run on PyTorch's meta device.
+"""Counts the memory that a training step allocates and frees, by running the step on PyTorch's meta device.
 
 Nothing here models an architecture. The model, packed layers, PEFT's adapters, loss, gradient checkpointing and optimizer
 are those of a run. On the meta device their operations return tensors with a size and no memory, and `LiveBytes` counts
@@ -20,8 +20,8 @@ Blocks are alike, so at each moment every kind of bytes grows by the same amount
 a step of three give that amount exactly, and a model of any depth takes a second. Middle blocks never hold more than the
 larger of the first and the last. A model whose blocks differ is run whole.
 
-Where a device differs from the meta device, `_as_on` puts the device's choice in its place. Scratch memory inside a CUDA
-kernel is not seen.
+Where a real device behaves differently from the meta device, `_imitate_device` imitates it. Scratch memory inside a CUDA
+kernel is not counted.
 """
 
 import warnings
@@ -96,10 +96,10 @@ def trace(shape: Shape, settings: PlanSettings, depth: int) -> Peaks:
     model = prepare(built, settings, partial(_empty_weights, fmt=settings.format))
     tokens = torch.zeros(settings.windows_at_once, settings.seq, dtype=torch.long, device=META)
     live = _MetaStep(KERNELS[settings.device])
-    with _as_on(settings.device), warnings.catch_warnings():
+    with _imitate_device(settings.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with live, _labelled(model, decoder, live, settings), torch.set_grad_enabled(settings.trains):
+            with live, _label_moments(model, decoder, live, settings), torch.set_grad_enabled(settings.trains):
                 # the second part of a batch meets the gradients of the first, and a third is like the second
                 for _ in range(min(settings.accumulate, 2) if settings.trains else 1):
                     _forward_backward(model, tokens, live, settings.trains)
@@ -111,7 +111,7 @@ def trace(shape: Shape, settings: PlanSettings, depth: int) -> Peaks:
 
 
 def _forward_backward(model: nn.Module, tokens: Tensor, live: LiveBytes, trains: bool) -> None:
-    """One part of a batch, as `training.loop.train` takes it."""
+    """Run one part of a batch, as `training.loop.train` does."""
     live.label, live.kind = "forward, first", ACTIVATIONS
     logits = model(input_ids=tokens, use_cache=False).logits
     live.label, live.kind = "loss", LOGITS
@@ -149,18 +149,21 @@ def prepare(
 
 
 def adapted_layers(layers: list[str], targets: str | tuple[str, ...]) -> list[str]:
-    """The layers that carry adapters: all, or those with one of the ends. Raises InputError for an end that none has."""
+    """The layers that carry adapters: all, or those whose names have one of the ends.
+
+    Raises InputError for an end that no layer has.
+    """
     if targets == "all":
         return layers
     ends = (targets,) if isinstance(targets, str) else targets
     for end in ends:
-        if not any(_ends(layer, end) for layer in layers):
+        if not any(_has_end(layer, end) for layer in layers):
             kinds = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
             raise InputError(f"targets: no layer is called {end!r}; accepted: all, or some of {kinds}")
-    return [layer for layer in layers if any(_ends(layer, end) for end in ends)]
+    return [layer for layer in layers if any(_has_end(layer, end) for end in ends)]
 
 
-def _ends(layer: str, end: str) -> bool:
+def _has_end(layer: str, end: str) -> bool:
     return layer == end or layer.endswith(f".{end}")
 
 
@@ -171,7 +174,7 @@ def _empty_weights(layers: dict[str, nn.Module], fmt: Format) -> dict[str, Quant
 
 
 def optimizer_copies(numels: list[int], settings: PlanSettings) -> int:
-    """Bytes that a step of the optimizer allocates beside its states, for trained tensors of these numbers of elements.
+    """Bytes that a step of the optimizer allocates in addition to its states. numels: elements of each trained tensor.
 
     PyTorch's loop on a GPU takes all parameters at once, so its copies grow with their sum. On a CPU, and in the paged
     and the 8-bit optimizers, one parameter is updated after the other.
@@ -200,18 +203,18 @@ def _peak_of_step(numels: tuple[int, ...], name: str, together: bool, dtype: tor
 
 
 class _MetaStep(LiveBytes):
-    """Counts, and answers questions about values: a model asks whether its windows are whole. They are."""
+    """Counts live bytes, and answers reads of values: a model may ask whether its mask is all true. It is."""
 
     def run_operation(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        # an optimizer's number of steps is a real tensor, and read as usual
+        # an optimizer's number of steps is not on the meta device, and is read as usual
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 0
         return super().run_operation(func, args, kwargs)
 
 
 @contextmanager
-def _labelled(model: nn.Module, decoder: nn.ModuleList, live: LiveBytes, settings: PlanSettings) -> Iterator[None]:
-    """Hooks that set the label of each moment as it begins, and the kind of each gradient as it arrives."""
+def _label_moments(model: nn.Module, decoder: nn.ModuleList, live: LiveBytes, settings: PlanSettings) -> Iterator[None]:
+    """Install hooks that set the label when a moment begins, and the kind of each gradient when it arrives."""
     ends = {0: "first", len(decoder) - 1: "last"}
 
     def block_begins(i: int) -> None:
@@ -244,12 +247,12 @@ def _labelled(model: nn.Module, decoder: nn.ModuleList, live: LiveBytes, setting
 
 
 @contextmanager
-def _as_on(device: str) -> Iterator[None]:
-    """Have the meta device take the choices of a device, in the two places where PyTorch or a run asks which it is.
+def _imitate_device(device: str) -> Iterator[None]:
+    """Make the meta device behave like another, in the two places where PyTorch or a run depends on the device.
 
-        asked                          CUDA                          CPU                           meta, without this
-        rows of logits in fp32         losses.CHUNK["cuda"]         losses.CHUNK["cpu"]          KeyError
-        scaled_dot_product_attention   fused                         fused, plain with dropout     plain, with seq² scores
+        depends on the device          CUDA                   CPU                         meta, without this
+        rows of logits in fp32         losses.CHUNK["cuda"]   losses.CHUNK["cpu"]         KeyError
+        scaled_dot_product_attention   fused                  fused, plain with dropout   plain, with seq² scores
 
     The fused attention is the CPU's operation for both: it saves the same tensors for the backward pass as CUDA's, which
     are query, key, value, output and the logarithm of the sum of exponentials.
@@ -272,8 +275,8 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention by the kernel that a device has for it; plain: PyTorch's own function, of whose arguments the rest are."""
-    if dropout_p and device == "cpu":  # whose kernel has no dropout
+    """Attention by the fused kernel of a device. plain: PyTorch's own function, with the arguments after `device`."""
+    if dropout_p and device == "cpu":  # its kernel has no dropout
         return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)

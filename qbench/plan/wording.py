@@ -19,12 +19,12 @@ METHODS = {
     "full": "under full fine-tuning",
     "none": "when it only scores text",
 }
-#: what the keys mean whose names do not say it
+#: explains the keys whose names are not clear
 MEANING = {
-    "device": "whose kernels and optimizer loops the step runs through",
+    "device": "the step uses its kernels and optimizer loops",
     "targets": "linear layers that carry adapters",
     "tune.batch": "windows a step",
-    "tune.accumulate": "parts that a batch is taken in",
+    "tune.accumulate": "parts of a batch, one after the other",
     "data.seq": "tokens a window",
     "tune.checkpointing": "keep block inputs, compute the rest twice",
     "attention": "sdpa, flash: no matrix of seq²; eager: one a head",
@@ -72,11 +72,11 @@ def verdict(plan: Plan) -> str:
     )
     if not plan.fits:
         return f"Does not fit {there}: {subject} needs {needed}, {margin} too much, {when}."
-    return f"Fits {there}, with {margin} to spare: {subject} needs {needed}, {when}.{_paging(plan)}"
+    return f"Fits {there}, with {margin} to spare: {subject} needs {needed}, {when}.{_describe_paging(plan)}"
 
 
-def _paging(plan: Plan) -> str:
-    """Where the states of a paged optimizer are, and the budget that a run needs for that."""
+def _describe_paging(plan: Plan) -> str:
+    """Where the states of a paged optimizer are, and the budget that a run needs to put them there."""
     if not plan.paged:
         return ""
     paged, host = format_bytes(plan.paged, plan.needed), format_bytes(plan.in_host, plan.needed)
@@ -95,13 +95,14 @@ def describe_remedies(plan: Plan, remedies: list[Remedy]) -> list[str]:
         lines = plan.moments[plan.peak]
         frozen = format_bytes(sum(lines[name] for name in HELD), plan.needed)
         return [f"No change of the keys below makes it fit: the weights alone take {frozen}."]
-    single = len(remedies) > 1 or " " not in remedies[0].arguments.replace(" dq=true", "")
+    single = " " not in remedies[0].arguments.replace(" dq=true", "")
     gpu = plan.settings.gpu
     assert gpu is not None  # without one every plan fits
-    lines_of_text = [f"What would change that, {'on its own' if single else 'together'}:"]
+    subject = "Each of these" if len(remedies) > 1 else "This" if single else "These together"
+    lines_of_text = [f"{subject} would make it fit:"]
     for remedy in remedies:
         to_spare = format_bytes(gpu - remedy.plan.needed, gpu)
-        lines_of_text.append(f"  {remedy.arguments}: {to_spare} to spare.{_paging(remedy.plan)}")
+        lines_of_text.append(f"  {remedy.arguments}: {to_spare} to spare.{_describe_paging(remedy.plan)}")
     return lines_of_text
 
 
@@ -135,12 +136,12 @@ def print_plan(plan: Plan, remedies: list[Remedy], console: Console) -> None:
     if settings.trains:
         console.print(describe_checkpointing(plan))
     console.print()
-    console.print(_moments(plan))
-    console.print("\n* the peak. What is assumed, each a key:\n", style="dim")
-    console.print(_assumptions(plan))
+    console.print(_moments_table(plan))
+    console.print("\n* the peak. Assumptions, each a key:\n", style="dim")
+    console.print(_assumptions_table(plan))
 
 
-def _moments(plan: Plan) -> Table:
+def _moments_table(plan: Plan) -> Table:
     """A row for each line, a column for each moment."""
     divisor, digits, unit = (1e9, 2, "GB, 10⁹ bytes") if plan.needed >= 2e9 else (1e6, 1, "MB, 10⁶ bytes")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -158,7 +159,7 @@ def _moments(plan: Plan) -> Table:
 
 
 def assumptions(plan: Plan) -> dict[str, object]:
-    """Every key that decided something, and its value, or the value that a plan takes for null."""
+    """The keys that affect the plan, and their values; null is replaced by the value that the plan uses."""
     settings = plan.settings
     skipped = {"format", "gpu", "dtype"}
     skipped |= set() if settings.low_rank else LOW_RANK_ONLY
@@ -174,7 +175,7 @@ def assumptions(plan: Plan) -> dict[str, object]:
     return values
 
 
-def _assumptions(plan: Plan) -> Table:
+def _assumptions_table(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     for key, value in assumptions(plan).items():
         text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -187,7 +188,7 @@ def describe_check(settings: PlanSettings, expected: int, measured: int) -> str:
     difference = f"{100 * (expected / measured - 1):+.2f}%".replace("-", "−")
     held, planned = format_bytes(measured, measured), format_bytes(expected, measured)
     return (
-        f"Taken here on {settings.device}, with random weights, the step holds {held} at its peak;"
+        f"A real step on {settings.device}, with random weights, holds {held} at its peak;"
         f" the plan, without context and fragmentation, has {planned}, {difference}."
     )
 
@@ -197,8 +198,8 @@ def print_sweep(plans: list[Plan], console: Console) -> None:
     console.print(sweep_verdict(plans), style="bold")
     console.print()
     console.print(_sweep_table(plans))
-    console.print("\nWhat is assumed, each a key:\n", style="dim")
-    console.print(_assumptions(plans[0]))
+    console.print("\nAssumptions, each a key:\n", style="dim")
+    console.print(_assumptions_table(plans[0]))
 
 
 def sweep_verdict(plans: list[Plan]) -> str:

@@ -53,7 +53,7 @@ def test_the_command_answers_in_words_and_writes_where_it_is_asked(command, tmp_
     assert (tmp_path / "a/bars.png").stat().st_size > 5000
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "bars.png", "x.json"]
     code, out, _ = command(*arguments[:3], "gpu=7GB")
-    assert code == 1 and out.startswith("Does not fit 7.00 GB") and "What would change that" in out
+    assert code == 1 and out.startswith("Does not fit 7.00 GB") and "would make it fit:" in out
 
 
 RUN_LINES = [
