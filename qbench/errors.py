@@ -1,4 +1,4 @@
-"""What went wrong on the user's side of things."""
+"""The errors that a user causes: bad input, and a run that exceeds its time limit."""
 
 import re
 
@@ -11,7 +11,7 @@ class InputError(Exception):
 
 
 class RunTimeout(BaseException):
-    """A run took longer than its limit. No Exception, so that no library on the way takes it for its own."""
+    """A run took longer than its limit. It is not an Exception, so that no library catches it."""
 
 
 def integer(name: str, value: object, at_least: int = 1) -> None:
@@ -21,7 +21,7 @@ def integer(name: str, value: object, at_least: int = 1) -> None:
 
 
 def byte_count(name: str, value: object, at_least: int = 1) -> int:
-    """The bytes that `value` stands for: an integer, or text such as "64MB", "1.5 GiB". Raises InputError otherwise."""
+    """Parse a number of bytes: an integer, or text such as "64MB" or "1.5 GiB". Raises InputError for other values."""
     pattern = r"(\d{1,30}(?:\.\d{1,30})?) ?([kmgt]?i?b?)"
     match = None if isinstance(value, bool) else re.fullmatch(pattern, str(value).lower())
     if not match or match[2] not in UNITS or (n := round(float(match[1]) * UNITS[match[2]])) < at_least:

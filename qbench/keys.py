@@ -1,7 +1,7 @@
-"""What every key of the three commands accepts; `--help` shows it, and settings from Python are held to the same.
+"""What each key of `run`, `quantize` and `plan` accepts. --help shows it, and settings from Python are checked too.
 
-It imports nothing that takes time, so that a mistake is told before PyTorch is loaded. What each key means, and its
-default, is in conf/.
+Nothing slow is imported, so a mistake is reported before PyTorch is loaded. The meaning and the default of each key are in
+conf/.
 """
 
 import re
@@ -13,20 +13,20 @@ from qbench.errors import InputError, byte_count
 
 METHODS = ("lora", "dora", "rslora", "ia3", "prefix", "p_tuning", "full")
 OPTIMIZERS = ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-PAGED = OPTIMIZERS[-2:]  #: those that take a budget
+PAGED = OPTIMIZERS[-2:]  #: optimizers that take a budget
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 DTYPES = ("bfloat16", "float16", "float32")
 SMALLEST_PAGE = 4096  #: bytes; holds one grain of the widest optimizer states, two moments in fp64
-LARGEST = 2**31 - 1  #: that an index of 32 bits holds
-ENORMOUS = 1e30  #: in float32, as good as infinite, but finite still
+LARGEST = 2**31 - 1  #: the largest index of 32 bits
+ENORMOUS = 1e30  #: practically infinite, but still finite in float32
 
 
 @dataclass(frozen=True)
 class Accepted:
     """What a key accepts.
 
-    words: the same in words. allows: whether a value is accepted. names: whether `words` is a list of names.
-    text: whether values are text, even those that look like a number. choices: names to complete.
+    words: the accepted values, for messages. allows: whether a value is accepted. names: whether `words` is a list of
+    names. text: whether values are text, even if they look like numbers. choices: names for completion.
     """
 
     words: str
@@ -36,7 +36,7 @@ class Accepted:
     choices: tuple[str, ...] = ()
 
     def check(self, key: str, value: object) -> None:
-        """Raises InputError."""
+        """Raise InputError if `value` is not accepted."""
         if not self.allows(value):
             problem = f"unknown; accepted: {self.words}" if self.names else f"not accepted; {self.words} is"
             raise InputError(f"{key}: {shown(value)} is {problem}")
@@ -52,7 +52,7 @@ class Accepted:
 
 
 def shown(value: object) -> str:
-    """A value in a message, however long it is."""
+    """A value for a message, cut if it is long."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more than 4,300 digits
@@ -68,7 +68,7 @@ def _integer(least: int, most: int) -> Accepted:
 
 
 def _number(least: float, most: float, *, above: bool = False, below: bool = False) -> Accepted:
-    """above: more than `least`; below: less than `most`."""
+    """A number from `least` to `most`. above, below: exclude `least`, `most`."""
 
     def allows(value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -106,7 +106,7 @@ def _bytes(least: int, examples: str = "67108864, 64MB or 1.5GiB") -> Accepted:
     def allows(value: object) -> bool:
         try:
             return byte_count("", value, least) <= 2**63
-        except (InputError, ValueError):  # as of an integer of more than 4,300 digits
+        except (InputError, ValueError):  # such as for an integer of more than 4,300 digits
             return False
 
     return Accepted(f"bytes, {least} or more, such as {examples},", allows)
@@ -172,7 +172,7 @@ QUANTIZE: Mapping[str, Accepted] = {
     "out": NULL | _text("a new or empty folder"),
 }
 
-#: the keys of a run that decide what a training step holds in memory; a plan accepts the others, and ignores them
+#: the keys of a run that affect the memory of a training step; a plan accepts the others, but ignores them
 MEMORY_KEYS = (
     "block",
     "dq",
@@ -192,7 +192,7 @@ MEMORY_KEYS = (
     "tune.optimizer_budget",
     "tune.optimizer_page",
 )
-#: python -m qbench plan: the keys of a run, and its own
+#: python -m qbench plan: the keys of a run, and more
 PLAN: Mapping[str, Accepted] = RUN | {
     "model.path": NULL | _text("a name, a folder, a config.json or a hub id owner/name"),
     "gpu": NULL | _bytes(10**6, "24GB, 24GiB or 800MB"),
@@ -214,7 +214,7 @@ PLAN: Mapping[str, Accepted] = RUN | {
     "figure": NULL | _text("a file"),
     "json": NULL | _text("a file"),
 }
-#: keys that a plan once had, and those of the run that have taken their place
+#: old keys of a plan, and the keys of a run that replaced them
 PLAN_RENAMED = {
     "method": "tune",
     "rank": "tune.rank",
@@ -228,13 +228,13 @@ PLAN_RENAMED = {
 
 
 def check(table: Mapping[str, Accepted], values: Mapping[str, object], prefix: str = "") -> None:
-    """Raises InputError for a value, named without the prefix of its key, that is not accepted."""
+    """Raise InputError if a value is not accepted. prefix: what the names in `values` lack to be keys of `table`."""
     for name, value in values.items():
         table[f"{prefix}{name}"].check(f"{prefix}{name}", value)
 
 
 def leaves(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Of a nested config the values by dotted key."""
+    """The values of a nested config, by dotted key."""
     values: dict[str, object] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
@@ -243,7 +243,7 @@ def leaves(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def unknown(key: str, table: Mapping[str, Accepted]) -> str:
-    """What is said of a key that is not in the table: the nearest, else those beside it."""
+    """The message for a key that is not in `table`. It names the most similar keys, else those of the same group."""
     within = [known for known in table if known.startswith(f"{key}.")]
     if within:
         return f"{key} is a group of keys; accepted: {', '.join(within)}"

@@ -1,4 +1,4 @@
-"""What a run is told: typed, checked, and the same from a command line or a notebook."""
+"""The settings of a run: typed, checked, and the same for the command line and Python."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,19 +8,21 @@ from qbench import keys
 from qbench.errors import InputError
 
 if TYPE_CHECKING:
-    from formats import Format  # with PyTorch, which takes seconds to import: what is wrong is told before
+    from formats import Format  # it imports PyTorch, which takes seconds; mistakes are reported before that
 
-FULL = "full"  #: all weights of a 16-bit model
+FULL = "full"  #: the method that trains all weights of a 16-bit model
 LOW_RANK = ("lora", "dora", "rslora")
-PROMPTS = ("prefix", "p_tuning")  #: which put virtual tokens before the text
+PROMPTS = ("prefix", "p_tuning")  #: methods that put virtual tokens before the text
 METHODS = keys.METHODS
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}  #: and transformers' names for them
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """path: a folder or a hub id, None the bundled model. dtype: auto, bfloat16, float16 or float32. revision: branch, tag
-    or commit of a hub id. trust_remote_code: run the code that the model brings along."""
+    """path: a folder or a hub id; None for the bundled model. dtype: auto, bfloat16, float16 or float32.
+
+    revision: branch, tag or commit of a hub id. trust_remote_code: run the Python code in the model's repository.
+    """
 
     path: str | None = None
     dtype: str = "auto"
@@ -33,8 +35,10 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """path: a text or .jsonl file, or the name of a bundled text. seq: tokens a window; `auto` is 256, or what the model
-    can."""
+    """path: a text or .jsonl file, or the name of a bundled text.
+
+    seq: tokens in a window; `auto` is 256, or the model's positions if those are fewer.
+    """
 
     path: str = "kjv"
     seq: int | str = "auto"
@@ -45,9 +49,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """tokens: held-out tokens that are scored, rounded up to whole windows.
+    """tokens: held-out tokens to score, rounded up to whole windows.
 
-    tasks: lm-eval tasks to score too (`measure.task_files`). limit: documents of each, None all. batch: requests at once.
+    tasks: lm-eval tasks to score too (`measure.task_files`). limit: documents of each task, None for all. batch: requests
+    at once.
     """
 
     tokens: int = 16384
@@ -60,20 +65,20 @@ class EvalSettings:
         object.__setattr__(self, "tasks", [self.tasks] if isinstance(self.tasks, str) else list(self.tasks))
 
     def plain(self) -> dict:
-        """Without tasks, what is told of them is left out: it has no part in the result."""
+        """The settings as JSON. Without tasks, `limit` and `batch` do not affect the result and are left out."""
         return asdict(self) if self.tasks else {"tokens": self.tokens}
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """method: one of METHODS. steps: optimizer steps, each of `batch` examples, taken in `accumulate` parts.
+    """method: one of METHODS. steps: optimizer steps, each on `batch` examples, which are split into `accumulate` parts.
 
-    group_by_length: an example is a document, or `data.seq` tokens of it, and a batch is of those of alike length; else
-    it is a window, filled with text.
+    group_by_length: train on documents, or `data.seq` tokens of longer ones, in batches of similar length. Otherwise an
+    example is a window filled with text.
 
-    rank, alpha, dropout: LoRA's. init, init_rounds: where it begins (`starts`). virtual_tokens: of prefix tuning and
-    P-tuning. checkpointing: recompute the activations of a block in the backward pass rather than keep them. merge,
-    adapter_format, adapter_block: what is measured of the trained adapters afterwards (`merge`).
+    rank, alpha, dropout: of LoRA. init, init_rounds: the initial A and B (`training.lora_init`). virtual_tokens: for
+    prefix tuning and P-tuning. checkpointing: recompute activations in the backward pass instead of keeping them.
+    merge: measure the merged adapters. adapter_format, adapter_block: measure adapters quantized to this format.
 
     schedule: constant or cosine, after `warmup` steps. clip: largest norm of the gradient. optimizer_budget: bytes of
     optimizer states on the device, such as 67108864, "64MB" or "1.5GiB", for the paged optimizers; None for no limit.
@@ -116,7 +121,7 @@ class TuneSettings:
             raise InputError(
                 "tune.checkpointing: true is not possible with prefix, which needs a cache; accepted: false"
             )
-        if self.adapter_format is not None:  # to be known before hours of training, not after
+        if self.adapter_format is not None:  # a mistake is reported before hours of training, not after
             self.format_of_adapters()
         if self.batch % self.accumulate:
             raise InputError(f"tune.accumulate: {self.accumulate} does not divide tune.batch={self.batch}")
@@ -130,7 +135,7 @@ class TuneSettings:
             keys.check_paging(self.optimizer_budget, self.optimizer_page)
 
     def format_of_adapters(self) -> "Format":
-        """The format that adapters are measured in."""
+        """The format that adapters are quantized to, to measure them."""
         import formats
         from formats.contract import first_line
 
@@ -142,7 +147,7 @@ class TuneSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run depends on. tune: None to leave the fine-tuning out."""
+    """All settings of a run. tune: None for no fine-tune."""
 
     format: "Format"
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -156,19 +161,19 @@ class Settings:
         keys.check(keys.RUN, {"seed": self.seed, "device": self.device})
         if self.tune and self.tune.method == FULL and self.format.name != "none":
             raise InputError(
-                f"tune.method: full trains the weights themselves, which {self.format.name} keeps as they are; accepted"
-                " with it: +format=none"
+                f"tune.method: full trains the weights themselves, which {self.format.name} quantizes; accepted with"
+                " it: +format=none"
             )
 
     @property
     def formats(self) -> list["Format"]:
-        """All that have a part in the numbers."""
+        """The formats that affect the result: that of the weights, and that of quantized adapters."""
         if self.tune and self.tune.adapter_format:
             return [self.format, self.tune.format_of_adapters()]
         return [self.format]
 
     def plain(self, **resolved: str | int) -> dict:
-        """The configuration as JSON holds it; `resolved` replaces device, dtype and seq that are `auto`."""
+        """The configuration as JSON. resolved: values for a device, dtype and seq of `auto`."""
         model, data = asdict(self.model), asdict(self.data)
         return {
             "format": _plain(self.format),
@@ -184,7 +189,7 @@ class Settings:
 
 
 def parts(config: dict) -> dict[str, Any]:
-    """The parts of `Settings` that a resolved config has, but for its format. Raises InputError."""
+    """The typed parts of a resolved config, except its format. Raises InputError."""
     tune = config["tune"]
     return {
         "model": ModelSettings(**config["model"]),
@@ -195,7 +200,7 @@ def parts(config: dict) -> dict[str, Any]:
 
 
 def _plain(fmt: "Format") -> dict:
-    """The name tells a format of ours; one of another package is told by its class as well."""
+    """A format as JSON: its name and source, and for a format of another package its class."""
     from formats.registry import ours
 
     plain, cls = {"name": fmt.name, "source": fmt.source}, type(fmt)

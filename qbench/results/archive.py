@@ -1,4 +1,4 @@
-"""Many results in one file, results.jsonl.xz: a line a run, with its path and the whole content of its result.json.
+"""Many results in one file, results.jsonl.xz. Each line is a run: its path, and the whole content of its result.json.
 
     {"path": "nf4_block64_seed0/result.json", "result": {"schema": 1, "status": "done", ...}}
 
@@ -19,17 +19,17 @@ from . import json_files, store
 
 FILE = "results.jsonl.xz"
 ENDING = ".jsonl.xz"
-LARGEST = 4 << 30  #: bytes of an archive once it is decompressed; ten thousand results have some 400 MB
+LARGEST = 4 << 30  #: decompressed bytes of an archive; ten thousand results have some 400 MB
 MOST = 100_000  #: lines of an archive
 MEMORY = 256 << 20  #: bytes that decompression may use; `xz -9` needs 65 MiB
 PIECE = 1 << 20
 
 
 def write(folder: Path, results: Iterable[Path]) -> int:
-    """Archive result.json files below a folder in `folder`/results.jsonl.xz; returns how many it then holds.
+    """Add result.json files below `folder` to `folder`/results.jsonl.xz. Returns how many results that then holds.
 
-    Results that the archive already has stay, unless one of the files has the same path. The files stay too. Raises
-    InputError where a file or the old archive is not whole.
+    A result that is already there stays, unless a file with the same path replaces it. The files stay too. Raises
+    InputError if a file or the old archive is damaged.
     """
     new = {file.relative_to(folder).as_posix(): file for file in results}
     names = set(new)
@@ -50,14 +50,14 @@ def write(folder: Path, results: Iterable[Path]) -> int:
 def _line(name: str, result: dict) -> bytes:
     try:
         return json.dumps({"path": name, "result": result}, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    except ValueError:  # JSON has 1e999 for a number that Python reads as infinite
+    except ValueError:  # Python reads the JSON number 1e999 as infinite
         raise InputError(f"{sanitize(name)} has a number that is not finite; null is accepted") from None
 
 
 def read(file: Path) -> Iterator[tuple[Path, dict | InputError]]:
-    """Each result of an archive with its path, or where a line holds none, ARCHIVE:LINE with the error.
+    """Yield each result of an archive with its path. For an invalid line, yield ARCHIVE:LINE with the error.
 
-    Reads a line at a time. Raises OSError, and InputError where the rest of the archive cannot be read.
+    Reads one line at a time. Raises OSError, and InputError if the rest of the archive cannot be read.
     """
     seen: set[str] = set()
     for number, line in enumerate(_lines(file), 1):
@@ -85,7 +85,7 @@ def _parsed(line: bytes, place: str) -> tuple[str, dict]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed a piece at a time and within limits. Raises OSError and InputError."""
+    """Yield the lines of a file, decompressed in pieces and within limits. Raises OSError and InputError."""
     json_files.check_regular(file)
     shown = sanitize(str(file))
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MEMORY)

@@ -24,7 +24,7 @@ def load(*paths: Path | str) -> "pandas.DataFrame":
 
     A row is a run, and `path` is its folder; the rows are sorted by it. A column is a value of result.json, named by its
     path in it (`metrics.quality.tuned.perplexity`; docs/result.md explains them all). Values of layers, windows and steps
-    are arrays. Warns of files and folders that cannot be read. Raises InputError if a path does not exist.
+    are arrays. Warns about files and folders that cannot be read. Raises InputError if a path does not exist.
     """
     results, unreadable = read_results(*paths)
     for reason in unreadable.values():
@@ -49,7 +49,7 @@ def read_results(*paths: Path | str) -> tuple[dict[Path, dict], dict[Path, str]]
     archive has the path ARCHIVE/RUN/result.json.
 
     Ten thousand results fit into memory. For that, lists of numbers become arrays, and lists of records (layers) become
-    records of arrays, except in `config`. Texts can be encoded in UTF-8. Raises InputError if a path does not exist.
+    records of arrays, except in `config`. Every text can be encoded in UTF-8. Raises InputError if a path does not exist.
     """
     results: dict[Path, dict] = {}
     unreadable: dict[Path, str] = {}

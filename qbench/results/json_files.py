@@ -23,7 +23,7 @@ def write_json(path: Path, content: dict | list) -> Path:
 
 
 def read_json(file: Path, **numbers: Any) -> Any:
-    """Read a JSON file. numbers: arguments of `json.loads`. Raises InputError if it is not whole JSON, and OSError."""
+    """Read a JSON file. numbers: arguments of `json.loads`. Raises InputError if it is not valid JSON, and OSError."""
     size = check_regular(file)
     if size > LARGEST:
         raise InputError(f"{sanitize(str(file))} has {size:,} bytes; up to {LARGEST:,} are accepted")
@@ -39,7 +39,7 @@ def check_regular(file: Path) -> int:
 
 
 def parse_json(content: bytes, place: str, **numbers: Any) -> Any:
-    """Parse JSON in UTF-8. Raises InputError if it is not whole.
+    """Parse JSON in UTF-8. Raises InputError if it is not valid.
 
     place: where it was read, for the message. numbers: arguments of `json.loads`.
     """

@@ -77,7 +77,7 @@ def _parse_integer(text: str) -> int:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 #: how the numbers of a result are parsed: arguments of `json.loads`

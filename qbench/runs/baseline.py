@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from qbench.measure.quality import BaselineLogits, Scores
 from qbench.results import json_files
 
-COSTS = "costs.json"  #: beside it: nll.npy, logits, and the files that `measure` left
+COSTS = "costs.json"  #: in the folder of a baseline, with nll.npy, logits, and the files of `measure`
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Baseline:
 def obtain(
     key: str, store: Path | None, scratch: Path, measure: Callable[[BaselineLogits, Path], tuple[Scores, dict]]
 ) -> Baseline:
-    """Returns the baseline `key` from the folder `store`, or measures it and saves it there for the next run.
+    """Read the baseline `key` from the folder `store`, or measure it and save it there for the next run.
 
     measure: receives the file for the logits and a folder for other files. Returns scores and costs.
 

@@ -1,4 +1,4 @@
-"""What every step of a run uses."""
+"""The context that all steps of a run share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ from qbench.settings import Settings
 
 from .progress import Phases
 
-ADAPTER, BASE = "adapter", "base"  #: folders: of a run's adapters, and within it of the model that they belong to
+ADAPTER, BASE = "adapter", "base"  #: subfolder of a run for its adapters, and in it one for their base model
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every step of a run uses.
+    """The context that all steps of a run share.
 
     settings: what the user asked for. folder: where the run writes. device, dtype: of the 16-bit model.
-    phases: times a part of a step, and draws its bar. result: becomes result.json; each step adds its measurements to it,
-    so that a run that fails keeps those made before.
+    phases: times the phases, and draws their bars. result: becomes result.json. Each step adds its measurements to it, so
+    a failed run keeps the earlier ones.
     """
 
     settings: Settings

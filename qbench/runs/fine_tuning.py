@@ -33,9 +33,9 @@ def add_adapters(
     reference: Baseline,
     tune: TuneSettings,
 ) -> PreTrainedModel | PeftModel:
-    """Put adapters on the quantized layers. Uses up `quantized.starts`, so that training does not hold them as well.
+    """Put adapters on the quantized layers. Empties `quantized.starts`, to free its memory before training.
 
-    Where LoRA does not start from zero, the model before the first step is scored too.
+    If LoRA does not start from zero, the model before the first step is scored too.
     """
     shutil.rmtree(context.folder / ADAPTER, ignore_errors=True)  # of an earlier run
     if not context.result["run"]["model"]["commit"]:  # a folder: its absolute path
@@ -54,7 +54,7 @@ def add_adapters(
 
 
 def _save_base(context: RunContext, inputs: Inputs, model: PreTrainedModel, quantized: Quantized) -> None:
-    """Give `model` the weights Q = q(W − B·A) that LoRA starts on, and save it: no other run has these weights."""
+    """Give `model` the weights Q = q(W − B·A) that belong to LoRA's initial A and B, and save it as their base."""
     replace_layers(model, {name: start.packed for name, start in quantized.starts.items()})
     base = context.folder / ADAPTER / BASE
     with context.phases("save_base", "save the base of the adapters"):
@@ -75,7 +75,7 @@ def train_adapters(
 
         log = train(model, inputs.training, tune, context.settings.seed, report_step)
     if tune.method == FULL:
-        model.to(context.dtype).requires_grad_(False)  # type: ignore[arg-type]  # typed as no method
+        model.to(context.dtype).requires_grad_(False)  # type: ignore[arg-type]  # its stub is wrong
     context.metrics["tune"] = {**asdict(log), "left": inputs.without_adapter}
     context.metrics["throughput"]["tune_tokens_s"] = throughput.summarize(log.tokens_s)
     model.save_pretrained(str(context.folder / ADAPTER))

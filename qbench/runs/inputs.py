@@ -19,11 +19,11 @@ from .context import RunContext
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run works on, opened and checked before a weight is read.
+    """The inputs of a run, opened and checked before any weight is read.
 
     source: the checkpoint; its weights are not loaded yet. coverage: which weights the format quantizes.
     held_out: int64 [windows, seq], the tokens that every model is scored on. training: the tokens of the fine-tune, a
-    tensor [examples, seq] or a list of documents; None without one.
+    tensor [examples, seq] or a list of documents; None without a fine-tune.
     without_adapter: linear layers that get no adapter, by name, with the reason.
     digests: identify the weights, the text and the tasks.
     """

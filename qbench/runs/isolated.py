@@ -1,7 +1,6 @@
-"""A function in a process of its own, forked from this one, with all that this one has in memory.
+"""Call a function in a child process. It is forked from this process, so it has everything that is in memory here.
 
-Its peak of memory is then its own, whatever ran before; and what ends it, such as a system that is out of memory, ends
-nothing else.
+The child has its own memory peak. If the child is killed, for example because memory runs out, this process goes on.
 """
 
 import ctypes
@@ -16,17 +15,17 @@ import torch
 
 
 def possible() -> bool:
-    """Whether a child could work: on Linux, where this process has used neither CUDA nor numba's threads."""
+    """Whether a child would work: on Linux, if this process has used neither CUDA nor numba's threads."""
     numba_threads = sys.modules.get("numba.np.ufunc.parallel")
     used = torch.cuda.is_initialized() or getattr(numba_threads, "_is_initialized", False)
     return sys.platform == "linux" and hasattr(os, "fork") and not used
 
 
 def call(function: Callable[[], int], limit: float | None = None) -> int:
-    """What `function` returns, 0 to 255, in a child; where a signal ended that, minus its number.
+    """Call `function` in a child process. Returns its result, 0 to 255, or minus the signal that ended the child.
 
-    limit: seconds after which the child is killed, whatever it is at. An interrupt is handed on to the child, and raised
-    here once that has ended. Raises TimeoutError where the limit ended it, OSError where no process can start.
+    limit: seconds after which the child is killed. Ctrl-C is passed on to the child, and raised here once the child has
+    ended. Raises TimeoutError if the child was killed at the limit, and OSError if no process can start.
     """
     children: list[int] = []
     statuses: list[int] = []
@@ -37,7 +36,7 @@ def call(function: Callable[[], int], limit: float | None = None) -> int:
         if not begun.acquire(blocking=False):
             return
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the child, until it can handle one
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the child unblocks it once it can handle it
             children.append(os.fork())
             if not children[0]:
                 _child(function, parent)
@@ -46,16 +45,16 @@ def call(function: Callable[[], int], limit: float | None = None) -> int:
             ended.set()
 
     deadline = None if limit is None else time.monotonic() + limit
-    interrupt, handed_on, late = None, False, False
+    interrupt, passed_on, late = None, False, False
     while not ended.is_set():
         try:
-            if not begun.locked():  # a thread whose start is interrupted may have begun or not
-                # GNU OpenMP keeps its threads by the thread that called it: a child of a new one starts its own
+            if not begun.locked():  # a thread whose start was interrupted may or may not have begun
+                # GNU OpenMP has a pool of threads per calling thread, so a child of a new thread starts its own pool
                 threading.Thread(target=start_and_wait).start()
-            if interrupt and children and not handed_on:
-                handed_on = True
+            if interrupt and children and not passed_on:
+                passed_on = True
                 _signal(children, statuses, signal.SIGINT)
-            if interrupt and not handed_on:
+            if interrupt and not passed_on:
                 ended.wait(0.05)
             elif late or deadline is None:
                 ended.wait()
@@ -67,7 +66,7 @@ def call(function: Callable[[], int], limit: float | None = None) -> int:
     if interrupt:
         raise interrupt
     if not statuses:
-        raise OSError("the system starts no further process")
+        raise OSError("the system cannot start another process")
     code = os.waitstatus_to_exitcode(statuses[0])
     if late and code == -signal.SIGKILL:
         raise TimeoutError(f"the process took longer than {limit} s")
@@ -75,21 +74,24 @@ def call(function: Callable[[], int], limit: float | None = None) -> int:
 
 
 def _signal(children: list[int], statuses: list[int], number: int) -> None:
+    """Send a signal to the child unless it has ended."""
     if not statuses:
         os.kill(children[0], number)
 
 
 def _child(function: Callable[[], int], parent: int) -> None:
+    """Call `function` in the child, and exit with its result. parent: process id of the parent."""
+
     def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, of the same Ctrl-C, has nothing to add
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore a second signal of the same Ctrl-C
         raise KeyboardInterrupt
 
     code = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
-        if os.getppid() != parent:  # which had gone before
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the child dies with its parent
+        if os.getppid() != parent:  # the parent died before that call
             os._exit(code)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for what a shell runs in the background
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores it for background jobs
             signal.signal(signal.SIGINT, interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         code = function()

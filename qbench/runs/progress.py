@@ -16,8 +16,8 @@ console = Console(stderr=True, markup=False)
 class Phases:
     """`with phases("quantize", "quantize to nf4", total) as advance:` draws a bar, which `advance(n, note)` moves.
 
-    seconds, peak_bytes: of each phase by its name, also of one that failed. Where the output is not a terminal, a finished
-    phase prints one line.
+    seconds, peak_bytes: of each phase by name, including one that failed. If the output is not a terminal, a phase prints
+    one line when it finishes.
     """
 
     def __init__(self, device: torch.device):

@@ -1,4 +1,4 @@
-"""The step of a run that quantizes the model, and measures what that loses and saves."""
+"""The step of a run that quantizes the model, and measures the error, the speed and the size."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from qbench.training import lora_init
 from .context import ADAPTER, BASE, RunContext
 from .inputs import Inputs
 
-ERROR_WINDOWS = 4  #: windows of held-out text whose activations weigh the error of a layer's output
+ERROR_WINDOWS = 4  #: windows of held-out text whose activations give the error of a layer's output
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What later steps need to know of the quantized model.
+    """What later steps need from the quantized model.
 
     layers: names of the quantized layers. parameters: of the whole model, before it was quantized.
-    starts: where LoRA starts on each layer; empty where it starts from zero, as `tune.init=default` does.
+    starts: LoRA's initial A and B of each layer; empty with `tune.init=default`, where LoRA starts from zero.
     """
 
     layers: list[str]
@@ -71,7 +71,7 @@ def quantize_model(context: RunContext, inputs: Inputs, model: PreTrainedModel) 
 def _start_lora(
     context: RunContext, tune: TuneSettings, layers: Mapping[str, nn.Module], packed: Mapping[str, QuantizedTensor]
 ) -> dict[str, lora_init.LoraInit]:
-    """Compute where LoRA starts on each layer. Measures the error that is left there, beside that of `packed` alone."""
+    """Compute LoRA's initial A and B of each layer. Measures the error with them, and that of `packed` alone."""
     starts: dict[str, lora_init.LoraInit] = {}
     quantized: dict[str, error.Sums] = {}
     initial: dict[str, error.Sums] = {}

@@ -23,7 +23,7 @@ def load_tasks(context: RunContext, inputs: Inputs) -> TaskStages | None:
 def measure_baseline(
     context: RunContext, inputs: Inputs, model: PreTrainedModel, tasks: TaskStages | None, store: Path | None
 ) -> Baseline:
-    """Measure the 16-bit model, or take the measurements that an earlier run left in the folder `store`."""
+    """Measure the 16-bit model, or read what an earlier run measured from the folder `store`."""
 
     def measure(logits: quality.BaselineLogits, folder: Path) -> tuple[quality.Scores, dict]:
         scores, rates = _score_and_time(context, inputs, model, "baseline", "eval_baseline", logits)

@@ -1,7 +1,7 @@
 """Send the losses and metrics of a run to TensorBoard, MLflow or Weights & Biases too, through accelerate.
 
-Unless their own environment variables say otherwise (MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_DIR), they write into the
-folder of the run and send nothing over the network.
+By default they write into the folder of the run and send nothing over the network. Their own environment variables
+change that: MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_DIR.
 """
 
 import os
@@ -22,7 +22,7 @@ PROJECT = "qbench"
 
 
 def checked(names: object) -> tuple[str, ...]:
-    """Returns the trackers that the key `track` names. Raises InputError if one is unknown or not installed."""
+    """Returns the trackers in the key `track`. Raises InputError if one is unknown or not installed."""
     keys.RUN["track"].check("track", names)
     checked_names = (names,) if isinstance(names, str) else tuple(names or ())  # type: ignore[arg-type]
     for name in checked_names:

@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise Busy(f"{folder} is in the hands of another process") from None
+        raise Busy(f"{folder} is in use by another process") from None
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def _flush_folder(path: Path) -> None:
     """Flush the folder of a file to disk, if the system can. Without it a crash may bring the old file back."""
-    with suppress(OSError):  # the file itself is already written: the caller asked for no more
+    with suppress(OSError):  # the file itself is already on disk
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)

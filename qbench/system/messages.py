@@ -1,4 +1,4 @@
-"""Messages on the terminal. While a run lasts, those of libraries are written to a file instead."""
+"""Messages on the terminal. During a run, those of libraries are written to a file instead."""
 
 import io
 import logging
@@ -30,7 +30,7 @@ class _MessageLog:
         if self.folder is None or not self.waiting:
             return
         text, self.waiting = "".join(self.waiting), []
-        with suppress(OSError):  # a full disk is for the results to report
+        with suppress(OSError):  # writing the result reports a full disk
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)

@@ -148,7 +148,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(sharded_llama, tmp_pat
     with pytest.raises(InputError, match="was begun with another format"):
         quantize(sharded_llama, tmp_path / "nf4", {**NF4, "dq": False})
     assert read_files(tmp_path / "nf4") == before
-    with files.locked(tmp_path / "nf4"), pytest.raises(files.Busy, match="in the hands of another process"):
+    with files.locked(tmp_path / "nf4"), pytest.raises(files.Busy, match="in use by another process"):
         quantize(sharded_llama, tmp_path / "nf4")
 
 

@@ -57,7 +57,7 @@ def test_a_single_run_is_found_again(command, monkeypatch):
     assert store.read(file) == result and [file] == list(Path().glob("runs/*/result.json"))
     with files.locked(file.parent):
         code, said = command("+format=nf4")
-    assert code == 1 and "is in the hands of another process" in said and store.read(file) == result
+    assert code == 1 and "is in use by another process" in said and store.read(file) == result
 
 
 def test_a_refused_run_leaves_nothing(command, tmp_path):

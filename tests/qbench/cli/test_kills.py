@@ -194,7 +194,7 @@ def broken(file):
         file.write_bytes(content)
 
 def busy():
-    """The finished sweep's runs are in the hands of another process."""
+    """The finished sweep's runs are in use by another process."""
     from qbench import files
     with contextlib.ExitStack() as stack:
         for one in folder.glob("*/result.json"):

@@ -142,7 +142,7 @@ def test_other_ends_have_their_codes(command, sharded_llama, tmp_path, monkeypat
     (tmp_path / "out").mkdir()
     with files.locked(tmp_path / "out"):
         code, stderr = command(*arguments)
-    assert code == 1 and stderr == "qbench: out is in the hands of another process\n"
+    assert code == 1 and stderr == "qbench: out is in use by another process\n"
     for problem, code, words in (
         (
             OSError(errno.ENOSPC, "No space left on device"),
