@@ -1,7 +1,7 @@
-"""Build the site, pages and API: `python docs/build.py FOLDER`. Open FOLDER/index.html; it needs no network.
+"""Build the site of pages and API reference: `python docs/build.py FOLDER`. FOLDER/index.html needs no network.
 
-MkDocs takes pages from one folder, and ours link to files all over the repository. So everything that a page links to is
-copied beside it first, in the layout of the repository: the links then work on the site as they do in a checkout.
+MkDocs takes pages from one folder, but ours link to files all over the repository. So pages and linked files are first
+copied into one folder, in the layout of the repository. The links then work on the site as in a checkout.
 """
 
 import re
@@ -16,14 +16,14 @@ from mkdocs.config import load_config
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PAGES = ROOT / "build" / "pages"
-SHOWN = {".py", ".yaml", ".sh", ".lock", ".cff", ""}  #: files that become a page of code
+SHOWN = {".py", ".yaml", ".sh", ".lock", ".cff", ""}  #: suffixes of files that become a page of code
 LINK = re.compile(r'(\]\()([^)#\s]+)((?:#[^)\s]*)?(?: "[^"]*")?\))')
 
 
 def gather(pages: Path) -> None:
     """Copy README.md, CONTRIBUTING.md, CHANGELOG.md, docs/*.md and all they link to into `pages`.
 
-    Raises FileNotFoundError for a link to nowhere.
+    Raises FileNotFoundError for a broken link.
     """
     waiting = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")]
     seen = set(waiting)
@@ -31,7 +31,7 @@ def gather(pages: Path) -> None:
         page = waiting.pop()
 
         def place(link: re.Match, page: Path = page) -> str:
-            """The link as the site has it; what it leads to is copied, or waits."""
+            """Returns the link for the site. Copies its target, or queues it if it is a page."""
             before, target, after = link.groups()
             if re.match(r"[a-z]+:", target):
                 return link[0]

@@ -1,11 +1,17 @@
-"""Every kind of causal LM that transformers has, tiny and of random numbers, through all that qbench does with a model.
+"""Try every kind of causal LM in transformers, as a tiny random model, with everything that qbench does to a model.
 
     python experiments/architectures.py [TYPE …]
 
-A type is what config.json calls `model_type`; where some are named, the others keep the rows that they have. Of each, a
-run with its fine-tune, `qbench quantize`, and `save_pretrained` of the packed model are tried, in a process of its own.
-Writes architectures.md and architectures.json: what worked without a word, what worked with something told, what was
-refused in a line, and what ended in a traceback, which nothing should.
+A type is a `model_type` of config.json. If types are named, the other rows of the table stay as they are. Each type has a
+process of its own. It tries a run with its fine-tune, `qbench quantize`, and `save_pretrained` of the packed model.
+
+Writes architectures.md and architectures.json, with the outcome of each type:
+
+    ok           everything works
+    told         everything works, and a message says what stays in 16 bit, has no adapter or is not timed
+    refused      an error of one line says why not
+    not built    transformers cannot make the tiny model
+    traceback    a bug; the exit code is then 1
 """
 
 import argparse
@@ -45,12 +51,12 @@ from qbench.runs import isolated
 OUT = Path(__file__).parents[1] / "reports" / "architectures"
 JSON = "architectures.json"
 VERSIONS = {name: module.__version__ for name, module in (("transformers", transformers), ("torch", torch))}
-SECONDS, BYTES = 120, 4 * 2**30  #: of a processor, and of memory, for one type
+SECONDS, BYTES = 120, 4 * 2**30  #: limits for one type: seconds of CPU time, bytes of memory
 VOCABULARY = 4096  # of the bundled tokenizer
 NF4 = {"name": "nf4", "block": 64, "dq": False}
-OUTCOMES = "ok", "told", "refused", "not built", "traceback"  #: the worst of its steps is a type's
+OUTCOMES = "ok", "told", "refused", "not built", "traceback"  #: from best to worst; a type gets its worst one
 
-#: the most that a value of a config may be, by the key: the first pattern that fits it all
+#: the largest value of each config key: the first pattern that matches the whole key counts
 SMALL = {
     r".*_token_(id|index)|(image|audio|video)_token_.*": VOCABULARY - 1,
     r".*vocab(_size.*|_offset)?": VOCABULARY,
@@ -71,7 +77,7 @@ SMALL = {
 _INDEXER = {f"indexer_{key}": value for key, value in dict(
     n_heads=2, kv_heads=1, head_dim=16, budget=32, compress_ratio=4).items()}  # fmt: skip
 _TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-#: what a type needs beside, as its default has no value that works, or what is small does not fit together
+#: further config values for types whose defaults do not work, or do not when they are shrunk
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {part: {"vocab_size": VOCABULARY} for part in ("patcher_config", "encoder_config", "decoder_config")}
@@ -104,7 +110,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8,
                "attention_head_dim": 32},
 }  # fmt: skip
-#: what a config needs to be made at all
+#: arguments without which the default config cannot be made
 FIRST = {
     "gemma4_assistant": {"text_config": {
         "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, **_TWO_KINDS}},
@@ -113,7 +119,7 @@ FIRST = {
 
 @dataclass
 class Row:
-    """What came of a type. share: of the weights that could be, the part that is quantized. said: by step, a line each."""
+    """The outcome of a type. share: quantized part of the eligible weights. said: the messages, one line each."""
 
     type: str
     cls: str = ""
@@ -127,14 +133,14 @@ class Row:
 
 
 def config(kind: str) -> PreTrainedConfig:
-    """A tiny one of a type: its default, with each size cut down, and as many layers as show each kind of them."""
+    """Make a tiny config of a type: the default with smaller sizes, and just enough layers to have each kind of layer."""
     first = FIRST.get(kind, {})
     made = CONFIG_MAPPING[kind](**first)
     return CONFIG_MAPPING[kind](**_merged(_merged(first, _shrunk(made)), NEEDED.get(kind, {})))
 
 
 def _shrunk(made: PreTrainedConfig) -> dict[str, Any]:
-    """The keys of a config that are to be others."""
+    """Returns the keys of a config that change, with their smaller values."""
     values = {key: value for key, value in made.to_dict().items() if key not in made.sub_configs}
     small = {key: smaller for key, value in values.items() if (smaller := _small(key, value)) != value}
     if values.get("num_key_value_heads") == values.get("num_attention_heads") and "num_attention_heads" in small:
@@ -147,24 +153,24 @@ def _shrunk(made: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _small(key: str, value: Any) -> Any:
-    if key == "is_decoder":  # else it looks at what follows as well
+    if key == "is_decoder":  # otherwise it also attends to later tokens
         return True
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    if key == "pad_token_id":  # whose embedding is zeros: none that begins a text
+    if key == "pad_token_id":  # its embedding is zeros, so it must not begin a text
         return 1
     return next((min(most, value) for pattern, most in SMALL.items() if re.fullmatch(pattern, key)), value)
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The second over the first, and so with the dicts in them."""
+    """Merge the second dict into the first, and the dicts within them likewise."""
     inner = {key: _merged(first[key], value) for key, value in second.items()
              if isinstance(value, dict) and isinstance(first.get(key), dict)}  # fmt: skip
     return first | second | inner
 
 
 def build(kind: str, folder: Path) -> PreTrainedModel:
-    """A tiny random model of a type, with the bundled tokenizer, into a folder."""
+    """Make a tiny random model of a type, and save it with the bundled tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
     model.save_pretrained(folder)
@@ -182,7 +188,7 @@ def _run(row: Row, folder: Path, scratch: Path) -> None:
         64,
         model={"path": str(folder), "dtype": "float32"},
         data={"seq": 32},
-        tune={"steps": 2, "batch": 2, "rank": 4},  # a router of four experts has no more
+        tune={"steps": 2, "batch": 2, "rank": 4},  # adapters on a router of four experts allow no higher rank
         eval={"tokens": 128},
         out=scratch / "run",
     ).metrics
@@ -202,7 +208,7 @@ def _first(reasons: dict[str, str]) -> str:
 
 
 def _quantize(row: Row, folder: Path, scratch: Path) -> None:
-    """What is quantized a tensor at a time is what is quantized in memory."""
+    """Check that quantizing one tensor at a time gives the same model as quantizing in memory."""
     out = scratch / "quantized"
     quantizing.quantize({"format": NF4, "model": {"path": str(folder)}, "out": str(out), "layout": "qbench"})
     _same(_packed(folder), packed_checkpoint.load(out, torch.device("cpu"), torch.float32).model)
@@ -235,7 +241,7 @@ STEPS = {"run": _run, "quantize": _quantize, "save": _save}
 
 
 def tried(kind: str, scratch: Path, steps: Iterable[str] = STEPS) -> Row:
-    """Some of `STEPS`, in an empty folder."""
+    """Try some of `STEPS` on a type, in an empty folder."""
     row, folder = Row(kind, CLASSES[kind]), scratch / "model"
     try:
         row.cls = type(build(kind, folder)).__name__
@@ -253,14 +259,14 @@ def tried(kind: str, scratch: Path, steps: Iterable[str] = STEPS) -> Row:
 
 
 def apart(kind: str) -> Row:
-    """`tried` in a process of its own, within its limits."""
+    """Run `tried` in a process of its own, with limits on time and memory."""
     with tempfile.TemporaryDirectory() as scratch:
         file, output_file = Path(scratch, "row.json"), Path(scratch, "output.txt")
 
         def work() -> int:
             resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            signal.alarm(5 * SECONDS)  # a machine may be busy
+            signal.alarm(5 * SECONDS)  # the machine may be busy
             torch.set_num_threads(1)
             with output_file.open("w", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output):
                 file.write_text(json.dumps(asdict(tried(kind, Path(scratch)))), "utf-8")
@@ -274,7 +280,7 @@ def apart(kind: str) -> Row:
 
 
 def _with_others(rows: list[Row], file: Path) -> list[Row]:
-    """And those of types that were not tried now, as they were, in the order of transformers."""
+    """Returns `rows` and the rows in `file` of types that were not tried, in the order of transformers."""
     before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     kept = before["types"] if before.get("versions") == VERSIONS else []
     by_type = {row["type"]: Row(**row) for row in kept} | {row.type: row for row in rows}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What a GPU has to show, in one go: the kernels against float64 and the paged optimizer against PyTorch's on the device,
-# the memory plan against a step, the choices tuned for it, the products and a training step beside their peers, and a sweep
-# with its report. Leaves JSON, tables and figures in the folder named, reports/gpu by default.
-# On a machine without a network: install the checkout with --no-deps, or put it on PYTHONPATH.
+# Run everything that needs a GPU: test the kernels against float64 and the paged optimizer against PyTorch's, compare
+# the memory plan with a training step, tune the kernels, time products and a training step beside their peers, and run a
+# sweep with its report.
+# Usage: experiments/gpu.sh [FOLDER]. JSON, tables and figures go into FOLDER, by default reports/gpu.
+# On a machine without a network, install the checkout with --no-deps, or put it on PYTHONPATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-reports/gpu}

@@ -1,4 +1,4 @@
-"""The API docs, from docstrings and `#:` comments: `python docs/api/build.py FOLDER`."""
+"""Build the API reference from docstrings and `#:` comments: `python docs/api/build.py FOLDER`."""
 
 import ast
 import sys
@@ -19,7 +19,7 @@ PACKAGES = (qbench, formats)
 
 
 def modules() -> Iterator[str]:
-    """Every module but what runs as a command, a package before what is in it."""
+    """Every module except `__main__`, each package before its modules."""
     for package in PACKAGES:
         yield package.__name__
         inside = walk_packages(package.__path__, f"{package.__name__}.")
@@ -30,7 +30,7 @@ _parse = doc_ast._parse
 
 
 def _with_comments(source: str) -> ast.Module:
-    """The tree of a source in which what a `#:` comment says of a variable is the docstring that pdoc looks for."""
+    """Parse a source, and make each `#:` comment the docstring of its variable, where pdoc looks for it."""
     tree, lines = _parse(source), source.splitlines()
     for place in ast.walk(tree):
         if isinstance(place, ast.Module | ast.ClassDef):
@@ -39,7 +39,7 @@ def _with_comments(source: str) -> ast.Module:
 
 
 def _comment(statement: ast.stmt, lines: list[str]) -> list[ast.Expr]:
-    """What is said of a variable in the line where it ends, or else in those before it."""
+    """Returns the `#:` comment at the end of an assignment, or in the lines before it."""
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return []
     _, behind, comment = lines[statement.end_lineno - 1].partition("  #: ")
@@ -49,14 +49,14 @@ def _comment(statement: ast.stmt, lines: list[str]) -> list[ast.Expr]:
 
 
 def build(folder: Path) -> list[str]:
-    """Write a page a module, an index and what its search needs. Returns the modules."""
+    """Write a page per module, an index and the data of its search. Returns the modules' names."""
     with patch.object(doc_ast, "_parse", _with_comments):
         return _build(folder)
 
 
 def _build(folder: Path) -> list[str]:
     docs = {name: Module(import_module(name)) for name in modules()}
-    for name in qbench.__all__:  # which are imported once they are asked for, and only then known to pdoc
+    for name in qbench.__all__:  # they are imported on first use, and pdoc knows them only then
         getattr(qbench, name)
     render.configure(template_directory=Path(__file__).parent, footer_text=f"qbench {qbench.__version__}")
     pages = {f"{name.replace('.', '/')}.html": render.html_module(module, docs) for name, module in docs.items()}

@@ -1,4 +1,4 @@
-"""Fill the templates of the model card and of the note on the texts with what the recipe recorded.
+"""Write the model card and the README of the texts, from templates and what the recipe recorded.
 
     python experiments/bundled_model/card.py
 

@@ -3,7 +3,7 @@
     python experiments/bundled_model/corpus.py --work build/bundled_model
 
 Writes to the work folder `train.jsonl` and `heldout.jsonl` (a document a line: source, name, text) and `sources.json`
-(package, version, licence, characters). Which documents are held out depends on nothing but their own text.
+(package, version, licence, characters). Which documents are held out depends only on their own text.
 """
 
 import argparse
@@ -37,7 +37,7 @@ INDEXES = (
     r"(genindex|py-modindex|search|index|contents|ix\d+|bk\d+-toc|.*crossref|keyword_index|sitemap|changelog)\.html"
 )
 
-# Public-domain sources give more to the held-out side: only their text can be shipped for evaluation.
+# More is held out of public-domain sources, because only their text can be shipped for evaluation.
 SOURCES = [
     Source("sqlite3-doc", "public domain", "usr/share/doc/sqlite3/**/*.html", cap=6 * MB, heldout=0.09),
     Source("dict-jargon", "public domain", "usr/share/dictd/*.dict.dz", dictd, heldout=0.12),
@@ -77,7 +77,7 @@ COMMON = frozenset(
 
 
 def readable(text: str) -> bool:
-    """Whether a document reads as English: enough words, common ones among them, few symbols, few foreign letters."""
+    """Whether a document looks English: enough words, enough common words, few symbols, few foreign letters."""
     words = re.findall(r"[A-Za-z']+", text)
     if len(words) < 60:
         return False
@@ -97,7 +97,7 @@ def kept(block: Block) -> bool:
 
 
 def join(blocks: list[Block]) -> str:
-    """Paragraphs apart by an empty line, the items of a list by none, no heading without a text under it."""
+    """Join blocks with empty lines, except between list items. Headings without text under them are dropped."""
     out, previous = [], ""
     for (kind, text, _), following in pairwise([*blocks, ("end", "", 0)]):
         if kind == "h" and following[0] in ("h", "end"):
@@ -114,7 +114,7 @@ def digest(text: str) -> int:
 
 
 def documents(source: Source, root: Path, seen: set[int]) -> list[tuple[str, str]]:
-    """The clean documents of one package; `seen` holds the paragraphs of all documents so far, none is taken twice."""
+    """Returns the clean documents of one package. seen: digests of the paragraphs so far, which are not taken again."""
     avoid = re.compile(source.avoid)
     paths = sorted(p for p in root.glob(source.glob) if not re.fullmatch(INDEXES, p.name) and not avoid.match(p.name))
     if not paths:
@@ -125,7 +125,7 @@ def documents(source: Source, root: Path, seen: set[int]) -> list[tuple[str, str
         if total and linked < 0.5 * total:
             pages.append((name, [b for b in blocks if kept(b)]))
 
-    # What many pages repeat in short blocks is page furniture (captions of buttons, copyright lines).
+    # Blocks that many pages repeat are page furniture: captions of buttons, copyright lines.
     repeats = Counter(text for _, blocks in pages for text in {b[1] for b in blocks if b[0] != "h"})
     furniture = {text for text, n in repeats.items() if n > max(5, 0.05 * len(pages))}
     result = []
@@ -150,9 +150,9 @@ def runs_of_words(text: str) -> Iterator[str]:
 
 
 def decontaminated(heldout: list[dict], train: Path) -> list[dict]:
-    """The held-out documents without the paragraphs that share a long run of words with the train split.
+    """Returns the held-out documents without the paragraphs that share a long run of words with the train split.
 
-    Manuals quote each other (FOLDOC has much of the Jargon File, reworded): a hash of the document does not see it.
+    Manuals quote each other (FOLDOC has much of the Jargon File, reworded), which a hash of the document does not show.
     """
     held = {run for document in heldout for run in runs_of_words(document["text"])}
     with open(train, encoding="utf-8") as lines:
@@ -189,7 +189,7 @@ def main() -> None:
                     continue
                 taken += len(text)
                 document = dict(source=source.package, name=name, text=text)
-                # A second hash: the first orders the documents, and the cap cuts that order.
+                # Another hash than the one that orders the documents, because the cap cuts that order.
                 if digest("held out? " + text) < source.heldout * 2**64:
                     heldout.append(document)
                 else:

@@ -1,4 +1,4 @@
-"""Score a model folder on the held-out split, per source, and on the King James Bible, next to a unigram model.
+"""Score a model on the held-out split, per source, and on the King James Bible, beside a unigram model.
 
     python experiments/bundled_model/evaluate.py --model qbench/assets/model
 
@@ -24,7 +24,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "qbench" / "assets"
 
 @torch.inference_mode()
 def losses(model: PreTrainedModel, windows: list[list[int]], batch: int, label: str) -> list[Tensor]:
-    """The loss of every token but the first, a tensor for each window; windows of one length share a batch."""
+    """Returns the loss of every token but the first, one tensor per window. Windows of one length share a batch."""
     result: list[Tensor] = [torch.empty(0)] * len(windows)
     order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
     groups: list[list[int]] = []
@@ -43,12 +43,12 @@ def losses(model: PreTrainedModel, windows: list[list[int]], batch: int, label: 
 
 
 def cut(ids: list[int], length: int) -> list[list[int]]:
-    """Windows that overlap by the one token the second is conditioned on, so each token is scored once."""
+    """Cut tokens into windows that overlap by one token, so that each token but the first is scored once."""
     return [w for s in range(0, len(ids) - 1, length) if len(w := ids[s : s + length + 1]) > 1]
 
 
 def score(rows: list[Tensor], unigram: list[Tensor], clusters: list[int], tokens_per_byte: float) -> dict:
-    """Mean loss a token, its standard error, and the unigram model on the same tokens.
+    """Returns the mean loss per token, its standard error, and the loss of the unigram model on the same tokens.
 
     Tokens of one document are not independent: `clusters` says which document each row is from, and the mean is a
     ratio of two sums over documents. One document alone has no standard error.
@@ -103,7 +103,7 @@ def main() -> None:
     text = lzma.decompress((ASSETS / "text" / "kjv.txt.xz").read_bytes()).decode()
     ids = tokenizer(text, verbose=False)["input_ids"]
     windows = cut(ids, args.seq)
-    # Spread over the whole book: its language changes from Genesis to the epistles.
+    # Windows from the whole book, because its language changes from Genesis to the epistles.
     chosen = windows[:: max(1, len(windows) * args.seq // args.kjv_tokens)]
     kjv = losses(model, chosen, args.batch, "King James Bible")
     report["kjv"] = score(kjv, unigram_losses(chosen), list(range(len(chosen))), len(ids) / len(text.encode()))

@@ -1,4 +1,4 @@
-"""Debian packages as a source of text: download one, unpack it, read who wrote it under which licence."""
+"""Debian packages as a source of text: download and unpack them, and read their licences."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def unpack(package: str, work: Path) -> tuple[Path, str]:
-    """The unpacked tree of a Debian package and its version; downloaded once, then reused."""
+    """Download and unpack a Debian package, if that was not done before. Returns its folder and version."""
     debs = work / "debs"
     debs.mkdir(parents=True, exist_ok=True)
     if not list(debs.glob(f"{package}_*.deb")):
@@ -23,7 +23,7 @@ def unpack(package: str, work: Path) -> tuple[Path, str]:
 
 
 def declared_licences(root: Path, package: str) -> list[str]:
-    """The `License:` names in a machine-readable debian/copyright, for a person to compare with the table."""
+    """Returns the `License:` names in a machine-readable debian/copyright, for a person to compare with the table."""
     copyright_file = root / "usr/share/doc" / package / "copyright"
     if not copyright_file.exists():
         return []

@@ -1,4 +1,4 @@
-"""Documentation formats to plain paragraphs: HTML and XML, POD, and dictd dictionaries."""
+"""Read documentation as plain paragraphs, from HTML and XML, POD, and dictd dictionaries."""
 
 import gzip
 import html
@@ -28,7 +28,7 @@ SKIP_CLASS = re.compile(
     r"|apache|print-only|genindex\w*|hidden|mw-editsection|t-navbar\w*|linenos)($|[\s_-])",
     re.I,
 )
-# Only these close reliably in the wild; skipping from an unclosed <li> or <p> would swallow the page.
+# Only these are reliably closed. Skipping from an unclosed <li> or <p> would drop the rest of the page.
 CLOSING_TAGS = {"div", "ul", "ol", "table", "span", "a", "section", "header", "dl"}
 
 LONGEST_LISTING = 12
@@ -38,7 +38,7 @@ QUOTES = str.maketrans(
 
 
 def plain(text: str) -> str:
-    """One spelling for quotes, dashes and spaces: a small vocabulary has no room for several."""
+    """Use one spelling for quotes, dashes and spaces, because the vocabulary is small."""
     text = unicodedata.normalize("NFKC", text.translate(QUOTES))
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C")
 
@@ -120,7 +120,7 @@ def _decoded(path: Path) -> str:
 
 
 def markup(paths: list[Path]) -> Iterator[tuple[str, list[Block]]]:
-    """A document a file, from HTML or from XML that calls its paragraphs p (Mallard)."""
+    """Read one document per file, from HTML or from XML whose paragraphs are called p (Mallard)."""
     for path in paths:
         parser = _Blocks()
         parser.feed(_decoded(path))
@@ -140,7 +140,7 @@ def _without_pod_codes(text: str) -> str:
 
 
 def pod(paths: list[Path]) -> Iterator[tuple[str, list[Block]]]:
-    """A document a file of Perl's Plain Old Documentation."""
+    """Read one document per file of Perl's Plain Old Documentation."""
     for path in paths:
         blocks: list[Block] = []
         for paragraph in re.split(r"\n\s*\n", plain(_decoded(path))):
@@ -166,7 +166,7 @@ PAGE = 3000
 
 
 def dictd(paths: list[Path]) -> Iterator[tuple[str, list[Block]]]:
-    """A document a *page* of consecutive entries: one entry is too short to be a document."""
+    """Read one document per *page* of consecutive entries, because one entry is too short to be a document."""
     for path in paths:
         data = gzip.decompress(path.read_bytes())
         index = path.with_name(path.name.replace(".dict.dz", ".index")).read_text(errors="replace")
@@ -189,8 +189,8 @@ def dictd(paths: list[Path]) -> Iterator[tuple[str, list[Block]]]:
             word, _, body = entry.partition("\n")
             paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", body)]
             if word.count("[") > word.count("]") and paragraphs:
-                word = f"{word} {paragraphs.pop(0)}"  # an etymology that runs on
-            # Reflowing glues a numbered sense to the one before it where no blank line parts them.
+                word = f"{word} {paragraphs.pop(0)}"  # an etymology over two paragraphs
+            # Split numbered senses that no blank line separated before the reflow.
             senses = r" (?=(?:n|v|adj|adv) 1: |(?:[2-9]|\d\d): )"
             paragraphs = [q for p in paragraphs for q in re.split(senses, p) if q]
             name = name or word

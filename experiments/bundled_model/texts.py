@@ -2,7 +2,7 @@
 
     python experiments/bundled_model/texts.py
 
-`docs.txt` needs the corpus (corpus.py) and is left out while there is none.
+`docs.txt` is written only if the corpus exists (corpus.py).
 """
 
 import argparse
@@ -20,9 +20,9 @@ ASSETS = Path(__file__).resolve().parents[2] / "qbench" / "assets" / "text"
 
 
 def king_james(work: Path) -> str:
-    """All 66 books, one verse a line under chapter headings.
+    """Returns all 66 books, one verse per line under chapter headings.
 
-    The package stores the text compressed in a format of its own, so its own reader prints it.
+    The package has its own compressed format, so its own reader prints the text.
     """
     reader = unpack("bible-kjv", work)[0] / "usr/bin/bible"
     data = unpack("bible-kjv-text", work)[0] / "usr/lib"
@@ -44,11 +44,11 @@ def king_james(work: Path) -> str:
 
 
 def held_out_documentation(work: Path) -> str:
-    """The held-out documents of the public-domain sources, none of them trained on, sources mixed."""
+    """Returns the held-out documents of the public-domain sources, in mixed order."""
     with open(work / "heldout.jsonl", encoding="utf-8") as lines:
         documents = [json.loads(line) for line in lines]
     texts = [d["text"] for d in documents if d["source"] in PUBLIC_DOMAIN]
-    # In the order of a hash: a reader of the first thousand tokens then meets every source.
+    # In the order of a hash, so that the first thousand tokens come from every source.
     return "\n\n".join(sorted(texts, key=digest)) + "\n"
 
 

@@ -2,7 +2,7 @@
 
     python experiments/bundled_model/tokenizer.py --work build/bundled_model
 
-Writes `tokenizer/` (loads with AutoTokenizer), `train.bin` (uint16 tokens, documents shuffled and parted by the
+Writes `tokenizer/` (loads with AutoTokenizer), `train.bin` (uint16 tokens, documents shuffled, each after an
 end-of-text token) and `heldout.json` (a list of tokens for each held-out document) to the work folder.
 """
 
@@ -26,7 +26,7 @@ def documents(path: Path) -> list[dict]:
 
 def train(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    # Digits one by one: a number's tokens then do not depend on which numbers the corpus happens to repeat.
+    # One token per digit, so that the tokens of a number do not depend on which numbers the corpus repeats.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -50,7 +50,7 @@ def main() -> None:
     folder = args.work / "tokenizer"
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    # Written by hand: save_pretrained would name a class that only its own major version of transformers knows.
+    # Written here, because save_pretrained names a class that only one major version of transformers knows.
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END,
                     model_max_length=POSITIONS, clean_up_tokenization_spaces=False)  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

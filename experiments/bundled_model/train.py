@@ -1,10 +1,10 @@
-"""Train the bundled model on a CPU, or export what a run has reached.
+"""Train the bundled model on a CPU, or export its last checkpoint.
 
     python experiments/bundled_model/train.py --tokens 12e6 --deadline-minutes 70
     python experiments/bundled_model/train.py --export qbench/assets/model
 
 Needs `train.bin`, `heldout.json` and `tokenizer/` in the work folder (corpus.py, tokenizer.py). Ctrl-C or SIGTERM saves
-and stops; the same command goes on from there. `log.jsonl` in the work folder holds the losses.
+and stops; the same command continues. `log.jsonl` in the work folder holds the losses.
 """
 
 import argparse
@@ -27,7 +27,7 @@ VOCABULARY, POSITIONS, END_ID = 4096, 1024, 0
 
 
 def build(seed: int) -> LlamaForCausalLM:
-    """The untrained model: 9 layers, every matrix dimension a multiple of 64."""
+    """Make the untrained model: 9 layers, every matrix dimension a multiple of 64."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=9, num_attention_heads=4,
@@ -35,7 +35,7 @@ def build(seed: int) -> LlamaForCausalLM:
         bos_token_id=END_ID, eos_token_id=END_ID, pad_token_id=None, attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    # Residual branches start small, so that the depth of the sum does not set its size.
+    # Residual branches start small, so that the sum does not grow with the number of layers.
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
@@ -43,14 +43,14 @@ def build(seed: int) -> LlamaForCausalLM:
 
 
 def next_token_loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """Mean next-token loss over windows of length + 1 tokens."""
+    """Returns the mean next-token loss over windows of length + 1 tokens."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logits = model.lm_head(hidden)
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    """Make the optimizers: Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     ours = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ours]
@@ -65,13 +65,13 @@ def optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.
 
 
 class Windows:
-    """Windows over the token stream: non-overlapping, in a shuffled order, reshuffled and shifted each epoch."""
+    """Non-overlapping windows of the token stream, shuffled, and cut at another offset in each epoch."""
 
     def __init__(self, path: Path, seed: int) -> None:
         self.tokens, self.seed = np.fromfile(path, dtype=np.uint16), seed
 
     def batch(self, position: int, count: int, length: int) -> Tensor:
-        """`count` windows of length + 1 tokens, for a run that has seen `position` tokens."""
+        """Returns `count` windows of length + 1 tokens, for a run that has seen `position` tokens."""
         first = position // length
         per_epoch = (len(self.tokens) - length - 1) // length - 1
         rows = []
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> None:
         step = seen // args.batch_tokens
         while seen < args.tokens and not stop:
             elapsed = (time.monotonic() - started) / 60
-            # Stable, then linear decay over what is left of the tokens or of the time, whichever runs out first.
+            # Constant, then linear decay until the tokens or the time run out, whichever is first.
             left = min(1 - seen / args.tokens, 1 - elapsed / args.deadline_minutes)
             factor = min(factor, max(0.0, left / args.decay))
             if factor == 0.0:
@@ -185,7 +185,7 @@ def export(args: argparse.Namespace) -> None:
         target = args.export / file.name
         if file != target:
             shutil.copyfile(file, target)
-        target.chmod(0o644)  # safetensors writes for the owner alone
+        target.chmod(0o644)  # safetensors makes it readable by the owner only
     (args.work / "run.json").write_text(
         json.dumps({k: state[k] for k in ("tokens", "seconds", "factor", "arguments")}, indent=1) + "\n"
     )

@@ -1,9 +1,9 @@
-"""Minimal pairs: two sentences that differ in one word, of which one is grammatical."""
+"""Minimal pairs: two sentences that differ in one word, one of them grammatical."""
 
 import random
 from collections.abc import Iterator
 
-EACH = 40  #: pairs of a phenomenon
+EACH = 40  #: pairs per phenomenon
 
 NOUNS = [
     "file", "option", "table", "value", "function", "server", "command", "package", "message", "column", "user", "script",
@@ -15,7 +15,7 @@ STATES = [
     "very large", "used by default", "removed", "stored on disk",
 ]  # fmt: skip
 PREPOSITIONS = ["of", "in", "for", "after", "before"]
-#: base form, with an s, past tense, past participle
+#: base form, third person, past tense, past participle
 VERBS = [
     ("write", "writes", "wrote", "written"), ("take", "takes", "took", "taken"), ("give", "gives", "gave", "given"),
     ("choose", "chooses", "chose", "chosen"), ("see", "sees", "saw", "seen"), ("break", "breaks", "broke", "broken"),
@@ -25,21 +25,21 @@ MODALS = ["can", "must", "should", "will", "may", "does not", "cannot"]
 
 
 def agreement(r: random.Random) -> tuple[str, str]:
-    """The verb agrees with its subject."""
+    """Make a pair in which a verb agrees with its subject, or not."""
     plural = r.random() < 0.5
     start = f"The {noun(r, plural)}"
     return verbs(start, r.choice([("is", "are"), ("was", "were"), ("has been", "have been")]), plural, r.choice(STATES))
 
 
 def distant_agreement(r: random.Random) -> tuple[str, str]:
-    """The verb agrees with its subject, not with the nearer noun, which is of the other number."""
+    """Make a pair in which a verb agrees with its subject, or with the nearer noun, which has the other number."""
     plural = r.random() < 0.5
     start = f"The {noun(r, plural)} {r.choice(PREPOSITIONS)} the {noun(r, not plural)}"
     return verbs(start, r.choice([("is", "are"), ("was", "were"), ("has been", "have been")]), plural, r.choice(STATES))
 
 
 def determiner(r: random.Random) -> tuple[str, str]:
-    """This and that precede a singular, these and those a plural."""
+    """Make a pair in which this, that, these or those precede the right number, or the wrong one."""
     plural, word = r.random() < 0.5, r.choice(NOUNS)
     start = r.choice(["See", "You can use", "The program reads", "The next section describes", "Do not change"])
     start += " " + r.choice([("this", "these"), ("that", "those")])[plural]
@@ -49,14 +49,14 @@ def determiner(r: random.Random) -> tuple[str, str]:
 
 
 def bare_verb(r: random.Random) -> tuple[str, str]:
-    """A modal verb precedes a bare verb."""
+    """Make a pair in which a modal verb precedes a bare verb, or one with an s."""
     base, third, *_ = r.choice(VERBS)
     start, end = f"The {noun(r, plural=False)} {r.choice(MODALS)}", f"the {noun(r)}."
     return f"{start} {base} {end}", f"{start} {third} {end}"
 
 
 def participle(r: random.Random) -> tuple[str, str]:
-    """Has and was precede a participle, not a past tense."""
+    """Make a pair in which "has been" or "was" precedes a participle, or a past tense."""
     _, _, past, done = r.choice(VERBS)
     start = f"The {noun(r, plural=False)} {r.choice(['has been', 'was', 'will be', 'had been'])}"
     end = f"by the {noun(r)}."
@@ -76,7 +76,7 @@ PHENOMENA = [agreement, distant_agreement, determiner, bare_verb, participle]
 
 
 def pairs(generator: random.Random) -> Iterator[dict]:
-    """`EACH` different pairs of every phenomenon, taken in turns."""
+    """Make `EACH` different pairs of every phenomenon, in turns."""
     seen: set[str] = set()
     for _ in range(EACH):
         for make in PHENOMENA:

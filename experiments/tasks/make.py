@@ -1,7 +1,7 @@
-"""python experiments/tasks/make.py: write the documents of the tasks that come along, the same bytes every time.
+"""Write the documents of the bundled tasks, the same bytes every time: `python experiments/tasks/make.py`.
 
-Two are cut from the held-out pieces of the bundled text `docs`, on which neither the bundled model nor any run is trained;
-the third is made from templates.
+Two tasks are cut from the held-out pieces of the bundled text `docs`. Neither the bundled model nor any run is trained
+on them. The third task is made from templates.
 """
 
 import json
@@ -15,10 +15,10 @@ from qbench.training import data
 
 SEED = 0
 TASKS = Path(__file__).parents[2] / "qbench" / "assets" / "tasks"
-LENGTH = 800  #: characters of a document, about
+LENGTH = 800  #: minimum number of characters of a document
 CONTEXT, CONTINUATION = 12, 8  #: words
 ITEMS = 100
-NEAREST = 8  #: continuations nearest in length, of which three are the wrong choices
+NEAREST = 8  #: the three wrong choices come from this many continuations of similar length
 
 
 def main(folder: Path = TASKS) -> None:
@@ -47,7 +47,7 @@ def documents(pieces: list[str]) -> Iterator[dict]:
 
 
 def continuations(pieces: list[str], generator: random.Random) -> Iterator[dict]:
-    """Words of a paragraph, the words that follow them, and three other continuations of like length."""
+    """Items of a context, its continuation, and three other continuations of similar length, in random order."""
     sentences = []
     for piece in pieces:
         for paragraph in piece.split("\n"):
