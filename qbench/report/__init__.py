@@ -1,7 +1,7 @@
-"""What a person reads: sentences, tables and figures, all derived from result.json.
+"""Reports for people: sentences, tables and figures, all computed from result.json.
 
-A finished run comes in, or many; a page, a table in the terminal or a card of adapters goes out. Start with run/answer.py
-for one run, and with comparison/page.py for many. The two rooms do not import each other.
+In go one finished run or many. Out comes a page, a table in the terminal or a card of adapters. Start with run/answer.py
+for one run, and with comparison/page.py for many. These two packages do not import each other.
 
     run/         one run on one page
     comparison/  many runs compared, on a page with tables and charts

@@ -1,4 +1,4 @@
-"""Older results lack keys of the fine-tune that came later. Here they get the default that was in force."""
+"""Fills in the fine-tune keys that older results lack, with the defaults of that time."""
 
 from dataclasses import asdict
 

@@ -43,7 +43,10 @@ STYLE: "dict[RcKeyType, Any]" = {
 
 @contextmanager
 def styled(style: "dict[RcKeyType, Any]" = STYLE) -> Iterator[None]:
-    """Draw and save figures within it. Warnings of characters missing in the font are hidden: the tables show them."""
+    """Apply the style to figures drawn and saved in this context.
+
+    Warnings about characters that the font lacks are hidden: the tables show these characters.
+    """
     with plt.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

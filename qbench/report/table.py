@@ -9,7 +9,7 @@ from qbench.report.wording import escape_markdown
 
 @dataclass(frozen=True)
 class Column:
-    """head: the title, with its unit. about: what the values mean. best: "less" or "more" is better, or empty."""
+    """A column. head: its title, with the unit. about: what the values mean. best: "less", "more" or empty."""
 
     head: str
     about: str = ""
@@ -18,7 +18,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """text: what is shown. value: the number by which the column sorts."""
+    """A cell. text: as shown. value: the number by which the column is sorted."""
 
     text: str = ""
     value: float | None = None
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """cells: one per column. files: the result.json of each run behind the row, by seed. is_16_bit: the page shades it."""
+    """A row. cells: one per column. files: the result.json of each run, by seed. is_16_bit: the page shades the row."""
 
     cells: list[Cell]
     files: Mapping[int, Path] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """note: how to read the table."""
+    """A table. note: how to read it."""
 
     columns: list[Column]
     rows: list[Row]

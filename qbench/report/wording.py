@@ -20,15 +20,12 @@ METHODS = {
 }  # fmt: skip
 INITS = {"default": "B = 0", "loftq": "LoftQ", "pissa": "PiSSA"}
 STAGES = ("baseline", "quantized", "initial", "tuned")  #: the stages of a run that are scored, in order
-MERGED = {
-    "adapters": "A, B packed",
-    "16bit": "merged",
-    "requantized": "requantized",
-}  #: names of rows, by kind of merge
+#: names of rows, by kind of merge
+MERGED = {"adapters": "A, B packed", "16bit": "merged", "requantized": "requantized"}
 
 
 def escape_markdown(text: str) -> str:
-    """The text as Markdown that renders as the text itself: no link, HTML, formula or table cell comes of it."""
+    """The text as Markdown that renders as the text itself, without a link, HTML, a formula or a table cell."""
     return _MARKDOWN.sub(r"\\\g<0>", text)
 
 
@@ -56,7 +53,7 @@ def relative_change(delta: float) -> float:
 
 
 def shorten(name: str) -> str:
-    """A name that others chose, printable and cut to what fits in a table or a figure."""
+    """A name from a user or a file, made printable and cut to fit in a table or a figure."""
     return sanitize(name, 60)
 
 

@@ -1,6 +1,6 @@
 """How LoRA's A and B were initialized, and what packing or merging them costs.
 
-Each is compared with the plain run of the same seeds: B = 0 at the start, separate adapters at the end.
+Each is compared with the plain run on the same seeds: B = 0 at the start, separate adapters at the end.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Init:
 
     @property
     def name(self) -> str:
-        return _init(self.configuration)
+        return _init_of(self.configuration)
 
     @property
     def sqnr_db(self) -> tuple[float | None, float | None]:
@@ -86,7 +86,7 @@ class MergedAdapters:
 
     @property
     def _keys(self) -> tuple[str, ...]:
-        """Where the scores are in the metrics."""
+        """The keys of the scores in the metrics."""
         return ("quality", "tuned") if self.is_separate else ("merged", self.kind)
 
 
@@ -94,11 +94,11 @@ def compare_inits(setting: Setting) -> list[Init]:
     """Every configuration with another initialization than B = 0, after the one with B = 0 that it is compared with.
 
     Each is at its own best learning rate, because the initialization affects which rate is best. LoftQ on 16 bit is left
-    out: there is no quantization error to make up for, so it equals B = 0.
+    out: there is no quantization error to compensate, so it equals B = 0.
     """
     configurations = [s.best for s in find_series(setting)]
-    plain = {_same_but_init(c): c for c in configurations if _init(c) == PLAIN}
-    others = [c for c in configurations if _init(c) != PLAIN and c.mean("init", "initial", "mse") != 0]
+    plain = {_same_but_init(c): c for c in configurations if _init_of(c) == PLAIN}
+    others = [c for c in configurations if _init_of(c) != PLAIN and c.mean("init", "initial", "mse") != 0]
     pairs = [(c, plain.get(_same_but_init(c))) for c in others]
     before = [
         compare_windows(c.windows("quality", _first_stage(c)), base.windows("quality", _first_stage(base)))
@@ -126,13 +126,13 @@ def _same_but_init(c: Configuration) -> tuple[str, str]:
     return c.recipe, c.fine_tune("init", "init_rounds", "lr")
 
 
-def _init(c: Configuration) -> str:
+def _init_of(c: Configuration) -> str:
     return c.config["tune"].get("init", PLAIN)
 
 
 def _first_stage(c: Configuration) -> str:
     """The stage scored before the first step. With B = 0 the model is then the quantized one."""
-    return "quantized" if _init(c) == PLAIN else "initial"
+    return "quantized" if _init_of(c) == PLAIN else "initial"
 
 
 def compare_merged(setting: Setting) -> list[MergedAdapters]:

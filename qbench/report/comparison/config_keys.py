@@ -9,11 +9,11 @@ from qbench.report.wording import UNTUNED, init_name, method_name, shorten
 from qbench.settings import LOW_RANK
 
 SETTING = ("model", "data", "eval", "device")  #: the parts of a config that compared runs share
-AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: `tune` keys of what happens after training
+AFTERWARDS = ("merge", "adapter_format", "adapter_block")  #: `tune` keys that take effect after training
 
 
 def fingerprint(config: dict, *parts: str) -> str:
-    """These parts of a config as a text; equal texts mean equal parts."""
+    """These parts of a config as a text. Equal texts mean equal parts."""
     return json.dumps([config.get(part) for part in parts], sort_keys=True)
 
 

@@ -26,7 +26,10 @@ STAGES = ("quantized", "tuned")
 
 @dataclass(eq=False)
 class Configuration:
-    """runs: file and result of each run, by seed. differences: from the corresponding 16-bit configuration, by stage."""
+    """Runs that differ only in their seed.
+
+    runs: file and result of each, by seed. differences: from the corresponding 16-bit configuration, by stage.
+    """
 
     title: str
     runs: dict[int, tuple[Path, dict]]
@@ -69,7 +72,7 @@ class Configuration:
         return float(np.mean(values)) if values else None
 
     def known_mean(self, *keys: str) -> float:
-        """`mean` of a metric that is there for certain."""
+        """`mean` of a metric that must exist."""
         mean = self.mean(*keys)
         assert mean is not None, f"{self.title} lacks {'.'.join(keys)}"
         return mean
@@ -122,7 +125,7 @@ class Setting:
 
     @property
     def method_names(self) -> set[str]:
-        """The fine-tuning methods: `LoRA`."""
+        """The names of the fine-tuning methods, such as `LoRA`."""
         return {method_name(c.config["tune"]) for c in self.scored_at("tuned")}
 
     @property
@@ -163,7 +166,9 @@ def _merge(members: Sequence[Configuration]) -> Configuration:
     first, title = members[0], recipe_name(members[0].config)
     if len(members) == 1 and first.title == title:
         return first
-    runs = {seed: run for c in reversed(members) for seed, run in c.runs.items()}  # of one seed, the first member's
+    runs = {
+        seed: run for c in reversed(members) for seed, run in c.runs.items()
+    }  # of equal seeds, the first member's run counts
     untuned = {stage: d for stage, d in first.differences.items() if stage == "quantized"}
     return Configuration(title, runs, untuned)
 
@@ -195,5 +200,5 @@ def look_up(tree: Any, keys: Sequence[str]) -> Any:
 
 
 def is_comparable(value: Any) -> bool:
-    """Whether it is a finite number of a size that can be squared."""
+    """Whether the value is a finite number that is small enough to be squared."""
     return isinstance(value, int | float) and abs(value) <= LARGEST

@@ -21,7 +21,8 @@ Windows = Mapping[int, np.ndarray]  #: by seed, the mean nll of each window, or 
 class Difference:
     """A difference of the mean nll in nats per token, or of a score on a task.
 
-    stderr: None for a single window. p: that the difference is zero; corrected after `correct_p_values`.
+    stderr: None for a single window. p: of the test that the difference is zero; corrected by
+    `correct_p_values`.
     """
 
     delta: float

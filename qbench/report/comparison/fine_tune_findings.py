@@ -27,7 +27,7 @@ def describe_fine_tunes(setting: Setting) -> list[str]:
     ]
 
 
-def _group(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
+def _group_by(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
     groups: dict[str, list[T]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -49,7 +49,7 @@ def _describe_rates(setting: Setting) -> list[str]:
         which = f"the {s.edge} {tried}: a better one may lie beyond" if s.edge else tried
         return f"{s.where} is {s.rate:g} (perplexity {_perplexity(s.best)}), {which}"
 
-    groups = _group((s for s in methods.find_series(setting) if len(s.rates) > 1), lambda s: s.name)
+    groups = _group_by((s for s in methods.find_series(setting) if len(s.rates) > 1), lambda s: s.name)
     return [
         f"The best learning rate of {name} {join_names([describe(s) for s in series], '; ')}."
         for name, series in groups.items()
@@ -70,8 +70,8 @@ def _describe_claims(setting: Setting) -> list[str]:
     """For which formats QLoRA's claim holds, a sentence for each reference in 16 bit."""
     sentences = []
     for family in methods.qlora_claims(setting).values():
-        for reference, claims in _group(methods.at_usual_block(family), lambda claim: claim.theirs.title).items():
-            groups = _group(sorted(claims, key=lambda claim: claim.difference.delta), _verdict)
+        for reference, claims in _group_by(methods.at_usual_block(family), lambda claim: claim.theirs.title).items():
+            groups = _group_by(sorted(claims, key=lambda claim: claim.difference.delta), _verdict)
             verdicts = [
                 f"{verdict} {join_names([_describe_claim(claim) for claim in groups[verdict]])}"
                 for verdict in (FAILS, HOLDS, EXCEEDED)
@@ -107,11 +107,11 @@ def _describe_inits(setting: Setting) -> list[str]:
     findings = []
     inits = [init for init in adapters.compare_inits(setting) if init.name != adapters.PLAIN]
     rates = ", each at its best learning rate" if any(len(s.rates) > 1 for s in methods.find_series(setting)) else ""
-    for name, members in _group(inits, lambda init: init.name).items():
+    for name, members in _group_by(inits, lambda init: init.name).items():
         sentences = []
         gains = [q_ba - q for q, q_ba in (init.sqnr_db for init in members) if q is not None and q_ba is not None]
         if gains:
-            sentences.append(f"The SQNR of Q + B·A is {_range(gains, '.2f')} dB above that of Q alone.")
+            sentences.append(f"The SQNR of Q + B·A is {_format_range(gains, '.2f')} dB above that of Q alone.")
         stages = {
             "Before the first step": [init.before for init in members if init.before],
             "After the last step": [init.after for init in members if init.after],
@@ -147,24 +147,24 @@ def _describe_merged(setting: Setting) -> list[str]:
     rows = [row for row in rows if not row.configuration.is_16_bit] or rows
     separate = {row.configuration: row for row in rows if row.is_separate}
     findings = []
-    for name, members in _group((row for row in rows if row.against), lambda row: row.name).items():
-        ours = _range([row.bits for row in members], ".3f")
-        theirs = _range([separate[row.configuration].bits for row in members], ".3f")
+    for name, members in _group_by((row for row in rows if row.against), lambda row: row.name).items():
+        ours = _format_range([row.bits for row in members], ".3f")
+        theirs = _format_range([separate[row.configuration].bits for row in members], ".3f")
         differences = [(row, row.against) for row in members if row.against]
         outcomes = count_outcomes([d for _, d in differences], "configuration")
         findings.append(
-            f"{_subject(name)}, the model takes {ours} bits per parameter, against {theirs} with separate adapters. The"
-            f" perplexity is {outcomes}.{_describe_largest_loss(differences)}"
+            f"{_merged_subject(name)}, the model takes {ours} bits per parameter, against {theirs} with separate adapters."
+            f" The perplexity is {outcomes}.{_describe_largest_loss(differences)}"
         )
     return findings
 
 
-def _subject(name: str) -> str:
+def _merged_subject(name: str) -> str:
     return {"merged": "Merged into 16 bit", "requantized": "Merged and quantized again"}.get(name, f"With {name}")
 
 
 def _describe_largest_loss(differences: Sequence[tuple[MergedAdapters, Difference]]) -> str:
-    """Where the most is lost, and what share that is of what the fine-tune won."""
+    """The configuration that loses most, and the share of the gain of the fine-tune that it loses."""
     losses = [(row.configuration, d) for row, d in differences if d.distinguishable and d.delta > 0]
     if not losses:
         return ""
@@ -174,7 +174,7 @@ def _describe_largest_loss(differences: Sequence[tuple[MergedAdapters, Differenc
     return f" The largest loss is on {c.title}: {largest.percent}{share}."
 
 
-def _range(values: Iterable[float | None], form: str) -> str:
+def _format_range(values: Iterable[float | None], form: str) -> str:
     """`1.67 to 1.80`, from the smallest to the largest; None is ignored."""
     known = [value for value in values if value is not None]
     if not known:

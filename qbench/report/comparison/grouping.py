@@ -4,7 +4,7 @@
              └─┬─ and same format, block, dq and tune: a Configuration
                └─ the runs of a configuration differ in their seed
 
-Each setting gets a 16-bit configuration: where no run is in 16 bit, it is made of the baseline that each run measured.
+Each setting gets a 16-bit configuration. If no run is in 16 bit, it is made from the baseline that each run measured.
 """
 
 from collections import defaultdict
@@ -31,7 +31,7 @@ Runs = dict[int, tuple[Path, dict]]  #: file and result of each run of a configu
 
 
 def find_problem(result: dict) -> str | None:
-    """What keeps a finished result out of a comparison; None where nothing does."""
+    """Why a finished result cannot be compared; None if it can be."""
     if problem := schema.why_incomparable(result):
         return problem
     needed: list[tuple[str, ...]] = [
@@ -46,13 +46,13 @@ def find_problem(result: dict) -> str | None:
 
 def group_runs(results: dict[Path, dict]) -> list[Setting]:
     """The finished results, by file, as settings; the one with the most configurations comes first."""
-    groups = _group(results)
+    groups = _group_by_setting(results)
     varying = varying_keys([_config_of(runs[0]) for runs in groups], SETTING)
     settings = [_build_setting(runs, varying) for runs in groups]
     return sorted(settings, key=lambda s: -len(s.configurations))
 
 
-def _group(results: dict[Path, dict]) -> list[list[Runs]]:
+def _group_by_setting(results: dict[Path, dict]) -> list[list[Runs]]:
     """The runs of each configuration of each setting. Of equal runs, the one started last counts."""
     groups: dict[str, dict[str, Runs]] = defaultdict(lambda: defaultdict(dict))
     for file, result in sorted(results.items(), key=lambda item: item[1]["run"]["started"] or ""):

@@ -46,7 +46,7 @@ class Series:
 
     @property
     def edge(self) -> str:
-        """`lowest` or `highest` where the best of several rates is the last on that side: a better one may lie beyond."""
+        """`lowest` or `highest` if the best of several rates is at that end: a better one may lie beyond."""
         if len(self.rates) == 1:
             return ""
         i = self.rates.index(self.rate)
@@ -68,7 +68,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Claim:
-    """The claim that `ours` loses nothing against `theirs`. difference: the corrected test of it."""
+    """The claim that `ours` loses nothing against `theirs`. difference: of the two, with corrected p."""
 
     ours: Series
     theirs: Series
@@ -121,17 +121,17 @@ def qlora_claims(setting: Setting) -> dict[str, list[Claim]]:
     in_16_bit = {s.best.fine_tune("lr"): s for s in series if s.best.is_16_bit}
     full = next((s for s in series if s.best.is_16_bit and s.is_full), None)
     same_method = [(s, in_16_bit.get(s.best.fine_tune("lr"))) for s in series if not s.best.is_16_bit]
-    return {"same": _test(same_method), "full": _test((s, full) for s in series if s is not full)}
+    return {"same": _test_claims(same_method), "full": _test_claims((s, full) for s in series if s is not full)}
 
 
-def _test(pairs: Iterable[tuple[Series, Series | None]]) -> list[Claim]:
+def _test_claims(pairs: Iterable[tuple[Series, Series | None]]) -> list[Claim]:
     complete = [(ours, theirs) for ours, theirs in pairs if theirs]
     family = correct_p_values([compare_at(ours.best, theirs.best, "tuned") for ours, theirs in complete])
     return [Claim(*pair, d) for pair, d in zip(complete, family, strict=True) if d]
 
 
 def at_usual_block(claims: Sequence[Claim]) -> list[Claim]:
-    """One claim for each method, format and dq: that with the usual block, where there are several."""
+    """One claim for each method, format and dq; of several, the one with the usual block."""
     usual = usual_block(claim.ours.best for claim in claims)
     chosen: dict[tuple, Claim] = {}
     for claim in claims:

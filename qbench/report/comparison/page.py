@@ -36,7 +36,7 @@ class Collection:
     """The results under some paths.
 
     results: all of them, by file. printable: the same, with control characters escaped in every text. settings: the
-    finished ones, compared. unfinished: the others. unreadable: files that are no result, with the reason.
+    finished ones, compared. unfinished: the others. unreadable: why a file is not a result, by file.
     """
 
     results: dict[Path, dict]
@@ -65,7 +65,7 @@ def write(collection: Collection, folder: Path) -> Path:
     with (folder / "results.parquet").open("wb") as file:  # pyarrow itself opens only names in UTF-8
         numbers.to_parquet(file, index=False)
     numbers.to_csv(folder / "results.csv", index=False)
-    content = _content(collection, folder)
+    content = _page_content(collection, folder)
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     for name, finalize in ((HTML, None), (MARKDOWN, _escape_in_markdown)):
         environment = jinja2.Environment(loader=loader, autoescape=True, finalize=finalize, keep_trailing_newline=True)
@@ -89,7 +89,7 @@ def _to_text(cell: object) -> str | None:
     return None if cell is None or cell != cell else str(cell)  # NaN differs from itself
 
 
-def _content(collection: Collection, folder: Path) -> dict:
+def _page_content(collection: Collection, folder: Path) -> dict:
     """The variables of the templates."""
     finished = len(collection.results) - len(collection.unfinished)
     formats = {c.format for s in collection.settings for c in s.configurations if not c.is_16_bit}
@@ -157,7 +157,7 @@ def _failure_content(file: Path, result: dict, folder: Path) -> dict:
     error = result["error"] or {"type": "unfinished", "message": "the process ended before the run did"}
     try:
         title = f"{recipe_name(result['config'])}, seed {result['config']['seed']}"
-    except (KeyError, TypeError):  # a run that failed early has its config as it was typed
+    except (KeyError, TypeError):  # a run that failed early has an unchecked config
         title = sanitize(file.parent.name)
     message = " ".join(str(error["message"]).split())
     return {

@@ -38,7 +38,7 @@ class TaskScore:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Where the score is in the metrics of a run."""
+        """The keys of the score in the metrics of a run."""
         return "tasks", self.stage, self.task, self.metric
 
     def compare(self, ours: Configuration, theirs: Configuration) -> Difference | None:

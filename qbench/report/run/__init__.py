@@ -1,4 +1,4 @@
-"""One run for people. A result comes in; report.md, the terminal's output or the card of the adapters goes out.
+"""Shows one run. In goes a result; out comes report.md, the output in the terminal or the card of the adapters.
 
 Start with answer.py, the findings of a run in sentences.
 

@@ -96,7 +96,7 @@ def _describe_fine_tune(result: dict) -> list[str]:
 
 
 def _describe_init(result: dict) -> list[str]:
-    """Where LoRA began, if it did not begin at B = 0."""
+    """Where LoRA started, if not at B = 0."""
     metrics = result["metrics"]
     if "init" not in metrics or "initial" not in metrics["quality"]:
         return []

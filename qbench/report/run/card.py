@@ -1,6 +1,6 @@
-"""README.md in the folder of trained adapters: what they belong to, what was measured, how to load them.
+"""README.md in the folder of trained adapters: their base model, their scores, and how to load them.
 
-The code on the card loads what was measured when it is run in that folder.
+Run in that folder, the code on the card loads the model that was measured.
 """
 
 import json
@@ -25,14 +25,14 @@ base = AutoModelForCausalLM.from_pretrained({source})
 def write(folder: Path, result: dict, arguments: Mapping) -> None:
     """Write the card of the adapters in `folder`, if there are any.
 
-    arguments: what `formats.get` takes for the format of the run.
+    arguments: those of `formats.get` for the format of the run.
     """
     if (folder / CONFIG).is_file():
         base = json.loads((folder / CONFIG).read_text("utf-8"))["base_model_name_or_path"]
-        (folder / "README.md").write_text("\n".join(_lines(base, sanitize_all(result), arguments)) + "\n", "utf-8")
+        (folder / "README.md").write_text("\n".join(_card_lines(base, sanitize_all(result), arguments)) + "\n", "utf-8")
 
 
-def _lines(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
+def _card_lines(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
     config, versions, scores = result["config"], result["environment"]["versions"], result["metrics"]["quality"]
     model = config["model"]["path"] or "the bundled model of qbench"
     titles = method_name(config["tune"]), escape_markdown(model), escape_markdown(recipe_name(config))
@@ -44,17 +44,17 @@ def _lines(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
     for stage in STAGES:
         if stage in scores:
             yield f"| {stage} | {format_number(scores[stage]['perplexity'], '.2f')} |"
-    yield from ("", "## Loading", "", *_loading(base, result, arguments), "")
+    yield from ("", "## Loading", "", *_loading_section(base, result, arguments), "")
     yield from ("## Versions", "", ", ".join(f"{name} {versions.get(name)}" for name in LIBRARIES), "")
-    yield from ("## License", "", "Whoever publishes these adapters fills this in.")
+    yield from ("## License", "", "To be filled in when these adapters are published.")
 
 
-def _loading(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
+def _loading_section(base: str, result: dict, arguments: Mapping) -> Iterator[str]:
     """How to load the adapters on the packed model, and on a dequantized one."""
     config = result["config"]
     dtype, commit = f"dtype=torch.{config['model']['dtype']}", result["run"]["model"]["commit"]
     source = f"{json.dumps(base)}, {f'revision={json.dumps(commit)}, ' if commit else ''}{dtype}"
-    package = arguments["name"].rpartition(".")[0]  # where a format of another package is
+    package = arguments["name"].rpartition(".")[0]  # of a format from another package
     imports = f"\nimport {package}" if package else ""
     if "init" in result["metrics"]:
         init = INITS[config["tune"]["init"]]

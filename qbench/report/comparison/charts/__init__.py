@@ -22,7 +22,7 @@ from .formats import draw_layers, draw_pairs, draw_pareto, draw_throughput
 from .scales import draw_blocks, draw_double_quantization, draw_ranks
 from .style import MOST, Chart
 
-COMPLETE = (draw_learning_rates, draw_methods, draw_inits)  #: of all configurations
+COMPLETE = (draw_learning_rates, draw_methods, draw_inits)  #: drawn of all configurations
 LIMITED = (
     draw_slopes, draw_blocks, draw_ranks, draw_double_quantization, draw_pairs, draw_layers, draw_throughput,
 )  # fmt: skip #: of the best MOST configurations, each at its best learning rate

@@ -29,7 +29,10 @@ class _Quality:
 
 @dataclass(frozen=True)
 class _Size:
-    """A column of the Pareto figure: a range of sizes that is shown without a gap. first: of the ranges of this size."""
+    """A column of the Pareto figure: a range of sizes that is drawn without a gap.
+
+    first: whether it is the first column of this kind of size.
+    """
 
     label: str
     keys: tuple[str, ...]
@@ -55,7 +58,7 @@ def draw_pareto(setting: Setting) -> Chart | None:
     formats = _quantized_at(setting, "quantized")
     if len(formats) < 2:
         return None
-    palette, qualities, sizes = Palette.of_formats(setting), _qualities(setting, formats), _sizes(formats)
+    palette, qualities, sizes = Palette.of_formats(setting), _quality_rows(setting, formats), _size_columns(formats)
     widths = [max(0.35, (size.high - size.low) / size.high * 4) for size in sizes]
     figure, grid = plt.subplots(
         len(qualities), len(sizes), figsize=(9.4, 2.5 * len(qualities)), squeeze=False, sharey="row",
@@ -79,8 +82,8 @@ def _quantized_at(setting: Setting, stage: str) -> list[Configuration]:
     return [c for c in setting.scored_at(stage) if not c.is_16_bit]
 
 
-def _qualities(setting: Setting, formats: Sequence[Configuration]) -> list[_Quality]:
-    """The rows: perplexity, and where they were measured KL and the tuned perplexity."""
+def _quality_rows(setting: Setting, formats: Sequence[Configuration]) -> list[_Quality]:
+    """The rows: perplexity, and if measured KL and the tuned perplexity."""
     kl = ("quality", "quantized", "against_baseline", "kl_mean")
     qualities = [_Quality("perplexity", ("quality", "quantized", "perplexity"))]
     if any(c.mean(*kl) for c in formats):
@@ -91,7 +94,7 @@ def _qualities(setting: Setting, formats: Sequence[Configuration]) -> list[_Qual
     return qualities
 
 
-def _sizes(formats: Sequence[Configuration]) -> list[_Size]:
+def _size_columns(formats: Sequence[Configuration]) -> list[_Size]:
     """The columns: the ranges of bits per weight, then those of memory."""
     columns = []
     for label, keys, scale in (

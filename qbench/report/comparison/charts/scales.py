@@ -59,7 +59,7 @@ def _draw_over_key(
     palette = Palette.of_formats(setting)
     figure, panels = plt.subplots(1, len(stages), figsize=(9.4, 3.2), squeeze=False)
     for axes, stage in zip(panels[0], stages, strict=True):
-        for members in _lines(key, [c for c in setting.configurations if measure(c, stage)]):
+        for members in _group_lines(key, [c for c in setting.configurations if measure(c, stage)]):
             points = [point for c in members if (point := measure(c, stage))]
             heights, errors = zip(*points, strict=True)
             style = palette.point(members[0]) | {"ls": ":" if members[0].config["dq"] else "-", "lw": 1}
@@ -74,7 +74,7 @@ def _draw_over_key(
     return figure
 
 
-def _lines(key: str, configurations: Sequence[Configuration]) -> list[list[Configuration]]:
+def _group_lines(key: str, configurations: Sequence[Configuration]) -> list[list[Configuration]]:
     """The configurations, grouped by everything but `key`; each group is sorted by it."""
     lines: dict[str, list[Configuration]] = {}
     others = [k for k in ("dq", "block") if k != key]

@@ -1,4 +1,4 @@
-"""What the figures of a comparison share: colors and markers of names, axes in digits, and rows of differences."""
+"""Parts that the figures of a comparison share: colors and markers of names, axes in digits, and rows of differences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MOST = 40  #: configurations in figures with a row or a line for each
 
 @dataclass(frozen=True)
 class Chart:
-    """name: of its file."""
+    """A figure and its caption. name: of its file."""
 
     name: str
     caption: str
