@@ -33,7 +33,7 @@ def main() -> int:
     if re.fullmatch(r"[A-Za-z][\w.-]*", word):
         near = get_close_matches(word, COMMANDS, 1)
         accepted = f"did you mean {near[0]}?" if near else f"accepted: {', '.join(COMMANDS)}, or key=value"
-        sys.stderr.write(f"qbench: {word!r} is no command; {accepted}\n")
+        sys.stderr.write(f"qbench: {word!r} is not a command; {accepted}\n")
         return 2
     return run_command(COMMANDS["run"])
 

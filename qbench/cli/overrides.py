@@ -72,10 +72,10 @@ def parse(command: "Command", argument: str) -> Override:
         if accepted or re.fullmatch(rf"(hydra|{GROUP})\.[\w.]+", name):
             short = len(value) < 1000 and value.isprintable()
             typed = shlex.quote(f"{key}={quoted(value)}") if short else "the same in quotes"
-            raise InputError(f"{name}: {shown(value)} is no text to Hydra without quotes; accepted: {typed}") from error
+            raise InputError(f"{name}: {shown(value)} needs quotes for Hydra; accepted: {typed}") from error
         if equals and re.fullmatch(r"[\w./@:-]+", name):
             raise InputError(keys.unknown(name, command.keys)) from error
-        raise InputError(f"{shown(argument)} is no key=value; accepted: such as +{GROUP}=nf4, block=64") from error
+        raise InputError(f"{shown(argument)} is not key=value; accepted: such as +{GROUP}=nf4, block=64") from error
 
 
 def _quote_numbers(value: str) -> str:

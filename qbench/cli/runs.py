@@ -86,7 +86,7 @@ def main() -> int:
         return 0
     for path in paths:
         if not path.is_dir():
-            stderr.print(f"qbench: {sanitize(str(path))} is no folder; accepted: folders of runs or sweeps")
+            stderr.print(f"qbench: {sanitize(str(path))} is not a folder; accepted: folders of runs or sweeps")
             return 2
     if arguments.archive:
         return max(map(archive_results, paths))

@@ -34,7 +34,7 @@ def check_regular(file: Path) -> int:
     """Returns the size of a file in bytes. Raises InputError for a pipe, a device or a folder, and OSError."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for a writer
-        raise InputError(f"{sanitize(str(file))} is no file, but {_describe_kind(about.st_mode)}")
+        raise InputError(f"{sanitize(str(file))} is not a file, but {_describe_kind(about.st_mode)}")
     return about.st_size
 
 
@@ -46,9 +46,9 @@ def parse_json(content: bytes, place: str, **numbers: Any) -> Any:
     try:
         return json.loads(content.decode("utf-8"), **numbers)
     except RecursionError:
-        raise InputError(f"{sanitize(place)} is not whole JSON: it is nested too deep") from None
+        raise InputError(f"{sanitize(place)} is not valid JSON: it is nested too deep") from None
     except ValueError as error:  # JSON or UTF-8 cut short
-        raise InputError(f"{sanitize(place)} is not whole JSON: {sanitize(str(error), 200)}") from error
+        raise InputError(f"{sanitize(place)} is not valid JSON: {sanitize(str(error), 200)}") from error
 
 
 def _describe_kind(mode: int) -> str:

@@ -66,7 +66,7 @@ def check_result(result: Any, place: str) -> dict:
     if number != SCHEMA:
         raise InputError(f"{sanitize(place)} has schema {sanitize(repr(number), 40)}; {SCHEMA} is accepted")
     if problem := schema.why_invalid(result):
-        raise InputError(f"{sanitize(place)} is not a result of qbench's: {problem}")
+        raise InputError(f"{sanitize(place)} is not a qbench result: {problem}")
     return result
 
 

@@ -72,7 +72,7 @@ UNKNOWN = {
     "a known one deleted": (["+format=nf4", "~seed"], "~seed: a key cannot be left out; accepted: seed=VALUE"),
     "no use": (["+format=nf4", "tune=none", "tune.steps=3"], "tune.steps: tune=none takes no such key"),
     "a flag": (["+format=nf4", "--formts"], "--formts is unknown; did you mean --formats?"),
-    "no key": (["nf4"], "'nf4' is no key=value; accepted: such as +format=nf4"),
+    "no key": (["nf4"], "'nf4' is not key=value; accepted: such as +format=nf4"),
     "format without a plus": (["format=nf4"], "format: it has no default to override; accepted: +format=NAME"),
     "no format": (["block=64"], "format: none is given; accepted: +format=NAME, such as +format=nf4"),
     "no format in a sweep": (["-m", "block=64,32"], "format: none is given"),

@@ -49,12 +49,12 @@ def test_versions_are_printed(name):
 
 
 WRONG = {
-    "raport x": "qbench: 'raport' is no command; did you mean report?",
-    "nf4": "qbench: 'nf4' is no command; accepted: run, report, plan, quantize, bench, runs, or key=value",
+    "raport x": "qbench: 'raport' is not a command; did you mean report?",
+    "nf4": "qbench: 'nf4' is not a command; accepted: run, report, plan, quantize, bench, runs, or key=value",
     "report": "qbench: PATH: none is given; --help explains all",
     "report sweeps --oot x": "qbench: --oot is unknown; did you mean --out?",
     "report nowhere": "qbench: nowhere does not exist",
-    "runs nowhere": "qbench: nowhere is no folder; accepted: folders of runs or sweeps",
+    "runs nowhere": "qbench: nowhere is not a folder; accepted: folders of runs or sweeps",
     "runs --claen": "qbench: --claen is unknown; did you mean --clean?",
     "bench": "qbench: BENCHMARK: none is given; --help explains all",
     "bench product": "qbench: BENCHMARK: 'product' is unknown; accepted: products, step, tune, compile; ",

@@ -32,7 +32,7 @@ BAD_SOURCES = {
     "a missing file": (lambda f: (f / shard_name(2, 5)).unlink(), r"model-00002-of-00005.safetensors is missing"),
     "a file cut short": (truncated(shard_name(2, 5), 10_000), r"00002-of-00005.safetensors is not a whole safetensors"),
     "a header cut short": (truncated(shard_name(2, 5), 5), r"model-00002-of-00005.safetensors is not a whole safetensors"),
-    "an index cut short": (truncated(INDEX, 50), r"index.json is not whole JSON"),
+    "an index cut short": (truncated(INDEX, 50), r"index.json is not valid JSON"),
     "an empty index": (lambda f: (f / INDEX).write_text("{}"), r"index.json has no weight_map"),
     "an index that leaves": (lambda f: edit_index(f, lambda i: i.update(a="../x")), r"names '../x'; files of the same"),
     "an index of more": (lambda f: edit_index(f, lambda i: i.update(a=shard_name(1, 5))), r"00001-of-00005.* lacks a,"),

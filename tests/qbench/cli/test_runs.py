@@ -90,4 +90,4 @@ def test_a_run_that_began_meanwhile_stays(folder, monkeypatch):
 
 def test_what_is_no_folder_is_named(command):
     code, _, error = command("nowhere")
-    assert code == 2 and error == "qbench: nowhere is no folder; accepted: folders of runs or sweeps\n"
+    assert code == 2 and error == "qbench: nowhere is not a folder; accepted: folders of runs or sweeps\n"

@@ -142,7 +142,7 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
     assert main() == 0
     output = capsys.readouterr()
     assert "| nf4 + dq, block 64 (2 seeds) |" in output.out and "| 16 bit (2 seeds) | 16.000 |" in output.out
-    for name, why in (("cut", "not whole JSON"), ("new", "schema 2; 1 is accepted"), ("odd", "is incomplete")):
+    for name, why in (("cut", "not valid JSON"), ("new", "schema 2; 1 is accepted"), ("odd", "is incomplete")):
         assert re.search(rf"skipped: .*{name}/result.json.*{why}", output.err)
     out = sweep / "report"
     html, twin = (out / "report.html").read_text(), (out / "report.md").read_text()

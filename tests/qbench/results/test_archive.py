@@ -82,16 +82,16 @@ def test_nothing_is_lost_where_a_result_is_not_whole(sweep, monkeypatch, capsys)
     before = (sweep / archive.FILE).read_bytes()
     (sweep / "nf40" / store.FILE).write_text("{")
     monkeypatch.setattr(sys, "argv", ["qbench.runs", "--archive", str(sweep)])
-    assert runs.main() == 1 and "nf40/result.json is not whole JSON" in capsys.readouterr().err
+    assert runs.main() == 1 and "nf40/result.json is not valid JSON" in capsys.readouterr().err
     assert (sweep / archive.FILE).read_bytes() == before and len(list(sweep.iterdir())) == 6
 
 
 LINES = {
-    "cut": (GOOD[:-9], "is not whole JSON"),
-    "empty": (b"", "is not whole JSON"),
-    "no UTF-8": (b"\xff", "is not whole JSON"),
+    "cut": (GOOD[:-9], "is not valid JSON"),
+    "empty": (b"", "is not valid JSON"),
+    "no UTF-8": (b"\xff", "is not valid JSON"),
     "deep": (b"[" * 100_000, "nested too deep"),
-    "NaN": (GOOD.replace(b"0.01", b"NaN", 1), "is no number"),
+    "NaN": (GOOD.replace(b"0.01", b"NaN", 1), "is not a JSON number"),
     "a list": (b"[1]", "is not {"),
     "no path": (GOOD.replace(b'"path"', b'"way"', 1), "is not {"),
     "a result alone": (GOOD[GOOD.index(b'"result": ') + 10 : -1], "is not {"),
@@ -165,4 +165,4 @@ def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "gone" / archive.FILE).symlink_to("nowhere")
     results, unreadable = dataframe.read_results(tmp_path)
     assert not results and len(unreadable) == 3
-    assert "is a pipe" in unreadable[tmp_path / archive.FILE].replace("no file, but", "is")
+    assert "is a pipe" in unreadable[tmp_path / archive.FILE].replace("not a file, but", "is")
