@@ -60,7 +60,7 @@ def measure(device: torch.device, steps: int, report: Callable[[str], None], sha
     shape, tokens = shape or SHAPES[device.type], BATCH * WINDOW[device.type]
     sides: dict[str, dict[str, Any]] = {side: {"loss": [], "seconds": []} for side in BUILD}
     with ExitStack() as stack:
-        turns = {side: stack.enter_context(_process(side, device, shape, steps + 1)) for side in sides}
+        turns = {side: stack.enter_context(_run_process(side, device, shape, steps + 1)) for side in sides}
         for step in range(steps + 1):
             for side, turn in turns.items():
                 turn.send("step")
@@ -91,7 +91,7 @@ def summarize(result: dict) -> list[str]:
 
 
 @contextmanager
-def _process(*arguments: object) -> Iterator[Connection]:
+def _run_process(*arguments: object) -> Iterator[Connection]:
     """Run `_train` with the arguments in a process; yields the connection to it."""
     context = get_context("spawn")
     here, there = context.Pipe()
@@ -115,7 +115,7 @@ def _train(turn: Connection, threads: int, side: str, device: torch.device, shap
     settings = TuneSettings(steps=steps, batch=BATCH)
     size = BATCH, WINDOW[device.type]
     windows = torch.randint(shape["vocab_size"], size, generator=torch.Generator().manual_seed(SEED))
-    model = build(_llama(device, shape), settings)
+    model = build(_build_llama(device, shape), settings)
 
     def advance(step: int, loss: float, tokens_s: float) -> None:
         turn.send((loss, tokens_s))
@@ -127,7 +127,7 @@ def _train(turn: Connection, threads: int, side: str, device: torch.device, shap
     turn.send(peak.bytes["allocated" if device.type == "cuda" else "rss"] - before)
 
 
-def _llama(device: torch.device, shape: dict) -> PreTrainedModel:
+def _build_llama(device: torch.device, shape: dict) -> PreTrainedModel:
     """A frozen model with random weights."""
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=WINDOW[device.type])
     torch.manual_seed(SEED)

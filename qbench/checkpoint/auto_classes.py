@@ -49,7 +49,7 @@ def check_sizes(config: dict, where: object, tensors: int | None = None, weights
     """Raises InputError if a config does not fit this number of tensors and weights, or names code to fetch."""
     layers = MOST_LAYERS if tensors is None else max(tensors, _FEW_LAYERS)
     sizes = None if weights is None else max(weights, _FEW_WEIGHTS)
-    for key, value in _leaves(config):
+    for key, value in _iterate_values(config):
         if "implementation" in key and isinstance(value, str) and "/" in value:
             raise InputError(f"{where}: {key}: {value!r} would fetch code; accepted: eager, sdpa, and such names")
         if isinstance(value, bool) or not isinstance(value, int) or _NOT_A_SIZE_KEY.fullmatch(key):
@@ -62,14 +62,14 @@ def check_sizes(config: dict, where: object, tensors: int | None = None, weights
             raise InputError(f"{where}: {key}: {value} is not accepted; up to {_MOST_NAMED} is")
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yields each value of a config that is neither list nor dict, with its innermost key."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _leaves(item, key if "implementation" in key else str(name))
+            yield from _iterate_values(item, key if "implementation" in key else str(name))
     elif isinstance(value, list):
         for item in value:
-            yield from _leaves(item, key)
+            yield from _iterate_values(item, key)
     else:
         yield key, value
 

@@ -40,10 +40,10 @@ def digest(path: str | None, revision: str | None = None) -> str | None:
         return commit
     source = locate(path)
     files = [file for file in sorted(source.iterdir()) if file.is_file()] if source.is_dir() else [source]
-    return hashlib.sha256("".join(_file_digest(file, *_stamp(file)) for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(_file_digest(file, *_size_and_time(file)) for file in files).encode()).hexdigest()
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _size_and_time(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 

@@ -74,7 +74,7 @@ def make_renamer(model: PreTrainedModel) -> Callable[[str, Path], str]:
     def rename_whole(tensor: str, file: Path) -> str:
         name, is_part = rename(tensor)
         if is_part:
-            _refuse(model, name, f"{file}: {tensor}")
+            _refuse_part(model, name, f"{file}: {tensor}")
         return name
 
     return rename_whole
@@ -102,13 +102,13 @@ def _check_part(model: PreTrainedModel, name: str, expected: dict, tensor: str) 
     """Raises InputError for a part of several tensors of the model, or of a weight that is to be quantized."""
     owner, _, leaf = name.rpartition(".")
     if name not in expected:
-        _refuse(model, name, tensor)
+        _refuse_part(model, name, tensor)
     layer = model.get_submodule(owner)
     if leaf == "weight" and is_replaceable(layer) and layer not in find_heads(model):
-        _refuse(model, name, tensor)
+        _refuse_part(model, name, tensor)
 
 
-def _refuse(model: PreTrainedModel, name: str, tensor: str) -> None:
+def _refuse_part(model: PreTrainedModel, name: str, tensor: str) -> None:
     raise InputError(
         f"{tensor} is no tensor of the {type(model).__name__}, which builds {name} from it; accepted: checkpoints with "
         "exactly the tensors of the model"

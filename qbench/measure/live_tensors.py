@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):  # unknown ones were created outside
+        for tensor in _find_tensors((args, kwargs)):  # unknown ones were created outside
             if tensor.untyped_storage()._cdata not in self._storages:
                 self._count(tensor.untyped_storage(), self.kind, 0)
         if func in self._kernels:
@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         else:
             result = self.run_operation(func, args, kwargs)
         kind = DECODED if func is torch.ops.qbench.dequantize.default else self.kind
-        for tensor in _tensors(result):
+        for tensor in _find_tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
                 self._count(storage, kind, storage.nbytes())
@@ -88,5 +88,5 @@ class LiveBytes(TorchDispatchMode):
         self.live[kind] = self.live.get(kind, 0) - nbytes
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def _find_tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -82,9 +82,9 @@ class TaskScores:
         Each has value, stderr, n (documents), higher_is_better, `log` and `documents` of Score; in a group also group.
         With a baseline also against_baseline: the paired delta (of the logarithm if `log`), its stderr and p value.
         """
-        theirs = dict(baseline._scores(tasks)) if baseline else {}
+        theirs = dict(baseline._iterate_scores(tasks)) if baseline else {}
         metrics: dict[str, dict] = {}
-        for (task, key), score in self._scores(tasks):
+        for (task, key), score in self._iterate_scores(tasks):
             metric, _, kind = key.partition(",")
             better = self.results["higher_is_better"].get(task, {}).get(metric)
             group = {"group": tasks.parents[task]} if task in tasks.parents else {}
@@ -92,7 +92,7 @@ class TaskScores:
             metrics.setdefault(task, {})[metric if kind == "none" else key] = entry
         return metrics
 
-    def _scores(self, tasks: "Tasks") -> Iterator[tuple[tuple[str, str], Score]]:
+    def _iterate_scores(self, tasks: "Tasks") -> Iterator[tuple[tuple[str, str], Score]]:
         """Scores by (task or group, lm-eval's key of the metric, such as `acc,none`), with groups after their tasks."""
         scores: dict[tuple[str, str], Score] = {}
         for task in [*tasks.leaves, *tasks.groups]:
@@ -102,7 +102,9 @@ class TaskScores:
                 if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
                 if task in tasks.leaves:
-                    score = self._score(task, metric, kind, value, tasks.leaves[task].aggregation().get(metric, mean))
+                    score = self._score_task(
+                        task, metric, kind, value, tasks.leaves[task].aggregation().get(metric, mean)
+                    )
                 else:
                     parts = [scores[leaf, key] for leaf in tasks.groups[task] if (leaf, key) in scores]
                     score = _group_score(value, parts)
@@ -112,7 +114,7 @@ class TaskScores:
                 scores[task, key] = score
         yield from scores.items()
 
-    def _score(self, task: str, metric: str, kind: str, value: float, aggregate: Callable) -> Score:
+    def _score_task(self, task: str, metric: str, kind: str, value: float, aggregate: Callable) -> Score:
         rows = [row for row in self.samples[task] if row["filter"] == kind and metric in row]
         ids, items = [(row["doc_id"], row["doc_hash"]) for row in rows], [row[metric] for row in rows]
         log = aggregate in (perplexity, weighted_perplexity)

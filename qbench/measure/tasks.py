@@ -81,7 +81,7 @@ def load(entries: Sequence[str], scratch: Path | None = None) -> Tasks:
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 raise bad_entry(entry, f"could not be loaded ({type(error).__name__}: {reason})") from error
-            _add(tasks, loaded, entry)
+            _add_loaded(tasks, loaded, entry)
     return tasks
 
 
@@ -117,7 +117,7 @@ def _load_dataset(
         return load_dataset(path, *args, **{**options, "cache_dir": folder, "keep_in_memory": True})
 
 
-def _add(tasks: Tasks, loaded: dict, entry: str) -> None:
+def _add_loaded(tasks: Tasks, loaded: dict, entry: str) -> None:
     """Add the tasks and groups of one entry to `tasks`."""
     groups = loaded.get("groups") or {}
     for name, task in loaded["tasks"].items():
@@ -190,19 +190,19 @@ class _LiveModel(HFLM):
             self._max_length = self.max_length - adapter.num_virtual_tokens
         self._advance, self._documents_per_row = advance, 0.0
 
-    def _expect(self, requests: list[Instance], rows: int) -> None:
+    def _count_documents_per_row(self, requests: list[Instance], rows: int) -> None:
         """Set how many documents each of the `rows` rows counts for, for the progress."""
         self._documents_per_row = len({(request.task_name, request.doc_id) for request in requests}) / rows
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._expect(requests, len(requests))
+        self._count_documents_per_row(requests, len(requests))
         return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         # lm-eval prepends a beginning-of-text token to the tokens, even if they already begin with one
         with patch.object(self, "tok_encode", self._encode_without_prefix):
             windows = [math.ceil(len(self.tok_encode(request.args[0])) / self.max_length) for request in requests]
-            self._expect(requests, sum(windows))
+            self._count_documents_per_row(requests, sum(windows))
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _encode_without_prefix(self, text: str) -> list[int]:
@@ -221,7 +221,7 @@ class _LiveModel(HFLM):
         return padded["input_ids"], padded["attention_mask"]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self._expect(requests, len(requests))
+        self._count_documents_per_row(requests, len(requests))
         return super().generate_until(requests, disable_tqdm)
 
     def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from formats.blockwise import block_count
 
 
-def _version(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -19,7 +19,7 @@ def _version(package: str) -> str:
 
 LARGEST_BLOCK = 8192  #: the most weights that a quantize program can hold
 #: whether a loop with assembly in it can be pipelined: Triton 3.7 fails on one
-ASSEMBLY_PIPELINED = not _version("triton").startswith("3.7.")
+ASSEMBLY_PIPELINED = not _installed_version("triton").startswith("3.7.")
 ANY_TILE = 1024  # elements of a program that handles them one by one
 
 

@@ -60,7 +60,7 @@ def _same_device(name: str, x: Tensor, *weight: Tensor) -> None:
             raise ValueError(f"{name}: a tensor on {x.device} meets a weight on {tensor.device}")
 
 
-def _decode(
+def _decode_weight(
     x: Tensor, codes: Tensor, levels: Tensor, scale: Sequence[Tensor], shift: Sequence[Tensor], bits: int, block: int,
     out_features: int, in_features: int,
 ) -> Tensor:  # fmt: skip
@@ -70,12 +70,12 @@ def _decode(
 
 def linear(x: Tensor, *weight: Any) -> Tensor:
     """y = x·Wᵀ, for x [..., in_features] of any float dtype and W [out_features, in_features]."""
-    return torch.nn.functional.linear(x, _decode(x, *weight))
+    return torch.nn.functional.linear(x, _decode_weight(x, *weight))
 
 
 def linear_dx(g: Tensor, *weight: Any) -> Tensor:
     """dx = g·W, the gradient of `linear` for x, from g [..., out_features]."""
-    return g @ _decode(g, *weight)
+    return g @ _decode_weight(g, *weight)
 
 
 library.impl("linear", checked(linear), "CompositeExplicitAutograd")

@@ -97,10 +97,10 @@ def ladders(settings: PlanSettings) -> Iterator[Ladder]:
         yield [{"method": "lora", "format": formats.get("nf4", dq=True), "dtype": dtype}]
     for name, least, has_it in (("batch", 1, settings.trains), ("rank", 8, settings.low_rank), ("seq", 128, True)):
         if has_it and getattr(settings, name) > least:
-            yield [{name: value} for value in _halves(getattr(settings, name), least)]
+            yield [{name: value} for value in _halve_down_to(getattr(settings, name), least)]
 
 
-def _halves(value: int, least: int) -> list[int]:
+def _halve_down_to(value: int, least: int) -> list[int]:
     """Half of a value, half of that, and so on down to `least`."""
     halves = []
     while value > least:

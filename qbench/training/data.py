@@ -97,7 +97,7 @@ def read(path: str) -> Text:
         raise _bad_path(path, "is a table, which pandas' to_json(orient='records', lines=True) turns into JSON lines")
     with _reading_errors(path):
         raw = _read_bytes(file)
-        digest, text = hashlib.sha256(raw).hexdigest(), _decode(raw)
+        digest, text = hashlib.sha256(raw).hexdigest(), _decode_text(raw)
         del raw  # do not hold a large text twice
         if "\0" in text:
             raise _bad_path(path, "holds NUL characters, as binary files do, and UTF-16 without a byte order mark")
@@ -157,7 +157,7 @@ def _read_bytes(file: Path) -> bytearray:
     return raw
 
 
-def _decode(raw: bytearray) -> str:
+def _decode_text(raw: bytearray) -> str:
     return raw.decode(next((name for mark, name in _BYTE_ORDER_MARKS.items() if raw.startswith(mark)), "utf-8-sig"))
 
 
@@ -269,12 +269,12 @@ def windows(
     """
     start = _start_token(tokenizer)
     stream: list[int] = []
-    for tokens in _encode(pieces, tokenizer, seed):
+    for tokens in _encode_texts(pieces, tokenizer, seed):
         stream += tokens
         if len(stream) >= count * seq:
             break
     _check_known_tokens(stream, pieces, tokenizer)
-    full = [part for part in islice(_split(stream, start, seq), count) if len(part) == seq]
+    full = [part for part in islice(_split_tokens(stream, start, seq), count) if len(part) == seq]
     if not full:
         raise InputError(f"data.path: the text has {len(stream)} tokens here, less than one window of data.seq={seq}")
     _check_vocabulary(max(map(max, full)), vocabulary)
@@ -292,12 +292,12 @@ def examples(
     start, end = _start_token(tokenizer), tokenizer.eos_token_id
     parts: list[list[int]] = []
     stream: list[int] = []
-    for tokens in _encode(documents, tokenizer, seed):
+    for tokens in _encode_texts(documents, tokenizer, seed):
         if len(parts) >= count:
             break
         stream += tokens
         ended = tokens if end is None or tokens[-1:] in ([], [end]) else [*tokens, end]
-        parts += [part for part in _split(ended, start, seq) if len(part) > 1]  # a single token predicts nothing
+        parts += [part for part in _split_tokens(ended, start, seq) if len(part) > 1]  # a single token predicts nothing
     _check_known_tokens(stream, documents, tokenizer)
     if not parts:
         raise InputError("data.path: the text has no document of two tokens to train on")
@@ -305,7 +305,7 @@ def examples(
     return [torch.tensor(part) for part in parts[:count]]
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
+def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
     """Yield the tokens of each text, in an order shuffled with `seed`. Raises InputError."""
     for i in np.random.default_rng(seed).permutation(len(texts)):
         try:
@@ -314,7 +314,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> 
             raise InputError(f"model.path: its tokenizer cannot encode the text: {first_line(error)}") from error
 
 
-def _split(tokens: list[int], start: int | None, seq: int) -> Iterator[list[int]]:
+def _split_tokens(tokens: list[int], start: int | None, seq: int) -> Iterator[list[int]]:
     """Split tokens into parts of `seq`, each beginning with `start` once; the last part may be shorter."""
     position = 0
     while position < len(tokens):

@@ -37,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Any:
         ctx.save_for_backward(logits, targets)
-        chunks = _split(logits, logits, targets)
+        chunks = _split_chunks(logits, logits, targets)
         return sum(F.cross_entropy(rows.float(), target, reduction="sum") for rows, target in chunks)
 
     @staticmethod
@@ -48,14 +48,14 @@ class _CrossEntropy(torch.autograd.Function):
             p = logits.float().softmax(1)
             return ((p - torch.zeros_like(p).scatter(1, column, 1.0)) * weight).to(logits.dtype), None
         grad = torch.empty_like(logits)
-        for rows, row_column, row_weight, out in _split(logits, logits, column, weight, grad):
+        for rows, row_column, row_weight, out in _split_chunks(logits, logits, column, weight, grad):
             p = rows.float().softmax(1)
             p.scatter_add_(1, row_column, p.new_full(row_column.shape, -1.0))
             out.copy_(p.mul_(row_weight))
         return grad, None
 
 
-def _split(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _split_chunks(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split tensors into chunks of as many rows as hold CHUNK logits."""
     rows = max(1, CHUNK[logits.device.type] // logits.shape[1])
     return zip(*(t.split(rows) for t in tensors), strict=True)

@@ -166,9 +166,8 @@ def _merge(members: Sequence[Configuration]) -> Configuration:
     first, title = members[0], recipe_name(members[0].config)
     if len(members) == 1 and first.title == title:
         return first
-    runs = {
-        seed: run for c in reversed(members) for seed, run in c.runs.items()
-    }  # of equal seeds, the first member's run counts
+    # of equal seeds, the run of the first member counts
+    runs = {seed: run for c in reversed(members) for seed, run in c.runs.items()}
     untuned = {stage: d for stage, d in first.differences.items() if stage == "quantized"}
     return Configuration(title, runs, untuned)
 

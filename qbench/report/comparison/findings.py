@@ -69,7 +69,7 @@ def paired_effects(setting: Setting, key: str, stage: str) -> list[tuple[Configu
 
 def _describe_frontier(setting: Setting, stage: str) -> str:
     best = [c for c in frontier(setting.scored_at(stage), stage) if not c.is_16_bit]
-    when = _when(setting, stage)
+    when = _capitalized_when(setting, stage)
     if not best:
         return f"{when}, no format is on the frontier of bits and perplexity."
     descriptions = []
@@ -85,7 +85,7 @@ def _describe_frontier(setting: Setting, stage: str) -> str:
 def _describe_equals(setting: Setting, stage: str) -> str:
     """Which configurations are not distinguishable from 16 bit, which are better, and which is the worst."""
     tested = [c for c in setting.scored_at(stage) if stage in c.differences]
-    when = _when(setting, stage)
+    when = _capitalized_when(setting, stage)
     if not tested:
         needed = "fine-tune, windows and seed" if stage == "tuned" else "windows and seed"
         return f"{when}, nothing can be compared with 16 bit: no 16-bit run has the same {needed}."
@@ -121,7 +121,7 @@ def _describe_effect(setting: Setting, key: str, name: str) -> list[str]:
                 f"{name} saves {format_number(float(np.mean(savings)), '.3f')} bits per weight on average."
             )
         outcomes = count_outcomes([d for *_, d in effects], "pair")
-        sentences.append(f"{_when(setting, stage)}, the perplexity is {outcomes}.")
+        sentences.append(f"{_capitalized_when(setting, stage)}, the perplexity is {outcomes}.")
     return [" ".join(sentences)] if sentences else []
 
 
@@ -129,7 +129,7 @@ def _perplexity(c: Configuration, stage: str) -> str:
     return format_number(c.known_mean("quality", stage, "perplexity"), ".2f")
 
 
-def _when(setting: Setting, stage: str) -> str:
+def _capitalized_when(setting: Setting, stage: str) -> str:
     """`Before any fine-tune`, for the start of a sentence."""
     when = setting.when(stage)
     return when[0].upper() + when[1:]

@@ -194,7 +194,7 @@ def test_a_folder_and_a_group_of_tasks(local, tiny_llama):
     assert set(metrics) == {"cases", "one", "two"} and "exact_match,first" in metrics["cases"]
     assert loaded_tasks.count_documents() == 15 and sum(done) == pytest.approx(15) and len(done) > 3
     group = tasks.Tasks()
-    tasks._add(group, tasks.TaskManager(include_path=local, include_defaults=False).load(["both"]), "both")
+    tasks._add_loaded(group, tasks.TaskManager(include_path=local, include_defaults=False).load(["both"]), "both")
     scores = tasks.evaluate(model, tokenizer, group)
     metrics = scores.metrics(group, scores)
     assert set(metrics) == {"one", "two", "both"}

@@ -342,7 +342,7 @@ def test_no_beginning_of_text_follows_another(words, seq, marks):
     plain = [
         t for i in data.np.random.default_rng(0).permutation(len(pieces)) for t in tokenizer(pieces[i])["input_ids"]
     ]
-    assert [t for part in data._split(plain, 3, seq) for t in part if t != 3] == [t for t in plain if t != 3]
+    assert [t for part in data._split_tokens(plain, 3, seq) for t in part if t != 3] == [t for t in plain if t != 3]
     try:
         parts = [*data.windows(pieces, tokenizer, 6, seq, 1000, 0), *data.examples(pieces, tokenizer, 6, seq, 1000, 0)]
     except InputError as error:
