@@ -103,10 +103,10 @@ def stray():
 started = time.monotonic()
 assert run() == 0, output()
 whole = time.monotonic() - started
-told = output()
+printed = output()
 runs = len(done())
 reference = {f.parent.name: json.loads(f.read_text())["metrics"]["quality"] for f in folder.glob("*/result.json")}
-assert "5 of 5" in told and runs == 5 and not stray(), (told, stray())
+assert "5 of 5" in printed and runs == 5 and not stray(), (printed, stray())
 '''
 
 KILLS = """
@@ -197,8 +197,8 @@ def busy():
     """The finished sweep's runs are in use by another process."""
     from qbench import files
     with contextlib.ExitStack() as stack:
-        for one in folder.glob("*/result.json"):
-            stack.enter_context(files.locked(one.parent))
+        for file in folder.glob("*/result.json"):
+            stack.enter_context(files.locked(file.parent))
         return run()
 
 each = whole / runs
@@ -218,13 +218,13 @@ cases = {
 }
 before = snapshot()
 assert len(before) == runs
-told = {}
+outcomes = {}
 for name, case in cases.items():
-    told[name] = case(), output()
+    outcomes[name] = case(), output()
     assert snapshot() == before, f"{name}: something was undone"
-    assert "Traceback" not in told[name][1], (name, told[name][1])
+    assert "Traceback" not in outcomes[name][1], (name, outcomes[name][1])
 assert run() == 0 and snapshot() == before and not stray()
-print(json.dumps({name: (code, said.strip().splitlines()[-1:]) for name, (code, said) in told.items()}, indent=1))
+print(json.dumps({name: (code, said.strip().splitlines()[-1:]) for name, (code, said) in outcomes.items()}, indent=1))
 '''
 
 
@@ -244,7 +244,7 @@ def test_killed_at_twenty_moments_nothing_is_lost_or_doubled_or_left(tiny_llama,
 
 
 def test_a_finished_sweep_is_undone_by_nothing_that_is_wrong(tiny_llama, tmp_path):
-    told = json.loads(script(WRONG, tiny_llama, tmp_path))
-    assert len(told) >= 10
-    wrong = {name: code for name, (code, _) in told.items() if not name.startswith(("Ctrl-C", "killed"))}
-    assert all(code in (1, 2) for code in wrong.values()), told
+    outcomes = json.loads(script(WRONG, tiny_llama, tmp_path))
+    assert len(outcomes) >= 10
+    wrong = {name: code for name, (code, _) in outcomes.items() if not name.startswith(("Ctrl-C", "killed"))}
+    assert all(code in (1, 2) for code in wrong.values()), outcomes

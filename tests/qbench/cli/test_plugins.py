@@ -108,10 +108,10 @@ def test_a_package_that_pip_installs(tmp_path, tiny_llama):
     assert row.split()[:3] == ["plugged", "3.500", "3.127"] and "8, −1 … 1" in row and "a-plugged-format" in row
     recipe = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     assert (recipe["format"], recipe["options"]) == ("plugged", {"spread": 1.0})
-    one = store.read(tmp_path / "one")
-    assert one["status"] == "done" and "tuned" in one["metrics"]["quality"]
-    told = {"name": "plugged_spread1.5", "source": "nowhere else", "class": "plugged.Plugged"}
-    assert one["config"]["format"] == told
+    single = store.read(tmp_path / "one")
+    assert single["status"] == "done" and "tuned" in single["metrics"]["quality"]
+    recorded = {"name": "plugged_spread1.5", "source": "nowhere else", "class": "plugged.Plugged"}
+    assert single["config"]["format"] == recorded
     results, _ = dataframe.read_results(tmp_path / "sweep")
     assert sorted(r["config"]["format"]["name"] for r in results.values()) == ["nf4", "plugged"]
     assert "plugged, block 32" in (tmp_path / "sweep/report/report.md").read_text()
