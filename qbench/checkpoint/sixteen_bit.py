@@ -165,7 +165,7 @@ def _load_tensors(
 ) -> PreTrainedModel:
     """A model with exactly these tensors. Raises InputError if some are missing, left over, or of another shape."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would log is raised below
+    transformers_logging.set_verbosity_error()  # it would log problems, which are raised below
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = cls.from_pretrained(

@@ -44,8 +44,8 @@ def find_file(entry: str) -> Path | None:
 def digest(entries: Iterable[str]) -> str:
     """A SHA-256 that changes when the tasks change. Raises InputError.
 
-    It covers the files beside the tasks' YAML files and the files named in these. For lm-eval's own tasks it covers the
-    name and lm-eval's version.
+    It covers the tasks' YAML files, all files in their folders, and the files that they name. For lm-eval's own
+    tasks it covers the name and lm-eval's version.
     """
     total = hashlib.sha256()
     for entry in entries:

@@ -115,7 +115,7 @@ class QuantLinear(nn.Linear):
     `scale`, with double quantization also `scale_absmax` and `scale_offset`; the same for `shift`; and `levels` if the
     tensor has its own table.
 
-    The product runs in the dtype of x, or in that of autocast. The backward pass gives the gradient for x alone. Moving
+    The product runs in the dtype of x, or in that of autocast. The backward pass computes only the gradient for x. Moving
     the layer to another dtype does not change the packed weight.
 
     A state dict also names its format. Loading one of another format, block size or scale storage is an error.

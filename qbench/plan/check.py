@@ -22,7 +22,7 @@ STEPS = 2  # the optimizer makes its states in the first
 def comparable_plan(shape: Shape, settings: PlanSettings) -> Plan:
     """The plan of the step that `measure_step` takes: without context and fragmentation, and with PyTorch's dtypes.
 
-    Raises InputError for tune=none, and for a GPU that is not there.
+    Raises InputError for tune=none, and if PyTorch finds no GPU.
     """
     if not settings.trains:
         raise InputError("check: tune=none trains nothing, so there is no step to take; accepted: another tune")

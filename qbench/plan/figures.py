@@ -23,7 +23,7 @@ PARTS = (
 
 
 def draw_plans(plans: list[Plan], file: Path) -> None:
-    """Draw one plan at each moment, or several plans at their peaks, beside the GPU's memory. Raises InputError."""
+    """Draw one plan at each moment, or several plans at their peaks, with the GPU's memory. Raises InputError."""
     first, method = plans[0], method_title(plans[0].settings)
     if len(plans) == 1:
         bars = list(first.moments.items())

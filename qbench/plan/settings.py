@@ -15,7 +15,7 @@ from qbench.settings import FULL, LOW_RANK, TuneSettings
 #: `attention=` and what transformers calls it
 ATTENTION = {"sdpa": "sdpa", "flash": "sdpa", "eager": "eager"}
 UNQUANTIZED = formats.get("none")
-METHODS = (*LOW_RANK, FULL, "none")  #: those whose step can be counted
+METHODS = (*LOW_RANK, FULL, "none")  #: the methods whose step can be counted
 #: bytes of CUDA's context with cuBLAS' workspace, and per cent that an allocator loses to rounding: typical since 2020
 CONTEXT, FRAGMENTATION = 500_000_000, 5.0
 
@@ -25,7 +25,7 @@ class Dtypes:
     """The dtypes of everything that a step holds.
 
     compute: activations. embeddings, head, norms: None for the dtype of `compute`. adapters: A and B. gradients: None
-    for the dtype of what is trained. states: an optimizer's, unless it holds them in 8 bits. Raises InputError.
+    for the dtype of the trained tensors. states: an optimizer's, unless it holds them in 8 bits. Raises InputError.
     """
 
     compute: str = "bfloat16"
@@ -49,7 +49,7 @@ class PlanSettings:
     """The assumptions of a plan. A key of conf/ sets each field (`key_of`).
 
     format: ignored where formats are compared. batch: windows a step. targets: `all`, or endings of the names of the
-    layers with adapters. gpu, context: bytes. fragmentation: per cent of what is allocated. Raises InputError.
+    layers with adapters. gpu, context: bytes. fragmentation: per cent of the allocated bytes. Raises InputError.
     """
 
     format: Format = UNQUANTIZED

@@ -32,7 +32,7 @@ class Sizes:
     """The parts of a model.
 
     layers: [out_features, in_features] of each linear layer that a run quantizes. embeddings, head, norms, others, all:
-    elements of each parameter. A parameter that embeddings and head share is an embedding; norms has the biases too;
+    elements of each parameter. A parameter that embeddings and head share is an embedding; norms includes the biases;
     others are weights in no linear layer, such as the experts of a mixture. buffers: bytes. depth: decoder blocks. alike:
     whether all blocks are the same.
     """

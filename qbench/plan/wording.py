@@ -35,7 +35,7 @@ MEANING = {
     "dtype.norms": "and biases",
     "dtype.states": "of the optimizer, unless it is an 8-bit one",
     "context": "bytes, of CUDA and its libraries",
-    "fragmentation": "per cent of what is allocated",
+    "fragmentation": "per cent of the allocated bytes",
 }
 #: settings that only a low-rank fine-tune has, those that any fine-tune has, and those of paged optimizers
 LOW_RANK_ONLY = {"rank", "targets", "dropout"}
@@ -44,7 +44,7 @@ PAGED_ONLY = {"optimizer_budget", "optimizer_page"}
 
 
 def format_bytes(nbytes: float, largest: float) -> str:
-    """Bytes in GB (10⁹), or in MB where the largest number shown beside them is below 2 GB."""
+    """Bytes in GB (10⁹), or in MB if the largest number shown with them is below 2 GB."""
     return f"{nbytes / 1e9:,.2f} GB" if largest >= 2e9 else f"{nbytes / 1e6:,.1f} MB"
 
 

@@ -20,7 +20,7 @@ def score_name(task: str, metric: str) -> str:
 
 
 def better_sign(score: dict) -> int:
-    """1 where more is better, −1 where less is. Where lm-eval does not say, less perplexity is better."""
+    """1 if more is better, −1 if less is. Where lm-eval does not say, less perplexity is better."""
     more = score["higher_is_better"]
     return 1 if (more if more is not None else not score["log"]) else -1
 

@@ -39,13 +39,13 @@ def format_number(value: float | None, form: str) -> str:
 
 
 def plus_minus(value: float | None, stderr: float | None, form: str) -> str:
-    """`20.09±0.40`; the value alone where the error is zero or unknown."""
+    """`20.09±0.40`; the value alone if the error is zero or unknown."""
     text = format_number(value, form)
     return f"{text}±{format_number(stderr, form.lstrip('+'))}" if stderr else text
 
 
 def relative_change(delta: float) -> float:
-    """The relative change of a perplexity whose logarithm changes by `delta`; infinite where floats overflow."""
+    """The relative change of a perplexity whose logarithm changes by `delta`; infinite if floats overflow."""
     try:
         return math.expm1(delta)
     except OverflowError:

@@ -7,8 +7,8 @@ The package `gguf` reads the file and maps its names; transformers reads config 
 
     codes   GGUF puts the first half of a 4-bit block into the low nibbles, the second half into the high ones; formats
             here put codes in order
-    rows    for Llama, llama.cpp interleaves the two halves of each head in the rows of q and k; they are put back, still
-            packed, as a row is whole blocks
+    rows    for Llama, llama.cpp interleaves the two halves of each head in the rows of q and k; this is undone while
+            they are packed, since each row is whole blocks
 """
 
 import dataclasses

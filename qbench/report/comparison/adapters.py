@@ -33,7 +33,7 @@ class Init:
 
     @property
     def sqnr_db(self) -> tuple[float | None, float | None]:
-        """The SQNR of Q alone and of Q + B·A; None where there is no error."""
+        """The SQNR of Q alone and of Q + B·A; None if there is no error."""
         c = self.configuration
         if self.name == PLAIN:
             return (c.mean("error", "sqnr_db"),) * 2

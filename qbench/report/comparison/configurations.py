@@ -67,7 +67,7 @@ class Configuration:
         return [value for value in values if is_comparable(value)]
 
     def mean(self, *keys: str) -> float | None:
-        """The mean over seeds of the metric at `keys`; None where no run has it."""
+        """The mean over seeds of the metric at `keys`; None if no run has it."""
         values = self.values(*keys)
         return float(np.mean(values)) if values else None
 
@@ -90,11 +90,11 @@ class Configuration:
         return sum(bool(scores) and not is_comparable(scores["perplexity"]) for scores in scored)
 
     def nll(self, stage: str) -> float | None:
-        """The mean nll at a stage; None where the stage was not scored, or where the perplexity is not finite."""
+        """The mean nll at a stage; None if the stage was not scored, or if the perplexity is not finite."""
         return None if self.mean("quality", stage, "perplexity") is None else self.mean("quality", stage, "nll")
 
     def sort_key(self, stage: str) -> float:
-        """The nll, or infinity where there is none: sorts configurations from the best to the worst."""
+        """The nll, or infinity if there is none: sorts configurations from the best to the worst."""
         nll = self.nll(stage)
         return math.inf if nll is None else nll
 
@@ -150,7 +150,7 @@ class Setting:
         return merge_fine_tunes(self.configurations)
 
     def best_16_bit(self, stage: str) -> Configuration | None:
-        """The 16-bit configuration with the lowest nll; None where 16 bit was not scored."""
+        """The 16-bit configuration with the lowest nll; None if 16 bit was not scored."""
         return min((c for c in self.scored_at(stage) if c.is_16_bit), key=lambda c: c.sort_key(stage), default=None)
 
 
@@ -173,7 +173,7 @@ def _merge(members: Sequence[Configuration]) -> Configuration:
 
 
 def compare_at(ours: Configuration, theirs: Configuration, stage: str) -> Difference | None:
-    """ours − theirs at a stage, with its uncorrected p; None where they cannot be paired.
+    """ours − theirs at a stage, with its uncorrected p; None if they cannot be paired.
 
     Before the fine-tune the seed has no effect on the scores, so different seeds can be paired.
     """
@@ -192,7 +192,7 @@ def pair_with_16_bit(
 
 
 def look_up(tree: Any, keys: Sequence[str]) -> Any:
-    """The value at a path of keys in nested dicts; None where it is missing."""
+    """The value at a path of keys in nested dicts; None if it is missing."""
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree

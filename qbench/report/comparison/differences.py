@@ -56,9 +56,9 @@ def as_percent(delta: float) -> str:
 
 
 def compare_windows(ours: Windows, theirs: Windows, same_seeds: bool = True) -> Difference | None:
-    """ours − theirs with its uncorrected p; None where windows do not match or are not finite.
+    """ours − theirs with its uncorrected p; None if windows do not match or are not finite.
 
-    same_seeds: pair equal seeds only; None where no seed is common. Otherwise the seed has no effect on `theirs`, and a
+    same_seeds: pair equal seeds only; None if no seed is common. Otherwise the seed has no effect on `theirs`, and a
     seed that `theirs` lacks is paired with its first run.
     """
     spare = None if same_seeds else next(iter(theirs.values()), None)
@@ -75,7 +75,7 @@ def compare_windows(ours: Windows, theirs: Windows, same_seeds: bool = True) -> 
 
 
 def correct_p_values(family: Sequence[Difference | None]) -> list[Difference | None]:
-    """The differences with p values corrected for the number of tests. None stands for no test, and stays."""
+    """The differences with p values corrected for the number of tests. None means no test, and stays None."""
     tested = [d for d in family if d is not None]
     p = iter(false_discovery_control([d.p for d in tested]) if tested else ())
     return [d and replace(d, p=float(next(p))) for d in family]

@@ -57,7 +57,7 @@ def _describe_rates(setting: Setting) -> list[str]:
 
 
 def _describe_methods(setting: Setting) -> list[str]:
-    """All methods from best to worst, where there are several."""
+    """All methods from best to worst, if there are several."""
     series = methods.find_series(setting)
     if not methods.has_several_fine_tunes(setting) or len(series) < 2:
         return []

@@ -66,6 +66,6 @@ def pairs_differing_in(setting: Setting, key: str, stage: str) -> list[tuple[Con
 
 
 def usual_block(configurations: Iterable[Configuration]) -> int:
-    """64 where it occurs, else the most frequent block."""
+    """64 if it occurs, else the most frequent block."""
     blocks = [c.config["block"] for c in configurations if not c.is_16_bit]
     return 64 if 64 in blocks else max(set(blocks), key=blocks.count, default=64)

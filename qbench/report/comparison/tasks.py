@@ -25,7 +25,7 @@ MOST = 8  #: tasks in the table
 class TaskScore:
     """The first metric of a task at a stage.
 
-    sign: 1 where more is better, else −1. log: whether differences are of logarithms, as for a perplexity. differences:
+    sign: 1 if more is better, else −1. log: whether differences are of logarithms, as for a perplexity. differences:
     from 16 bit, by configuration; p is corrected for all tasks and configurations of the stage.
     """
 
@@ -42,7 +42,7 @@ class TaskScore:
         return "tasks", self.stage, self.task, self.metric
 
     def compare(self, ours: Configuration, theirs: Configuration) -> Difference | None:
-        """ours − theirs on the same documents, with its uncorrected p; None where they cannot be paired."""
+        """ours − theirs on the same documents, with its uncorrected p; None if they cannot be paired."""
         first, second = (c.windows(*self.keys, each="documents") for c in (ours, theirs))
         return compare_windows(first, second, same_seeds=self.stage == "tuned")
 

@@ -45,7 +45,7 @@ def describe_speed(result: dict) -> str:
 
 
 def format_rate(rates: dict | None, scale: float = 1) -> str:
-    """The median of measured rates; empty where there are none."""
+    """The median of measured rates; empty if there are none."""
     return format_number(rates["median"] and scale * rates["median"], ",.0f") if rates else ""
 
 

@@ -58,7 +58,7 @@ def draw_weights(result: dict) -> Drawing:
 
 
 def draw_errors(result: dict) -> Drawing | None:
-    """The error of each layer: of its weights, and of its output. None where there is no error."""
+    """The error of each layer: of its weights, and of its output. None if there is no error."""
     layers = result["metrics"]["error"]["layers"]
     panels = [("sqnr_db", "SQNR of the weights, dB"), ("output_relative", "error of the layer's output, relative")]
     if layers[0]["sqnr_db"] is None:
@@ -121,7 +121,7 @@ def _draw_interval(axes: Axes, value: float, stderr: float | None, row: int) -> 
 
 
 def draw_loss(result: dict) -> Drawing | None:
-    """The loss curve of the fine-tune. None where there was none."""
+    """The loss curve of the fine-tune. None if there was none."""
     if "tune" not in result["metrics"]:
         return None
     tune, config = result["metrics"]["tune"], result["config"]["tune"]

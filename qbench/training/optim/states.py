@@ -80,7 +80,7 @@ class Moments:
 
 
 class QuantizedMoments(Moments):
-    """Both moments in 8 bits: for each, codes uint8 [n] and absmax fp32 [ceil(n/256)]. dtype: what they decode to."""
+    """Both moments in 8 bits: for each, codes uint8 [n] and absmax fp32 [ceil(n/256)]. dtype: of the decoded moments."""
 
     def array_specs(self, n: int) -> list[tuple[torch.dtype, int]]:
         return [(torch.uint8, n), (torch.float32, block_count(n, BLOCK))] * 2

@@ -1,8 +1,9 @@
 """Copies pages while the device computes: on two CUDA streams, or, without a GPU, at once.
 
 A stream runs its work in order. "in" copies pages to the device, "out" copies them back, and updates run on the caller's
-current stream. So copies run both ways at once, as PCIe can, beside the updates. An event marks a point of a stream.
-A stream can wait for an event of another, and the caller's thread does not wait.
+current stream. So copies run in both directions at once, as PCIe allows, and during the updates.
+
+An event marks a point of a stream. A stream can wait for an event of another, and the caller's thread does not wait.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Event = Any  #: a torch.cuda.Event, or None where work is done at once
+Event = Any  #: a torch.cuda.Event, or None if work is done at once
 
 
 class Synchronous:

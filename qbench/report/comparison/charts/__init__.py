@@ -1,4 +1,4 @@
-"""The figures of a comparison. Each function draws one figure of a setting, or returns None where the data is missing.
+"""The figures of a comparison. Each function draws one figure of a setting, or returns None if the data is missing.
 
 fine_tune.py  what the fine-tune changes: learning rates, methods, initializations
 formats.py    formats compared: quality over size, pairs, layers, throughput

@@ -49,7 +49,7 @@ def _draw_over_key(
 ) -> Figure | None:
     """A panel for each stage, in which a line joins the configurations that differ only in `key`, "block" or "rank".
 
-    labels: of the axes. None where fewer than two values of the key were measured.
+    labels: of the axes. None if fewer than two values of the key were measured.
     """
     values = {_key_value(c, key) for c in setting.configurations if not (c.is_16_bit and key == "block")}
     ticks = sorted(value for value in values if value)

@@ -87,7 +87,7 @@ def row_margin(rows: int) -> float:
 def draw_differences(
     palette: Palette, panels: Mapping[str, Sequence[tuple[str, str, Difference]]], label: str
 ) -> Figure:
-    """Differences with 95% intervals, a row each; hollow where not distinguishable from zero.
+    """Differences with 95% intervals, a row each; hollow if not distinguishable from zero.
 
     panels: by title, the row's name, the format and the difference of each. label: of the axis.
     """
