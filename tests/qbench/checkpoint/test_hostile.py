@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 import qbench
+from qbench import checkpoint
 from qbench.checkpoint import loading, packed_checkpoint  # here, so that no child has to import them
 from qbench.checkpoint.recipe import Recipe
 from qbench.checkpoint.streaming import source, stream
@@ -237,7 +238,7 @@ def sources(tiny_llama, tmp_path_factory) -> dict[str, Path]:
     loaded = loading.load(str(tiny_llama), torch.float32, CPU)
     packed = qbench.pack(loaded.model, **{"format": "nf4", "dq": True})
     for layout in ("qbench", "bitsandbytes"):
-        packed.save(packed, root / layout, loaded.tokenizer, layout=layout)
+        checkpoint.save(packed, root / layout, loaded.tokenizer, layout=layout)
     return dict.fromkeys(("load", "quantize", "run"), tiny_llama) | {
         "packed": root / "qbench",
         "bitsandbytes": root / "bitsandbytes",

@@ -20,11 +20,12 @@ from tests.qbench.sample_checkpoints import NF4, edit_tensors, quantize, read_fi
 CHILD = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from qbench.checkpoint.streaming import source, stream
+from qbench.checkpoint.streaming import stream
+from qbench.checkpoint.streaming.source import read_source
 from qbench.checkpoint.recipe import Recipe
-from tests.qbench.sample_checkpoints import NF4, held
+from tests.qbench.sample_checkpoints import NF4, read_files
 
-found, folder, seed = source.read(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+source, folder, seed = read_source(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 steps = 0
 
 def counted(function, at):
@@ -42,8 +43,8 @@ def start(arguments, out, at=0):
     try:
         # what is killed leaves its writes to the system, so that nothing needs to wait for the disk
         os.fsync, os.replace = counted(lambda descriptor: None, at), counted(os.replace, at)
-        stream.shards.read = counted(stream.shards.read, at)
-        stream.run(found, Recipe.of(arguments, found.dtypes), folder / out)
+        stream.safetensors_io.read = counted(stream.safetensors_io.read, at)
+        stream.quantize_checkpoint(source, Recipe.of(arguments, source.dtypes), folder / out)
         os._exit(0)
     finally:
         os._exit(1)
@@ -53,7 +54,7 @@ def wait(pid):
 
 def finish(arguments, out):
     assert wait(start(arguments, out)) == 0
-    assert held(folder / out) == held(folder / arguments["name"])
+    assert read_files(folder / out) == read_files(folder / arguments["name"])
     shutil.rmtree(folder / out)
 
 none = {"name": "none", "block": 64, "dq": False}  # which spends no second on loading kernels

@@ -23,8 +23,11 @@ from pathlib import Path
 import psutil
 
 sys.modules["bitsandbytes"] = None
-from qbench import __main__ as command, arguments, groups, jobs, fresh, models, experiment, track
-from qbench.report import terminal
+from qbench.checkpoint import loading
+from qbench.cli import command_line, commands, format_group, jobs, overrides
+from qbench.cli import run as command
+from qbench.report.run import terminal
+from qbench.runs import experiment, isolated, trackers
 
 model, folder = Path("model"), Path("sweep")
 LINE = ["qbench", "-m", "+format=nf4,int8,none", "dq=false,true", "block=64", "hydra.sweep.dir=sweep", "eval.tokens=100",
@@ -71,21 +74,21 @@ def output():
 
 def done():
     """When each finished run began, by its folder."""
-    found = {}
+    started_at = {}
     for file in folder.glob("*/result.json"):
         result = json.loads(file.read_text())
         if result["status"] == "done":
-            found[file.parent.name] = result["run"]["started"], file.stat().st_mtime_ns
-    return found
+            started_at[file.parent.name] = result["run"]["started"], file.stat().st_mtime_ns
+    return started_at
 
 def members(group):
     """The processes of a command: it, and its child."""
-    found = []
+    ids = []
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.NoSuchProcess):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
+                ids.append(process.pid)
+    return ids
 
 def gone(group):
     """Whether all processes of a command end, soon: a child whose parent was killed is killed by the system."""
@@ -140,8 +143,8 @@ while kills < 20:
 assert run() == 0, output()
 now = done()
 assert before.items() <= now.items() and len(now) == runs and not stray(), stray()
-found = {f.parent.name: json.loads(f.read_text())["metrics"]["quality"] for f in folder.glob("*/result.json")}
-assert found == reference
+quality = {f.parent.name: json.loads(f.read_text())["metrics"]["quality"] for f in folder.glob("*/result.json")}
+assert quality == reference
 print("kills", killed, most)
 """
 
@@ -195,7 +198,7 @@ def broken(file):
 
 def busy():
     """The finished sweep's runs are in use by another process."""
-    from qbench import files
+    from qbench.system import files
     with contextlib.ExitStack() as stack:
         for file in folder.glob("*/result.json"):
             stack.enter_context(files.locked(file.parent))

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import formats
 from formats import registry
+from qbench import checkpoint
 from qbench.checkpoint.recipe import Recipe
 from qbench.cli import format_group, format_list
 from qbench.cli.plan import main as plan_main
@@ -291,17 +292,17 @@ def test_a_target_is_what_a_registered_format_is(installed, command, sharded_lla
     code, _, err = command(*target, "dq=true", f"model.path={sharded_llama}", "out=packed")
     assert code == 0 and "14 layers in custom_1(block=32, dq=True)" in err
     packed = tmp_path / "here/packed"
-    loaded = packed.load(packed, CPU, torch.bfloat16).model
+    loaded = checkpoint.load(packed, CPU, torch.bfloat16).model
     assert_same(loaded, in_memory(sharded_llama, {"name": "mine.Custom", "block": 32, "dq": True}))
-    packed.save(loaded, tmp_path / "saved")
+    checkpoint.save(loaded, tmp_path / "saved")
     assert Recipe.from_json(json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]).format.dq
     del sys.modules["mine"]
     with pytest.raises(InputError, match=r"format: mine\.Custom is code of yours; accepted once mine is imported"):
-        packed.load(packed, CPU, torch.bfloat16)
+        checkpoint.load(packed, CPU, torch.bfloat16)
     assert "mine" not in sys.modules, "what a checkpoint names is not run for that"
     edit_recipe(packed, format="mine.")
     with pytest.raises(InputError, match=r"mine\. is code of yours"):
-        packed.load(packed, CPU, torch.bfloat16)
+        checkpoint.load(packed, CPU, torch.bfloat16)
     code, out, _ = command("model=bundled", *target, main=plan_main)
     assert code == 0 and "bundled in custom_1, block 32" in out
     settings = PlanSettings(format=formats.get("mine.Custom", block=32, depth=2))

@@ -12,7 +12,7 @@ import pytest
 
 def script(body: str, *, code: int = 0) -> str:
     """Run Python in a process that has used nothing yet; returns what it printed."""
-    source = "import os, signal, sys, time, torch\nfrom qbench import fresh\n" + textwrap.dedent(body)
+    source = "import os, signal, sys, time, torch\nfrom qbench.runs import isolated\n" + textwrap.dedent(body)
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux"
 
 def test_the_code_of_the_child_comes_back():
     said = script(
-        "print(fresh.call(lambda: 0), fresh.call(lambda: 7), fresh.call(lambda: 1 / 0), fresh.call(sys.exit))"
+        "print(isolated.call(lambda: 0), isolated.call(lambda: 7), isolated.call(lambda: 1 / 0), isolated.call(sys.exit))"
     )
     assert said.split() == ["0", "7", "1", "1"]
 
 
 def test_a_signal_that_ends_the_child_is_told():
-    said = script("print(fresh.call(lambda: os.kill(os.getpid(), signal.SIGKILL)), fresh.call(os.abort))")
+    said = script("print(isolated.call(lambda: os.kill(os.getpid(), signal.SIGKILL)), isolated.call(os.abort))")
     assert [int(word) for word in said.split()] == [-signal.SIGKILL, -signal.SIGABRT]
 
 
@@ -47,7 +47,7 @@ def test_an_interrupt_reaches_the_child_once_and_then_the_parent():
         os.setpgrp()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may run where it is ignored
         try:
-            fresh.call(work)
+            isolated.call(work)
         except KeyboardInterrupt:
             print("raised")
     """)
@@ -72,7 +72,7 @@ def test_an_interrupt_as_the_child_starts_reaches_it(first):
         threading.Thread.start = interrupted
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            fresh.call(work)
+            isolated.call(work)
         except KeyboardInterrupt:
             print("raised")
     """)
@@ -86,7 +86,7 @@ def test_the_child_does_not_outlive_its_parent():
             print(os.getpid(), flush=True)
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
-        fresh.call(work)
+        isolated.call(work)
         """,
         code=-signal.SIGKILL,
     )
@@ -112,7 +112,7 @@ def test_a_child_whose_parent_has_gone_before_it_could_ask_to_go_too_does_nothin
         def work():
             print("at work", flush=True)
         ctypes.CDLL = late
-        fresh.call(work)
+        isolated.call(work)
         """,
         code=-signal.SIGKILL,
     )
@@ -131,10 +131,10 @@ def test_a_limit_reaches_native_code():
                 library.pthread_mutex_lock(mutex)
         started = time.monotonic()
         try:
-            fresh.call(native, 2)
+            isolated.call(native, 2)
         except TimeoutError as error:
             print(error, time.monotonic() - started < 20)
-        print(fresh.call(lambda: 4, 60))
+        print(isolated.call(lambda: 4, 60))
     """)
     assert said.split("\n")[:2] == ["the process took longer than 2 s True", "4"]
 
@@ -149,6 +149,6 @@ def test_a_child_computes_with_all_threads_after_its_parent_did():
             return int(not torch.equal(packed.dequantize() @ w, w @ w))
         torch.set_num_threads(2)
         (torch.ones(2000, 2000) @ torch.ones(2000, 2000)).exp()
-        assert fresh.possible() and fresh.call(work) == 0
-        assert work() == 0 and not fresh.possible(), "numba's threads are at work here now"
+        assert isolated.possible() and isolated.call(work) == 0
+        assert work() == 0 and not isolated.possible(), "numba's threads are at work here now"
     """)

@@ -147,7 +147,7 @@ def test_a_log_that_goes_to_a_file_still_does(tmp_path, log):
 
 
 def test_a_character_that_a_pipe_lacks_is_no_error(tmp_path):
-    code = "from qbench import messages; messages.replace_unencodable(); print('4 − 1 ≈ 3')"
+    code = "from qbench.system import messages; messages.replace_unencodable(); print('4 − 1 ≈ 3')"
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and done.stdout.split() == [b"4", b"?", b"1", b"?", b"3"]
