@@ -34,7 +34,7 @@ def test_every_module_has_a_page(pages):
 
 @pytest.mark.thorough
 def test_what_comments_say_of_variables_is_told(pages):
-    assert "whether blocks carry a shift z" in pages[Path("formats.html")]  # in the line
+    assert "whether each block has a shift z" in pages[Path("formats.html")]  # in the line
     assert "the linear layers of Llama" in pages[Path("qbench/bench/products.html")]  # in the line before
 
 
