@@ -290,7 +290,7 @@ def _with_others(rows: list[Row], file: Path) -> list[Row]:
 def write(rows: list[Row], out: Path) -> None:
     counts = Counter(row.outcome for row in rows)
     summary = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
-    columns = ["type", "class", "quantized", "outcome", "what is said"]
+    columns = ["type", "class", "quantized", "outcome", "message"]
     cells = [
         [row.type, row.cls, "" if row.share is None else f"{row.share:.1%}", row.outcome, " ".join(row.said)]
         for row in rows

@@ -155,7 +155,7 @@ def names() -> list[str]:
 
 
 def problems() -> dict[str, str]:
-    """Returns the names of installed packages that cannot be loaded, each with the reason."""
+    """Returns the names of formats whose packages cannot be loaded, each with the reason."""
     _discover()
     return dict(_problems)
 

@@ -2,7 +2,7 @@
 
     python experiments/bundled_model/corpus.py --work build/bundled_model
 
-Writes to the work folder `train.jsonl` and `heldout.jsonl` (a document a line: source, name, text) and `sources.json`
+Writes to the work folder `train.jsonl` and `heldout.jsonl` (one document per line: source, name, text) and `sources.json`
 (package, version, licence, characters). Which documents are held out depends only on their own text.
 """
 
