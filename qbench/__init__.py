@@ -27,6 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qbench.system import import_hooks
+from qbench.system.version import VERSION
 
 if TYPE_CHECKING:
     from qbench.checkpoint.packed_checkpoint import pack
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from qbench.results.dataframe import load
 
 __all__ = ["QBenchConfig", "Result", "load", "pack", "run"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 #: public names and their modules, which are imported when the name is first used
 _LAZY = {

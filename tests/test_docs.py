@@ -18,8 +18,7 @@ import formats
 import qbench
 from formats import registry
 from qbench.checkpoint import loading
-from qbench.cli import command_line, commands
-from qbench.cli.main import COMMANDS
+from qbench.cli import COMMANDS, command_line, commands
 from qbench.measure.error import Sums, compare_weights
 from qbench.model import devices, quantizing
 from qbench.model.selection import linear_layers

@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qbench import __version__
 from qbench.errors import InputError
+from qbench.system.version import VERSION
 
 from .format_names import format_names
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, allow_abbrev=False)
         self.purpose, self.examples, self.footer = purpose, examples, footer
         self.rows: list[tuple[str, str, str]] = []
-        self.add_argument("--version", action="version", version=f"{program} {__version__}", help="print the version")
+        self.add_argument("--version", action="version", version=f"{program} {VERSION}", help="print the version")
 
     def accept(self, name: str, meaning: str, accepts: str, shown: str = "", **options: Any) -> argparse.Action:
         """Add an argument. accepts: its values in words. shown: its default in words."""

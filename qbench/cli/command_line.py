@@ -20,13 +20,14 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qbench import __version__, keys
+from qbench import keys
 from qbench.errors import InputError
 from qbench.system.interrupts import interruptible
+from qbench.system.version import VERSION
 
 from . import help_page
 from .commands import GROUP, NO_FORMAT, Check, Command, Job
-from .compose import compose_config, describe_error, resolve
+from .compose import compose_config, describe_error, resolve, search_path
 from .config_files import EXPERIMENTS, read_keys
 from .console import stderr
 from .overrides import check_no_tune, check_override, check_single, count_jobs, separate_choices
@@ -89,7 +90,7 @@ def start(
         announce(line.jobs)
         # flags last: --info takes an override that follows it for its own argument
         overrides = [*settings, *command.first_overrides, *(str(o.input_line) for o in line.overrides)]
-        sys.argv[1:] = [*command.search_path(), *overrides, *line.flags]
+        sys.argv[1:] = [*search_path(command), *overrides, *line.flags]
         hydra.main(version_base="1.3", config_path=str(command.folder), config_name=command.config)(job)()
     except InputError as error:
         stderr.print(f"qbench: {error}")
@@ -109,7 +110,7 @@ def read(command: Command, arguments: Sequence[str]) -> Line | None:
     Prints the help or the version and returns None if the line asks for it. Raises InputError and Hydra's exceptions.
     """
     if "--version" in arguments:
-        print(f"{command.name} {__version__}")
+        print(f"{command.name} {VERSION}")
         return None
     asked = _parse_flags(list(arguments))
     if asked.help:

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from qbench import keys
 from qbench.errors import InputError
 
-from .config_files import CONF, EXPERIMENTS
-from .overrides import GROUP, quoted
+from .config_files import CONF
 
+GROUP = "format"  #: the config group of the formats, whose choices are not files
 NO_FORMAT = (
     f"{GROUP}: none is given; accepted: +{GROUP}=NAME, such as +{GROUP}=nf4; python -m qbench --formats lists the names"
 )
@@ -57,11 +57,6 @@ class Command:
     def first_overrides(self) -> list[str]:
         """The override that adds the overlay."""
         return [] if self.overlay is None else [f"+{self.overlay}=config"]
-
-    def search_path(self, *folders: str) -> list[str]:
-        """The override that makes Hydra look for configurations in `folders` and in experiments/ too."""
-        paths = [*folders, *([str(EXPERIMENTS.parent)] if "experiments" in self.added else [])]
-        return [f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in paths)}]"] if paths else []
 
 
 def _check_run(config: dict) -> None:

@@ -14,10 +14,10 @@ import argcomplete
 
 from qbench import keys
 
+from . import COMMANDS
 from .arguments import BENCHMARKS, bench_parser, report_parser, runs_parser
 from .config_files import CONF, EXPERIMENTS
 from .format_names import format_names
-from .main import COMMANDS
 
 #: flags of every command that takes key=value; some are Hydra's
 FLAGS = ("--help", "--version", "--cfg", "--info", "--config-dir", "--hydra-help")

@@ -22,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from qbench.system.extras import install_command
 
 from .commands import GROUP, Command
+from .config_files import EXPERIMENTS
+from .overrides import quoted
 
 #: Hydra's launchers, and the extra that installs each
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
@@ -32,9 +34,15 @@ def compose_config(command: Command, flags: Namespace, overrides: Iterable[Overr
     folders = [os.path.abspath(flags.config_dir)] if flags.config_dir else []
     main_folder = os.path.abspath(flags.config_path) if flags.config_path else str(command.folder)
     with initialize_config_dir(main_folder, version_base="1.3", job_name=command.name):
-        lines = [*command.search_path(*folders), *command.first_overrides]
+        lines = [*search_path(command, *folders), *command.first_overrides]
         lines += [str(override.input_line) for override in overrides]
         return compose(flags.config_name or command.config, lines, return_hydra_config=True)
+
+
+def search_path(command: Command, *folders: str) -> list[str]:
+    """The override that makes Hydra look for configurations in `folders` and in experiments/ too."""
+    paths = [*folders, *([str(EXPERIMENTS.parent)] if "experiments" in command.added else [])]
+    return [f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in paths)}]"] if paths else []
 
 
 def resolve(config: DictConfig) -> dict:

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from qbench.system.interrupts import interruptible
 from .compose import resolve
 from .console import INTERRUPTED, stderr
 from .format_group import format_of
-from .sweep import Progress
+from .sweep import Outcome, Progress
 from .time_limit import time_limit, too_long
 
 if TYPE_CHECKING:
@@ -68,26 +67,6 @@ def settings_of(config: dict, fmt: formats.Format | None = None) -> "Settings":
 
 
 progress = Progress()  #: progress of the sweep that this process runs
-outcomes: list["Outcome"] = []  #: outcomes of all runs of the command line
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a run. code: 0 done, 1 failed, 2 bad input, 130 interrupted. why: the reason that it is not done.
-
-    Each process that creates or unpickles an outcome adds it to `outcomes`. So an outcome from a launcher's process also
-    reaches the process that started the launcher.
-    """
-
-    folder: Path
-    code: int
-    why: str
-
-    def __post_init__(self) -> None:
-        outcomes.append(self)
-
-    def __reduce__(self) -> tuple:
-        return Outcome, (self.folder, self.code, self.why)
 
 
 def job(config: DictConfig) -> Outcome:

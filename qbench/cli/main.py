@@ -9,15 +9,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-#: the first word of a command line, and the module of its command
-COMMANDS = {
-    "run": "qbench.cli.run",
-    "report": "qbench.cli.report",
-    "plan": "qbench.cli.plan",
-    "quantize": "qbench.cli.quantize",
-    "bench": "qbench.cli.bench",
-    "runs": "qbench.cli.runs",
-}
+from . import COMMANDS
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ import math
 import re
 import shlex
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
@@ -18,14 +17,12 @@ from qbench import keys
 from qbench.errors import InputError
 from qbench.keys import shown
 
-if TYPE_CHECKING:
-    from .commands import Command
+from .commands import GROUP, Command
 
-GROUP = "format"  #: the config group of the formats, whose choices are not files
 _parser = OverridesParser.create()
 
 
-def check_override(command: "Command", argument: str) -> Override:
+def check_override(command: Command, argument: str) -> Override:
     """Check an argument `key=value`, and return it as Hydra needs it.
 
     Several values of a key are not checked here: each run checks its own. Raises InputError for an unknown key,
@@ -59,7 +56,7 @@ def check_override(command: "Command", argument: str) -> Override:
     return override
 
 
-def parse(command: "Command", argument: str) -> Override:
+def parse(command: Command, argument: str) -> Override:
     """Parse an argument with Hydra's grammar. Raises InputError; if quotes are missing, its message shows them."""
     try:
         return _parser.parse_override(argument)
@@ -138,7 +135,7 @@ def count_jobs(overrides: Iterable[Override]) -> int | None:
     return math.prod(counts.values())
 
 
-def check_single(command: "Command", override: Override) -> None:
+def check_single(command: Command, override: Override) -> None:
     """Raise InputError if an override of a single run has several values."""
     key, (_, _, value) = override.key_or_group, str(override.input_line).partition("=")
     if not override.is_sweep_override() or re.match(r"hydra\b", key):

@@ -11,7 +11,7 @@ from qbench.system.interrupts import interruptible
 
 if TYPE_CHECKING:
     from .commands import Check, Job
-    from .jobs import Outcome
+    from .sweep import Outcome
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
         from qbench.checkpoint import location
 
         from . import format_group, jobs
+        from . import sweep as sweep_module
 
         def check(config: dict) -> None:
             path = jobs.settings_of(config).model.path
@@ -34,7 +35,7 @@ def main() -> int:
                 location.locate(path)
 
         format_group.store()
-        jobs.outcomes = outcomes
+        sweep_module.outcomes = outcomes
         return jobs.job, check
 
     def announce(total: int | None) -> None:

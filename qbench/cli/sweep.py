@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +15,29 @@ from qbench.errors import InputError
 from qbench.results import store
 from qbench.system.messages import sanitize
 
-if TYPE_CHECKING:
-    from .jobs import Outcome
-
 HEADS = "run", "bits/weight", "perplexity", "tuned perplexity", "status"
+
+
+outcomes: list["Outcome"] = []  #: outcomes of all runs of the command line
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a run. code: 0 done, 1 failed, 2 bad input, 130 interrupted. why: the reason that it is not done.
+
+    Each process that creates or unpickles an outcome adds it to `outcomes`. So an outcome from a launcher's process also
+    reaches the process that started the launcher.
+    """
+
+    folder: Path
+    code: int
+    why: str
+
+    def __post_init__(self) -> None:
+        outcomes.append(self)
+
+    def __reduce__(self) -> tuple:
+        return Outcome, (self.folder, self.code, self.why)
 
 
 @dataclass
@@ -49,7 +67,7 @@ def describe_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def show_table(outcomes: Sequence["Outcome"], console: Console) -> None:
+def show_table(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print a row for each run. Long cells are wrapped, not cut."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in HEADS:
@@ -76,7 +94,7 @@ def _read(folder: Path) -> dict | None:
     return None
 
 
-def _cells(outcome: "Outcome", result: dict | None, differing: Sequence[str]) -> list[str]:
+def _cells(outcome: Outcome, result: dict | None, differing: Sequence[str]) -> list[str]:
     """The row of a run. The result of a run that failed early may lack any key."""
     from qbench.report import wording
 

@@ -8,23 +8,39 @@ smaller.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean, perplexity, weighted_perplexity
+from lm_eval.api.task import Task
 from lm_eval.utils import handle_non_serializable, sanitize_task_name
 
 from qbench.system import files
 
 from .statistics import clustered_mean, paired_difference
 
-if TYPE_CHECKING:
-    from .tasks import Tasks
-
 BLOCKS = 200  #: most blocks of documents that the jackknife leaves out in turn
+
+
+@dataclass
+class Tasks:
+    """Loaded tasks. top: the requested tasks and groups. leaves: every task, by name.
+
+    groups: for each group, the names of all its tasks. parents: for each task or group, the group that it is in.
+    """
+
+    top: list[Task | Group] = field(default_factory=list)
+    leaves: dict[str, Task] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+
+    def count_documents(self, limit: int | None = None) -> int:
+        """The number of documents, with at most `limit` of each task."""
+        return sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in self.leaves.values())
 
 
 @dataclass
@@ -76,7 +92,7 @@ class TaskScores:
                 samples[task] = [json.loads(line) for line in lines]
         return cls(results, samples)
 
-    def metrics(self, tasks: "Tasks", baseline: "TaskScores | None" = None) -> dict:
+    def metrics(self, tasks: Tasks, baseline: "TaskScores | None" = None) -> dict:
         """Scores by task or group, then by metric (with its filter, unless that is `none`).
 
         Each has value, stderr, n (documents), higher_is_better, `log` and `documents` of Score; in a group also group.
@@ -92,7 +108,7 @@ class TaskScores:
             metrics.setdefault(task, {})[metric if kind == "none" else key] = entry
         return metrics
 
-    def _iterate_scores(self, tasks: "Tasks") -> Iterator[tuple[tuple[str, str], Score]]:
+    def _iterate_scores(self, tasks: Tasks) -> Iterator[tuple[tuple[str, str], Score]]:
         """Scores by (task or group, lm-eval's key of the metric, such as `acc,none`), with groups after their tasks."""
         scores: dict[tuple[str, str], Score] = {}
         for task in [*tasks.leaves, *tasks.groups]:

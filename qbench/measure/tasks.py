@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,9 +23,7 @@ import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval import evaluator
-from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.tasks import TaskManager
@@ -38,28 +35,11 @@ from transformers import PreTrainedTokenizerBase
 from qbench.errors import InputError
 
 from .task_files import bad_entry, find_file
-from .task_scores import TaskScores
+from .task_scores import Tasks, TaskScores
 
 BOOTSTRAPS = 1000  #: draws for the standard error of a metric without a closed form
 # cached because it takes seconds, and lm-eval asks for it at every evaluation
 _environment_info = functools.cache(collect_env.get_pretty_env_info)
-
-
-@dataclass
-class Tasks:
-    """Loaded tasks. top: the requested tasks and groups. leaves: every task, by name.
-
-    groups: for each group, the names of all its tasks. parents: for each task or group, the group that it is in.
-    """
-
-    top: list[Task | Group] = field(default_factory=list)
-    leaves: dict[str, Task] = field(default_factory=dict)
-    groups: dict[str, list[str]] = field(default_factory=dict)
-    parents: dict[str, str] = field(default_factory=dict)
-
-    def count_documents(self, limit: int | None = None) -> int:
-        """The number of documents, with at most `limit` of each task."""
-        return sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in self.leaves.values())
 
 
 def load(entries: Sequence[str], scratch: Path | None = None) -> Tasks:

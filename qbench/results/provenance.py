@@ -16,7 +16,7 @@ import torch
 
 from formats import Format
 from formats.registry import ours
-from qbench import __version__
+from qbench.system.version import VERSION
 
 _PACKAGES = (
     "torch", "triton", "numba", "numpy", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes",
@@ -68,7 +68,7 @@ def environment(device: torch.device) -> dict:
     return {
         "versions": {
             "python": platform.python_version(),
-            "qbench": __version__,
+            "qbench": VERSION,
             **{name: _version(name) for name in _PACKAGES},
         },
         "commit": _commit(),

@@ -8,4 +8,5 @@ It knows nothing of models or results. Every other room uses it. Start with `fil
     extras         the command that installs a missing package
     import_hooks   what happens when a library, a command or an old name of a module is imported
     moved          old module names, and where their content is now
+    version        the version of qbench
 """

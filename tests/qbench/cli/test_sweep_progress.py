@@ -9,8 +9,7 @@ from rich.console import Console
 
 from qbench.cli import command_line
 from qbench.cli.commands import RUN
-from qbench.cli.jobs import Outcome
-from qbench.cli.sweep import Progress, describe_seconds, differing_keys, show_table
+from qbench.cli.sweep import Outcome, Progress, describe_seconds, differing_keys, show_table
 from qbench.errors import InputError
 from qbench.results import store
 from tests.qbench.sample_results import finished

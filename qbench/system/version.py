@@ -1,0 +1,3 @@
+"""The version of qbench; `qbench.__version__` is the same."""
+
+VERSION = "0.1.0"
