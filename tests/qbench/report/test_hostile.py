@@ -86,7 +86,7 @@ def mutate(result: dict, random: Random) -> None:
 
 
 def written(result: dict) -> bytes:
-    text = json.dumps(json_files._plain(result))
+    text = json.dumps(json_files._replace_non_finite(result))
     return re.sub(r'"\\ue000(.*?)\\ue000"', lambda of: of[1], text).encode()
 
 
@@ -138,7 +138,7 @@ def fill(folder: Path, count: int, seed: int = 0) -> None:
             name += random.choice(TEXTS).replace("/", "").replace("\0", "")[:50]
         here = folder / os.fsdecode(name.encode("utf-8", "replace" if "\ud800" in name else "surrogateescape"))
         here.mkdir(parents=True)
-        result = json.loads(json.dumps(json_files._plain(whole("nf4", 100 + i, 0.02))))
+        result = json.loads(json.dumps(json_files._replace_non_finite(whole("nf4", 100 + i, 0.02))))
         if random.random() < 0.2:
             result |= {"status": "failed", "error": {"type": "KeyError", "message": "gone", "traceback": ""}}
         kind = random.random()
@@ -363,7 +363,7 @@ def spoilt_leaves(value: object, place: tuple = ()) -> Iterator[tuple]:
 
 
 def test_every_key_has_a_type():
-    result = json.loads(json.dumps(json_files._plain(whole())))
+    result = json.loads(json.dumps(json_files._replace_non_finite(whole())))
     assert schema.why_invalid(result) is schema.why_incomparable(result) is None
     for place in spoilt_leaves(result):
         spoilt = json.loads(json.dumps(result))
@@ -381,7 +381,7 @@ def test_a_page_with_such_texts_is_whole(good, tmp_path, monkeypatch, capsys):
     """Each text stands in every place that takes any text. In a browser, nothing of it runs or loads."""
     for i, text in enumerate(TEXTS):
         result = json.loads(
-            json.dumps(json_files._plain(whole("nf4", 100 + i, 0.02))).replace("layers.0.q_proj", f"l.{i}")
+            json.dumps(json_files._replace_non_finite(whole("nf4", 100 + i, 0.02))).replace("layers.0.q_proj", f"l.{i}")
         )
         text = text or "x"
         result["config"] |= {"format": {"name": text}, "device": text}
