@@ -208,6 +208,7 @@ def typed(line: str, tiny_llama: Path, monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_page_on_formats(reader, tmp_path, tiny_llama, monkeypatch, capsys):
     printed = ""
     for language, block in blocks(PAGE):

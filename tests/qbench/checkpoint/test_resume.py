@@ -76,6 +76,7 @@ print(at, ended)
 """
 
 
+@pytest.mark.thorough
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(sharded_llama, tmp_path):
     seed = int.from_bytes(os.urandom(2), "little")
     command = [sys.executable, "-c", CHILD, str(sharded_llama), str(tmp_path), str(seed)]

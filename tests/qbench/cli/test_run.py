@@ -71,6 +71,7 @@ def test_any_model_runs_through(command, any_model, tmp_path):
     assert {file.suffix for file in out.iterdir()} == {"", ".json", ".md", ".png"}, "nothing else is left"
 
 
+@pytest.mark.thorough
 def test_every_format_runs_through(tmp_path, monkeypatch, tiny_llama):
     line = ["-m", f"+format={','.join(formats.names())}", f"model.path={tiny_llama}", *SHORT, "model.dtype=float32"]
     monkeypatch.setattr(sys, "argv", ["qbench", *line, f"hydra.sweep.dir={tmp_path}"])

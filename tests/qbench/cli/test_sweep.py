@@ -172,6 +172,7 @@ def test_a_run_that_takes_too_long_is_a_row(sweep, tmp_path):
     assert len(results(tmp_path / "out")) == 1
 
 
+@pytest.mark.thorough
 def test_a_truncated_or_foreign_result_is_done_again(sweep, tmp_path):
     assert sweep("+format=nf4")[0] == 0
     (file,) = (tmp_path / "out").glob("*/result.json")

@@ -155,8 +155,8 @@ def test_the_report_of_a_sweep(sweep, monkeypatch, capsys):
     assert not re.search(r'(?:src|href)="(?!data:|#|\.\./|results\.)', html) and "http" not in re.sub(
         'data:[^"]+', "", html
     )
-    names = ["pareto", "slopes", "blocks", "double_quantization", "pairs", "layers", "throughput"]
-    assert {file.stem for file in (out / "figures").iterdir()} == set(names) and html.count("<figure>") == len(names)
+    assert {file.stem for file in (out / "figures").iterdir()} == {"pareto", "slopes", "blocks"}
+    assert html.count("<figure>") == 7, "double quantization, pairs, layers and throughput too"
     parquet, csv = (
         pandas.read_parquet(out / "results.parquet"),
         pandas.read_csv(out / "results.csv", float_precision="round_trip"),

@@ -95,7 +95,7 @@ LINES = {
     "a list": (b"[1]", "is not {"),
     "no path": (GOOD.replace(b'"path"', b'"way"', 1), "is not {"),
     "a result alone": (GOOD[GOOD.index(b'"result": ') + 10 : -1], "is not {"),
-    "no result": (b'{"path": "a/result.json", "result": 1}', "is not a result"),
+    "no result": (b'{"path": "a/result.json", "result": 1}', "is not a qbench result"),
     "schema 2": (GOOD.replace(b'"schema": 1', b'"schema": 2', 1), "has schema 2"),
     "above": (GOOD.replace(b"a/result", b"../a/result", 1), "has the path"),
     "absolute": (GOOD.replace(b"a/result", b"/a/result", 1), "has the path"),
