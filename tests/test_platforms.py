@@ -63,11 +63,11 @@ def python(code: str, *arguments: object, folder: Path, **environment: str) -> s
 @pytest.mark.parametrize(
     "missing",
     [
-        "CUDA",
         "numba",
-        "triton",
-        "resource",
-        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("bitsandbytes", "fcntl")),
+        *(
+            pytest.param(name, marks=pytest.mark.thorough)
+            for name in ("CUDA", "triton", "resource", "bitsandbytes", "fcntl")
+        ),
     ],
 )
 def test_every_module_can_be_imported_without(missing, tmp_path):
@@ -102,6 +102,7 @@ def test_the_main_job_runs_without_linux(without):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.thorough
 def test_it_is_stopped_in_time_as_well(without):
     code, stderr, result = without("tune.steps=100000", "timeout=4")
     assert code == 1 and "RunTimeout: the run took longer than timeout=4 s" in stderr

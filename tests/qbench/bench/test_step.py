@@ -14,6 +14,7 @@ TINY = {
 }
 
 
+@pytest.mark.thorough
 def test_both_sides_train_the_same():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in the test extra")
     reports = []

@@ -119,6 +119,7 @@ sys.exit(run.main())
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="a run has a process of its own on Linux")
 def test_a_timeout_ends_native_code(tmp_path, tiny_llama):
     command = [sys.executable, "-c", NATIVE, "+format=nf4", "timeout=4", f"model.path={tiny_llama}", *SHORT]

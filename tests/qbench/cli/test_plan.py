@@ -156,6 +156,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(command, argument):
     assert command("+format=nf4", argument) == (2, "", f"qbench: plan: {RENAMED[argument]}\n")
 
 
+@pytest.mark.thorough
 def test_the_exit_code_tells_whether_it_fits(command):
     line = ["+format=nf4", "device=cpu"]
     needed = 300 * 10**6
@@ -202,6 +203,7 @@ def test_a_config_file_and_a_sweep_of_it(command, any_model):
     assert all(name in out for name in formats.names() if name != "none") and "16 bit" in out
 
 
+@pytest.mark.thorough
 def test_the_paper_in_a_command(command):
     code, out, _ = command("paper=true")
     assert code == 0 and "llama-65b" in out and "37,074" in out and "paged_adamw" in out

@@ -84,6 +84,7 @@ assert torch.equal(again.model.layers[1].mlp.up_proj.codes, layer.codes)
 """
 
 
+@pytest.mark.thorough
 def test_a_package_that_pip_installs(tmp_path, tiny_llama):
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()

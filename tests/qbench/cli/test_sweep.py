@@ -97,6 +97,7 @@ def test_peak_memory_is_the_runs_own(undisturbed):
     assert len(peaks) == 9 and max(peaks) < 1.05 * min(peaks), "a run is charged for those before it"
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_killed_is_a_row(tiny_llama, tmp_path):
     """As the system does when memory runs out; the parent of the run goes on."""
     process = start(tmp_path, tiny_llama, sweep=["-m", "+format=nf4", "block=64,32", "tune.steps=100000", *SWEEP[4:7]])
@@ -182,6 +183,7 @@ def test_a_truncated_or_foreign_result_is_done_again(sweep, tmp_path):
         assert code == 0 and "1 of 1" in said and results(tmp_path / "out").popitem()[1]["status"] == "done"
 
 
+@pytest.mark.thorough
 def test_changed_code_sets_the_old_result_aside(sweep, tmp_path, monkeypatch):
     assert sweep("+format=nf4")[0] == 0
     (file,) = (tmp_path / "out").glob("*/result.json")

@@ -82,6 +82,7 @@ def loaded(folder: Path, dtype=torch.float32) -> tuple:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.thorough
 def test_the_scores_are_those_of_lm_evals_own_command_line(tmp_path):
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
     command += [

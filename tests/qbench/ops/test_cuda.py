@@ -98,6 +98,7 @@ def test_matmul_of_any_shape(name, block, dq, n, k, m, stride, dtype, seed):
     check_products(packed(name, block, dq, n, k, seed), m, dtype, TILE, stride)
 
 
+@pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(["nf4", "int4_asym", "int8"]),
@@ -145,7 +146,7 @@ def test_a_split_sum(block):
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4_asym"])
-@pytest.mark.parametrize(("block", "k"), [(48, 96), (4096, 96), (1024, 1536)])
+@pytest.mark.parametrize(("block", "k"), [(48, 96), (4096, 96), pytest.param(1024, 1536, marks=pytest.mark.thorough)])
 def test_blocks_that_do_not_divide_the_row(name, block, k):
     assert launches.unit(4, block, k) >= 16
     for dtype in (torch.float16, torch.float32):

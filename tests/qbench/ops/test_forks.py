@@ -79,6 +79,7 @@ def run(script: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.thorough
 def test_children_compute_what_a_process_alone_does(tmp_path):
     run(ALONE, str(tmp_path / "expected.pt"))
     run(FORKS, str(tmp_path / "expected.pt"))

@@ -206,6 +206,7 @@ def test_states_and_copies_by_optimizer():
     assert count_memory(find_shape("llama-7b"), QLORA).paged == 8 * n
 
 
+@pytest.mark.thorough
 def test_what_would_make_it_fit():
     settings = PlanSettings(format=formats.get("int8"), batch=8, gpu=700 * 10**6)
     plan = count_memory(BUNDLED, settings)

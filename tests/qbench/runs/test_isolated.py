@@ -139,6 +139,7 @@ def test_a_limit_reaches_native_code():
     assert said.split("\n")[:2] == ["the process took longer than 2 s True", "4"]
 
 
+@pytest.mark.thorough
 def test_a_child_computes_with_all_threads_after_its_parent_did():
     """Where the parent has used PyTorch's threads, as long as numba's were not started."""
     script("""

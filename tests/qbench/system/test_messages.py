@@ -157,6 +157,7 @@ def test_a_character_that_a_pipe_lacks_is_no_error(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == [b"4", b"?", b"1", b"?", b"3"]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locale")
 def test_a_locale_that_is_not_utf8(tmp_path, tiny_llama):
     """Names of files that it cannot read, our own signs, pipes: all works, and what is written is UTF-8."""

@@ -139,7 +139,7 @@ def quiet():
         (torch.float32, "not reentrant"),
     ],
 )
-@pytest.mark.parametrize("way", ["trainer", "accelerate", pytest.param("trl", marks=needs_trl)])
+@pytest.mark.parametrize("way", ["trainer", "accelerate", pytest.param("trl", marks=[needs_trl, pytest.mark.thorough])])
 def test_it_trains_as_peft_on_the_dequantized_model(tiny_llama, tmp_path, way, dtype, checkpointing):
     """Under bf16 autocast, with two batches a step."""
     compare(tiny_llama, way, dtype, {"bf16": True} | CHECKPOINTING[checkpointing], tmp_path)
