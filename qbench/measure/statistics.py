@@ -31,8 +31,11 @@ def paired_difference(ours_rows: ArrayLike, theirs_rows: ArrayLike) -> tuple[flo
     delta, over_windows = clustered_mean(rows.mean(0)[:, None])
     over_seeds = rows.mean(1).var(ddof=1) / seeds if seeds > 1 else 0.0
     stderr = float(np.hypot(over_windows, over_seeds**0.5))
-    p = float(2 * t.sf(abs(delta) / stderr, windows - 1)) if stderr else 1.0 - bool(delta)
-    return delta, stderr, p
+    if not stderr:
+        return delta, stderr, 1.0 - bool(delta)
+    variance = rows.mean(0).var(ddof=1) / windows + over_seeds if windows > 1 else float("nan")
+    p = 2 * t.sf(abs(delta) / variance**0.5, windows - 1)  # rounds as scipy's ttest_1samp does
+    return delta, stderr, float(p)
 
 
 def nll_difference(nll: np.ndarray, reference: np.ndarray) -> dict:
