@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -44,6 +45,9 @@ def call(function: Callable[[], int], limit: float | None = None) -> int:
         finally:
             ended.set()
 
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the reader of a pipe may be gone
+            stream.flush()  # else the child inherits what is buffered, and writes it a second time
     deadline = None if limit is None else time.monotonic() + limit
     interrupt, passed_on, late = None, False, False
     while not ended.is_set():
