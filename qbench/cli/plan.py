@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from qbench.errors import InputError, byte_count
 from qbench.settings import FULL, parts
-from qbench.system import messages
 from qbench.system.interrupts import interruptible
 
 if TYPE_CHECKING:
@@ -30,9 +29,8 @@ DOES_NOT_FIT, BAD_INPUT = 1, 2  #: exit codes
 def main() -> int:
     """Print the plan that the command line asks for.
 
-    Returns 0 if the step fits or no gpu is given, 1 if it does not fit, 2 for bad input, 130 if interrupted.
+    Returns 0 if the step fits or no gpu is given, 1 if it does not fit, 2 for bad input. Raises KeyboardInterrupt.
     """
-    messages.replace_unencodable()
     # None stops PEFT from importing it, which takes 3 s; the type stub does not allow None
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     codes: list[int] = []
@@ -43,14 +41,10 @@ def main() -> int:
         format_group.store()
         return lambda config: codes.append(run_plan(config)), settings_of
 
-    try:
-        with interruptible():
-            from . import command_line, commands  # Hydra, which takes a while to import
+    with interruptible():
+        from . import command_line, commands  # Hydra, which takes a while to import
 
-        return command_line.start(commands.PLAN, load) or max(codes, default=0)
-    except KeyboardInterrupt:
-        sys.stderr.write("qbench: interrupted\n")
-        return 130
+    return command_line.start(commands.PLAN, load) or max(codes, default=0)
 
 
 def run_plan(config: "DictConfig") -> int:

@@ -1,11 +1,9 @@
 """python -m qbench quantize +format=nf4 dq=true model.path=FOLDER out=FOLDER2: pack a checkpoint."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbench.errors import InputError
-from qbench.system import messages
 from qbench.system.interrupts import interruptible
 
 if TYPE_CHECKING:
@@ -19,8 +17,10 @@ AGAIN = "what is done is kept; the same command goes on from there"
 
 
 def main() -> int:
-    """Do what the command line says. Returns 0 if done, 1 if it failed, 2 for bad input, 130 if interrupted."""
-    messages.replace_unencodable()
+    """Do what the command line says. Returns 0 if done, 1 if it failed, 2 for bad input, 130 if interrupted meanwhile.
+
+    Raises KeyboardInterrupt before the work begins.
+    """
     codes: list[int] = []
 
     def job(config: "DictConfig") -> None:
@@ -32,14 +32,10 @@ def main() -> int:
         format_group.store()
         return job, check
 
-    try:
-        with interruptible():
-            from . import command_line, commands, compose  # Hydra, which takes a while to import
+    with interruptible():
+        from . import command_line, commands, compose  # Hydra, which takes a while to import
 
-        return command_line.start(commands.QUANTIZE, load) or max(codes, default=0)
-    except KeyboardInterrupt:
-        sys.stderr.write("qbench: interrupted\n")
-        return 130
+    return command_line.start(commands.QUANTIZE, load) or max(codes, default=0)
 
 
 def check(config: dict) -> "Format":

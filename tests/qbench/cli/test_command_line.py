@@ -305,10 +305,10 @@ def test_ctrl_c_before_a_run_begins_is_one_line(module, tmp_path):
     script = f"""
 import os, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may run where it is ignored
-from {MAINS[module].__module__} import main
+from qbench.cli.main import run_command
 sys.argv = {[module, *VALID[module]]}
 threading.Timer(float(sys.stdin.read()), os.kill, (os.getpid(), signal.SIGINT)).start()
-sys.exit(main())
+sys.exit(run_command({MAINS[module].__module__!r}))
 """
     for seconds in ("0.1", "0.5", "1", "2"):  # while Hydra is imported, while it composes, while PyTorch is imported
         line = [sys.executable, "-c", script]
