@@ -157,7 +157,7 @@ RUN: dict[str, Accepted] = {
     "tune.clip": _number(0, ENORMOUS, above=True),
     "tune.optimizer": _one_of(OPTIMIZERS),
     "tune.optimizer_budget": NULL | _bytes(1),
-    "tune.optimizer_page": _bytes(4096),
+    "tune.optimizer_page": _bytes(SMALLEST_PAGE),
     "tune.merge": FLAG,
     "tune.adapter_format": NULL | _text("the name of a format"),
     "tune.adapter_block": BLOCK,
