@@ -78,7 +78,7 @@ def test_every_import_that_no_statement_shows_has_its_reason():
     }
     # import a package that may be missing, or read the names of entry points; they import no module of ours
     assert modules == set(UNSEEN)
-    for module in (*import_hooks.FOLLOWERS.values(), *import_hooks.COMMANDS.values(), *COMMANDS.values()):
+    for module in (*import_hooks.FOLLOWERS.values(), *import_hooks.MAINS.values(), *COMMANDS.values()):
         assert find_spec(module), module
     for places in MOVED.values():
         assert all(find_spec(f"qbench.{place}") for place in places.split()), places

@@ -23,12 +23,6 @@
 Nothing heavy is imported before the arguments are checked.
 """
 
-#: the first word of a command line, and the module of its command
-COMMANDS = {
-    "run": "qbench.cli.run",
-    "report": "qbench.cli.report",
-    "plan": "qbench.cli.plan",
-    "quantize": "qbench.cli.quantize",
-    "bench": "qbench.cli.bench",
-    "runs": "qbench.cli.runs",
-}
+from qbench.system.import_hooks import COMMANDS
+
+__all__ = ["COMMANDS"]

@@ -2,7 +2,7 @@
 
 FOLLOWERS: importing a library also imports the module of qbench that plugs into it. So `import qbench` is fast, and the
 order of imports does not matter.
-COMMANDS: `python -m qbench.plan` runs the command that `python -m qbench plan` runs.
+MAINS: `python -m qbench.plan` runs the command that `python -m qbench plan` runs.
 MOVED (`moved.py`): a module's old name still works, and one line says its new name.
 """
 
@@ -25,13 +25,13 @@ FOLLOWERS = {
     "peft": "qbench.training.lora_layer",
     "torch.distributed.fsdp._fully_shard._fsdp_param": "qbench.model.fsdp",
 }
-#: `python -m NAME`, and the module that has the command
-COMMANDS = {
-    "qbench.bench.__main__": "qbench.cli.bench",
-    "qbench.plan.__main__": "qbench.cli.plan",
-    "qbench.quantize": "qbench.cli.quantize",
-    "qbench.report.__main__": "qbench.cli.report",
-    "qbench.runs.__main__": "qbench.cli.runs",
+#: the first word of a command line, and the module of its command
+COMMANDS = {name: f"qbench.cli.{name}" for name in ("run", "report", "plan", "quantize", "bench", "runs")}
+#: what Python looks for after `python -m qbench.plan`, and the module of the command; only `quantize` is no room
+MAINS = {
+    f"qbench.{name}" if name == "quantize" else f"qbench.{name}.__main__": module
+    for name, module in COMMANDS.items()
+    if name != "run"
 }
 
 
@@ -65,7 +65,7 @@ class _Command(InspectLoader):
     """Loads a module that runs a command when it is the main module."""
 
     def get_source(self, fullname: str) -> str:
-        command = COMMANDS[fullname]
+        command = MAINS[fullname]
         return (
             "import sys\nfrom qbench.cli.main import run_command\n"
             f"if __name__ == '__main__':\n    sys.exit(run_command({command!r}))\n"
@@ -107,7 +107,7 @@ class _Names:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name in COMMANDS:
+        if name in MAINS:
             return ModuleSpec(name, _Command(), origin=name)  # the origin becomes sys.argv[0]
         if name.removeprefix("qbench.") in MOVED and name.startswith("qbench."):
             return ModuleSpec(name, _Moved())
